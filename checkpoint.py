@@ -1,0 +1,308 @@
+"""checkpoint.py — the full state of a run: captured, restored, and kept safe on disk.
+
+A run is more than its weights. AdamW carries two numbers of memory for every weight; without them a resumed run is
+another run (arXiv 2412.13335 reports it as its practical lesson; `train.py --resume --reset_optimizer` shows it).
+
+    runs/NAME/checkpoints/step_00000500/model.pt         {"config", "model": {name: fp32 tensor}}
+                                        train_state.pt   optimizer moments, scaler, generators, step, settings, data
+                                        meta.json        step, and size and SHA-256 of the two files
+"""
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from data import Tokenizer, UserError
+from model import Llama, ModelConfig
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the next step depends on. With the settings, the data and `step` (the position in the data), this is all of it.
+
+def capture(model, optimizer, scaler):
+    """(weights, state): two plain dicts. Everything is kept by parameter name, so that the order in which the code
+    makes its parameters, or the number of processes, may change."""
+    weights = {"config": asdict(model.config), "model": model.state_dict()}
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    state = {"optimizer": {names[parameter]: moments for parameter, moments in optimizer.state.items()},
+             "scaler": scaler.state_dict(),
+             "rng": {"cpu": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None}}
+    return weights, state
+
+
+def restore(weights, state, model, optimizer, scaler, reset_optimizer=False):
+    """The inverse, in place. Raises UserError naming parameters that are missing, unknown or of another shape."""
+    restore_weights(weights, model)
+    if not reset_optimizer:
+        check_names(state["optimizer"], model, "optimizer state", of=lambda moments: moments["exp_avg"])
+        names = {parameter: name for name, parameter in model.named_parameters()}
+        groups = optimizer.state_dict()["param_groups"]  # numbers its parameters in the order of the groups
+        ordered = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]
+        optimizer.load_state_dict({"param_groups": groups, "state":
+                                   {i: state["optimizer"][name] for i, name in enumerate(ordered) if state["optimizer"]}})
+        scaler.load_state_dict(state["scaler"])
+    torch.set_rng_state(state["rng"]["cpu"])
+    if state["rng"]["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["rng"]["cuda"])
+
+
+def restore_weights(weights, model):
+    """Weights alone, in place; UserError as `restore`."""
+    check_names(weights["model"], model, "weights")
+    model.load_state_dict(weights["model"])
+
+
+def check_names(saved, model, what, of=lambda tensor: tensor):
+    """Raise UserError unless `saved` (before the first step: nothing) has the model's parameters, name by name."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    if model.config.tie_embeddings and "lm_head.weight" in saved:
+        expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
+    found = {name: tuple(of(value).shape) for name, value in saved.items()}
+    if found and found != expected:
+        differ = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+        lines = [f"{name} ({found.get(name, 'absent')} saved, {expected.get(name, 'absent')} in the code)" for name in differ]
+        more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
+        raise UserError(f"the checkpoint's {what} are of another network: {', '.join(lines[:4])}{more} — "
+                        f"resume with the code and the preset that wrote it")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Durability: a checkpoint is either whole or not there. It is written under a temporary name, forced to the disk, and
+# renamed: the rename is the commit. A reader trusts nothing: it compares the hash before it loads.
+
+class Damaged(Exception):
+    """Why a checkpoint folder cannot be used, in a few words."""
+
+
+class HashingFile:
+    """A file, opened to write, that hashes as it goes and remembers the OSError (disk full, say) behind a failed write:
+    torch.save would report a confused "unexpected pos" in its place."""
+
+    def __init__(self, path):
+        self.file, self.sha256, self.bytes, self.error = open(path, "wb"), hashlib.sha256(), 0, None
+
+    def write(self, data):
+        try:
+            written = self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha256.update(data)
+        self.bytes += written
+        return written
+
+    def flush(self):
+        self.file.flush()
+
+
+def fsync_folder(folder):
+    """Make renames in `folder` durable. Windows cannot open a folder, and needs no such call."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+def write_file(path, obj):
+    """torch.save to the disk, not only to its cache; returns {"bytes", "sha256"}. Raises the OSError of a failed write."""
+    out = HashingFile(path)
+    try:
+        torch.save(obj, out)
+        out.flush()
+        os.fsync(out.file.fileno())
+    except RuntimeError:
+        raise (out.error or sys.exception()) from None
+    finally:
+        out.file.close()
+    return {"bytes": out.bytes, "sha256": out.sha256.hexdigest()}
+
+
+def write_json(path, obj):
+    """Write or replace a small JSON file in one atomic step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(obj, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
+def save(run, step, weights, state=None):
+    """Write checkpoints/step_… of `run`: weights alone, or with `state` all that a resume needs.
+
+    A folder of that step which is there already (damaged, or from before a resume) is replaced. Raises UserError with
+    exit code 4 if it cannot be written; what was there before stays."""
+    folder = Path(run) / "checkpoints"
+    final, temporary = folder / f"step_{step:08d}", folder / f".tmp_step_{step:08d}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        parts = {"model.pt": weights} | ({"train_state.pt": state} if state else {})
+        files = {name: write_file(temporary / name, part) for name, part in parts.items()}
+        write_json(temporary / "meta.json", {"step": step, "files": files})
+        if final.exists():
+            remove(final)
+        os.rename(temporary, final)
+        fsync_folder(folder)
+    except OSError as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        free = shutil.disk_usage(Path(run)).free
+        raise UserError(f"{final}: not saved: {error.strerror}; {free / 1e6:,.0f} MB are free — make room, then run again "
+                        f"with --resume", code=4) from error
+
+
+def remove(folder):
+    """Remove a checkpoint so that it is never half there: out of sight first, then file by file."""
+    hidden = folder.with_name(f".tmp_removed_{folder.name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    os.rename(folder, hidden)
+    shutil.rmtree(hidden)
+
+
+def checkpoints(run):
+    """{step: folder} of what looks like a checkpoint of `run`, oldest first."""
+    folders = {int(f.name[5:]): f for f in Path(run).glob("checkpoints/step_*") if re.fullmatch(r"step_\d{8}", f.name)}
+    return dict(sorted(folders.items()))
+
+
+def read_meta(folder):
+    """The folder's meta.json; raises Damaged."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        assert meta["step"] == int(folder.name[5:]), f"meta.json is of step {meta['step']}"
+        assert "model.pt" in meta["files"] and all(f.keys() == {"bytes", "sha256"} for f in meta["files"].values())
+        return meta
+    except AssertionError as error:
+        raise Damaged(str(error) or "meta.json lists no files") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        raise Damaged("meta.json is missing or broken") from None
+
+
+def verify(folder, name, meta):
+    """Raise Damaged unless file `name` has the size and the SHA-256 that meta.json promises."""
+    try:
+        size, promised = (folder / name).stat().st_size, meta["files"][name]
+        if size != promised["bytes"]:
+            raise Damaged(f"{name} has {size} bytes instead of {promised['bytes']}")
+        with open(folder / name, "rb") as file:
+            if hashlib.file_digest(file, "sha256").hexdigest() != promised["sha256"]:
+                raise Damaged(f"{name} is not what was written: its SHA-256 differs")
+    except OSError as error:
+        raise Damaged(f"{name}: {error.strerror}") from None
+
+
+def load_file(path):
+    """torch.load that can only make tensors and plain containers: a file that would run code is refused."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: holds more than tensors and plain values, so it is not loaded — "
+                        f"use a checkpoint that train.py wrote") from None
+
+
+def find(run, step=None, full=False):
+    """Folder of the newest checkpoint of `run` that verifies, or of `step`; full: only those that can be resumed.
+
+    Damaged ones are named on stderr and passed over. None if there is no checkpoint at all. Raises UserError if there
+    are some but none can be used, or if `step` is absent or damaged."""
+    every, damaged = checkpoints(run), {}
+    if step is not None and step not in every:
+        raise UserError(f"{run} has no checkpoint of step {step} — choose one of {', '.join(map(str, every)) or '(none)'}")
+    for number, folder in reversed(every.items()) if step is None else [(step, every[step])]:
+        try:
+            meta = read_meta(folder)
+            if full and "train_state.pt" not in meta["files"]:
+                continue  # weights alone: kept to be sampled, not to be resumed
+            for name in ("model.pt", "train_state.pt")[:1 + full]:
+                verify(folder, name, meta)
+        except Damaged as why:
+            damaged[number] = why
+            print(f"checkpoint {folder} is damaged: {why}", file=sys.stderr)
+        else:
+            return folder
+    if every:
+        listed = "; ".join(f"step {number}: {why}" for number, why in damaged.items()) or "they hold weights alone"
+        raise UserError(f"{run}: no usable checkpoint ({listed}) — " + (
+            "choose another --step" if step is not None else "start over with --overwrite, or in another --run"))
+    return None
+
+
+def prune(run, keep_last, keep_every):
+    """Keep the newest `keep_last` full states. Older ones shrink to their weights if they belong to the trajectory
+    (step 0, powers of two, multiples of keep_every), else they go."""
+    full = []
+    for step, folder in checkpoints(run).items():
+        try:
+            meta = read_meta(folder)
+        except Damaged:
+            continue  # not ours to judge: `find` names it
+        if "train_state.pt" in meta["files"]:
+            full.append((step, folder, meta))
+    for step, folder, meta in full[:-keep_last]:
+        if step & (step - 1) == 0 or (keep_every and step % keep_every == 0):
+            del meta["files"]["train_state.pt"]
+            write_json(folder / "meta.json", meta)  # first the word that it is gone, so that no kill leaves a broken one
+            (folder / "train_state.pt").unlink()
+        else:
+            remove(folder)
+
+
+def lock(run):
+    """Hold `run` for this process until it ends (however it ends); returns the open file. Also sweeps temporaries that
+    a killed process left. Raises UserError if another process holds it. A system without locks: a warning."""
+    file = open(Path(run) / ".lock", "w")
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(f"{run} is in use by another process — wait for it, or choose another --run") from None
+    except (ImportError, OSError):
+        print(f"warning: {run} cannot be locked here; do not train twice into it", file=sys.stderr)
+    for left in Path(run).glob("checkpoints/.tmp_*"):
+        shutil.rmtree(left)
+    return file
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# For readers of a run
+
+def newest_run(root="runs"):
+    """The run folder whose checkpoints changed last. Raises UserError if there is none."""
+    runs = [folder.parent for folder in Path(root).glob("*/checkpoints")]
+    if not runs:
+        raise UserError(f"no runs in {root} — train one first: python train.py")
+    return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
+
+
+def choose_device(name=None):
+    """torch.device of that name; by default cuda if there is one. Raises UserError if this machine has no such device."""
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no device {name} here — use --device cpu, or cuda with a build of torch that sees your GPU") from None
+
+
+def load_weights(run, step=None):
+    """(weights, step): verified content of model.pt. Raises UserError if there is none that can be used."""
+    if not Path(run).is_dir():
+        raise UserError(f"{run}: no such run folder — train one first: python train.py --run {run}")
+    folder = find(run, step)
+    if folder is None:
+        raise UserError(f"{run} has no checkpoints — train first: python train.py --run {run}")
+    return load_file(folder / "model.pt"), int(folder.name[5:])
+
+
+def load_model(run, step=None, device="cpu"):
+    """(model, tokenizer, step) of a run's newest valid checkpoint, or of `step`; UserError as `load_weights`."""
+    weights, step = load_weights(run, step)
+    model = Llama(ModelConfig(**weights["config"]))
+    restore_weights(weights, model)
+    return model.to(device).eval(), Tokenizer(model.config.vocab_size), step

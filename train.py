@@ -1,0 +1,471 @@
+"""train.py — pretrain a LLaMA: the whole loop, read from top to bottom.
+
+    python train.py                                         # tiny, on the manuals of your own Python; a few minutes
+    python train.py --resume                                # go on after Ctrl-C, as if nothing had happened
+    python train.py --preset 1.7b --data data/fineweb-edu   # the paper's run (arXiv 2412.13335)
+    torchrun --standalone --nproc_per_node=8 train.py --preset 1.7b
+
+Exit codes: 0 done, 2 bad usage or data, 3 a loss that is no number, 4 a checkpoint could not be written, 75 stopped and
+saved: run the same command with --resume.
+"""
+import argparse
+import json
+import math
+import os
+import platform
+import shutil
+import signal
+import sys
+import time
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+import checkpoint
+from data import DataFolder, UserError, Windows, script
+from evaluate import evaluate, text_statistics
+from model import PRESETS, Llama, ModelConfig, flops_per_token, kv_bytes_per_token
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings: what every run starts from, what a preset changes, and what the command line says, in this order.
+
+EMBEDDED = "data/pydocs"  # the text on every Python's disk; prepared on the spot when it is missing
+SETTINGS = {  # name: (default, type or choices, meaning)
+    "data": ("data/fineweb-edu", str, "folder from prepare_data.py, or shards of nanoGPT, build-nanogpt, llm.c"),
+    "run": (None, str, "folder for the log and the checkpoints (default runs/PRESET)"),
+    "init_from": (None, str, "run folder whose weights to start from"),
+    "seed": (1337, int, "of the initial weights and of the data order"),
+    "device": (None, str, "cpu, cuda, cuda:1 … (default: cuda if there is one)"),
+    "dtype": ("auto", ("auto", "fp32", "bf16", "fp16"), "of matrix products; weights stay fp32"),
+    "compile": (None, bool, "torch.compile each block (default: on CUDA)"),
+    "deterministic": (False, bool, "bitwise repeatable on CUDA too; slower"),
+    "threads": (None, int, "CPU threads"),
+    "max_steps": (None, int, "length of the run, and of the learning-rate schedule"),
+    "max_minutes": (None, float, "time 20 steps, then set max_steps to what fits"),
+    "batch_tokens": (524_288, int, "tokens per step, over all processes"),
+    "micro_batch": (8, int, "sequences per forward of one process: memory and speed, nothing else"),
+    "seq_len": (1024, int, "tokens per sequence"),
+    "lr": (6e-4, float, "peak learning rate"),
+    "min_lr": (None, float, "final learning rate (default: lr / 10)"),
+    "warmup_steps": (715, int, "linear rise to the peak"),
+    "schedule": ("cosine", ("cosine", "linear", "wsd"), "decay after the warm-up"),
+    "weight_decay": (0.1, float, "of matrices; vectors are not decayed"),
+    "beta1": (0.9, float, "AdamW's memory of the gradient"),
+    "beta2": (0.95, float, "AdamW's memory of its square"),
+    "grad_clip": (1.0, float, "longest gradient norm; 0: no clipping"),
+    "eval_every": (250, int, "steps between evaluations; also at 0, 1, 2, 4, 8 … and the end; 0: only those"),
+    "eval_tokens": (10_485_760, int, "validation tokens scored each time"),
+    "sample_every": (1000, int, "steps between samples; also at 0, 4, 16, 64 … and the end; 0: only those"),
+    "sample_prompt": ("The", str, "what the samples continue"),
+    "save_every": (500, int, "steps between full checkpoints; also at 0, a stop and the end; 0: only those"),
+    "keep_last": (2, int, "full checkpoints kept"),
+    "keep_every": (5000, int, "steps between weights kept for good, beside 0, 1, 2, 4, 8 …; 0: only those"),
+    "shuffle": (True, bool, "windows in a new random order each epoch; else in file order"),
+}
+BY_PRESET = {  # 978m and 1.7b: the paper's batch, rate, warm-up and 20B tokens
+    "tiny": dict(data=EMBEDDED, max_minutes=4.0, batch_tokens=2048, seq_len=256, lr=3e-3, warmup_steps=50, eval_tokens=65_536,
+                 sample_every=0, save_every=250, keep_every=0),
+    "124m": dict(max_steps=19_073), "978m": dict(max_steps=38_147), "1.7b": dict(max_steps=38_147)}
+# What makes a run this run and not another: a resume may not change these. All else is speed, paths and intervals.
+EXPERIMENT = ("preset", "seed", "batch_tokens", "seq_len", "lr", "min_lr", "warmup_steps", "schedule", "weight_decay",
+              "beta1", "beta2", "grad_clip", "shuffle")
+ONCE = ("resume", "overwrite", "reset_optimizer", "stop_at")  # flags about this command, not about the run
+LEAST = dict(max_steps=1, batch_tokens=1, micro_batch=1, seq_len=1, eval_tokens=1, keep_last=2, threads=1, warmup_steps=0,
+             eval_every=0, sample_every=0, save_every=0, keep_every=0, lr=0, grad_clip=0, seed=0, max_minutes=0)
+
+
+def parse(argv):
+    """The flags that were given, and only those: {name: value}."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    parser.add_argument("--preset", choices=PRESETS, help="size of the model, and its settings (default tiny)")
+    for name, (default, kind, meaning) in SETTINGS.items():
+        how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
+               {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()})
+        shown = "" if default is None else f" (default {', '.join([str(default)] + [f'{preset}: {row[name]}' for preset, row in BY_PRESET.items() if name in row])})"
+        parser.add_argument(f"--{name}", help=meaning + shown, **how)
+    parser.add_argument("--stop_at", type=int, metavar="STEP", help="stop and save there, as Ctrl-C would")
+    parser.add_argument("--resume", action="store_true", help="continue the run in --run; start it if there is nothing to continue")
+    parser.add_argument("--overwrite", action="store_true", help="delete the run in --run and start over")
+    parser.add_argument("--reset_optimizer", action="store_true", help="on resume, forget the optimizer's state, to see what it was for")
+    return vars(parser.parse_args(argv))
+
+
+def resolve(given, saved=None):
+    """All settings of a run, one dict: defaults, preset, flags; on resume the `saved` ones and harmless flags.
+    Raises UserError for values that make no sense, and names each flag that would make of the run another experiment."""
+    flags = {name: value for name, value in given.items() if name not in ONCE}
+    if {"max_steps", "max_minutes"} <= flags.keys():
+        raise UserError("--max_steps and --max_minutes both say when to end — give one")
+    for name, least in LEAST.items():
+        if flags.get(name, least) < least:
+            raise UserError(f"--{name} {flags[name]} is too small — the least is {least}")
+    if saved:
+        differ = [f"{name} (saved {saved[name]}, given {flags[name]})" for name in EXPERIMENT if flags.get(name, saved[name]) != saved[name]]
+        if differ:
+            raise UserError(f"not the run that was saved: {', '.join(differ)} — leave these flags out, or choose another --run")
+        if saved["max_steps"] is not None:
+            flags.pop("max_minutes", None)  # the horizon was fixed; only --max_steps moves it
+        return {**saved, **flags}
+    preset = flags.get("preset", "tiny")
+    settings = {"preset": preset, **{name: row[0] for name, row in SETTINGS.items()}, **BY_PRESET[preset], **flags}
+    settings["max_minutes" if "max_steps" in flags else "max_steps" if "max_minutes" in flags else "_"] = None
+    settings.pop("_", None)
+    if settings["min_lr"] is None:
+        settings["min_lr"] = settings["lr"] / 10
+    return settings
+
+
+def lr_at(step, settings):
+    """Learning rate of the update that makes `step` + 1: linear warm-up, then cosine (Loshchilov & Hutter 2017, arXiv
+    1608.03983, eq. 5), linear, or constant with a linear end over the last 20 % (wsd: Hu et al. 2024, arXiv 2404.06395,
+    §4). A pure function: no resume can stretch it. While --max_minutes is still timing there is no end: the peak."""
+    lr, min_lr, warmup, end = (settings[name] for name in ("lr", "min_lr", "warmup_steps", "max_steps"))
+    if step < warmup:
+        return lr * (step + 1) / warmup
+    if end is None:
+        return lr
+    done = min(1.0, (step - warmup) / max(1, end - warmup))  # share of the way from the warm-up to the end
+    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "wsd": min(1.0, (end - step) / (0.2 * end))}
+    return min_lr + (lr - min_lr) * max(0.0, left[settings["schedule"]])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What the loop is made of
+
+def start_processes(settings):
+    """(rank, world, device): one process, or as many as torchrun started."""
+    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = checkpoint.choose_device(settings["device"])
+    if world > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", local_rank)
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    if settings["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return rank, world, device
+
+
+def from_rank_0(value=None):
+    """The value that rank 0 has, on every rank; also a place where all wait for each other."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def claim(run, given):
+    """Hold the run folder; returns (lock, folder of the checkpoint to resume or None). Deletes nothing yet."""
+    run.mkdir(parents=True, exist_ok=True)
+    lock = checkpoint.lock(run)
+    used = (run / "metrics.jsonl").exists() or (run / "checkpoints").exists()
+    if used and not given.get("resume") and not given.get("overwrite"):
+        raise UserError(f"{run} already holds a run — continue it with --resume, start over with --overwrite, or choose another --run")
+    return lock, checkpoint.find(run, full=True) if given.get("resume") and not given.get("overwrite") else None
+
+
+class Log:
+    """metrics.jsonl and the screen. Only rank 0 has either; on the others all this is silent."""
+
+    def __init__(self, run, log_bytes, is_main):
+        """Cut the log back to `log_bytes`, its length when the checkpoint was written. From 0, all else of a run goes too."""
+        self.file = None
+        if is_main:
+            if log_bytes == 0:
+                shutil.rmtree(run / "checkpoints", ignore_errors=True)
+                (run / "evaluations.jsonl").unlink(missing_ok=True)
+            self.file = open(run / "metrics.jsonl", "a")
+            if self.file.tell() < log_bytes:
+                print(f"warning: {self.file.name} is shorter than when the checkpoint was written: rows are missing", file=sys.stderr)
+            self.file.truncate(min(self.file.tell(), log_bytes))
+
+    def event(self, event, step, **fields):
+        """One JSON line, out of our hands at once. JSON has no NaN: it becomes null."""
+        if self.file:
+            row = json.loads(json.dumps({"event": event, "step": step, **fields}), parse_constant=lambda name: None)
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+
+    def say(self, text):
+        if self.file:
+            print(text, flush=True)
+
+
+def choose_dtype(name, device):
+    """The dtype of matrix products. bf16 only where the hardware has it: emulated, it is slower than fp32."""
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    x86 = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    return torch.bfloat16 if x86 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()) else torch.float32
+
+
+def make_optimizer(model, settings, device):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2), decaying matrices but not the norms' vectors."""
+    # AdamW keeps two running means for every weight, of its gradient and of the gradient's square: twice the size of the
+    # model, and the memory of the run. Zeroed, the next update is a fresh gradient divided by its own size: about lr on
+    # every weight at once, whatever was known of how far each should move.
+    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": settings["weight_decay"]},
+              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=settings["lr"], betas=(settings["beta1"], settings["beta2"]), eps=1e-8,
+                             fused=device.type in ("cuda", "cpu"))
+
+
+def accumulation_steps(settings, world):
+    """Micro-batches per step of each process. Raises UserError with the nearest batch sizes that divide."""
+    B, T, total = settings["micro_batch"], settings["seq_len"], settings["batch_tokens"]
+    unit = B * T * world
+    if total % unit:
+        near = " or ".join(str(n) for n in (total // unit * unit, total // unit * unit + unit) if n)
+        raise UserError(f"--batch_tokens {total} is not divisible by micro_batch {B} x seq_len {T} x {world} "
+                        f"process{'es' if world > 1 else ''} = {unit} — use --batch_tokens {near}, or another --micro_batch")
+    return total // unit
+
+
+@contextmanager
+def memory_advice(settings, accumulation):
+    """Turn "out of memory" into the next smaller micro-batch that still divides the step."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; on the CPU it is a plain one
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        B = settings["micro_batch"]
+        smaller = [f"--micro_batch {n}" for n in range(B - 1, 0, -1) if B * accumulation % n == 0] + ["a smaller --preset or --seq_len"]
+        raise UserError(f"out of memory with micro_batch {B} x seq_len {settings['seq_len']} — use {smaller[0]}") from None
+
+
+def steps_that_fit(settings, step, step_times, elapsed):
+    """Steps that fit into --max_minutes: the time left, divided by the time of a step and its share of an evaluation."""
+    look = (elapsed - sum(step_times)) / 6  # in 20 steps we have looked (evaluated, sampled, saved) at 0, 1, 2, 4, 8, 16
+    left = 60 * settings["max_minutes"] - elapsed - 7 * look  # at 32, 64, 128 … and the end
+    cost = median(step_times[-10:]) + (look / settings["eval_every"] if settings["eval_every"] else 0)
+    return step + max(1, int(left / cost))
+
+
+def power_of_two(step):
+    return step > 0 and step & (step - 1) == 0
+
+
+def power_of_four(step):
+    return step > 1 and power_of_two(step) and step.bit_length() % 2 == 1
+
+
+def continue_prompt(model, tokenizer, prompt, autocast, device):
+    """{"prompt", "text", statistics} of 80 tokens, always drawn with the same seed: only the weights differ."""
+    ids, generator = [tokenizer.eot] + tokenizer.encode(prompt), torch.Generator().manual_seed(0)
+    with autocast, torch.compiler.set_stance("force_eager"):
+        new = [int(next_id) for next_id in model.generate(torch.tensor([ids], device=device), 80, temperature=0.8, top_p=0.95,
+                                                          eot=tokenizer.eot, generator=generator)]
+    new = new[:-1] if new[-1] == tokenizer.eot else new
+    return {"prompt": prompt, "text": tokenizer.decode(new), **text_statistics(new)}
+
+
+def introduce(settings, model, world, accumulation, dtype, device):
+    """What is about to happen: the model, the batch arithmetic, the first loss to expect."""
+    config, T = model.config, settings["seq_len"]
+    kv, mha = kv_bytes_per_token(config), kv_bytes_per_token(replace(config, n_kv_heads=config.n_heads))
+    return (f"model   {settings['preset']}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.n_layers} layers of "
+            f"{config.dim}, {config.n_heads} heads on {config.n_kv_heads} keys and values: KV cache {kv:,} bytes/token, not {mha:,}\n"
+            f"batch   {settings['batch_tokens']:,} tokens/step = {settings['micro_batch']} sequences x {T} tokens x "
+            f"{accumulation} accumulation x {world} process{'es' if world > 1 else ''}\n"
+            f"device  {device}, {str(dtype).removeprefix('torch.')}, {flops_per_token(config, T) / 1e9:.3f} GFLOP/token\n"
+            f"expect  a first loss near ln {config.padded_vocab_size:,} = {math.log(config.padded_vocab_size):.2f}: any next token equally likely")
+
+
+PEAK_FLOPS = {"A100": 312e12, "A6000": 154.8e12, "H100": 989e12, "H200": 989e12, "RTX 4090": 165.2e12}  # dense bf16, data sheets
+
+
+@script
+def main(argv=None):
+    given = parse(argv)
+    settings = resolve(given)  # a first time, so that a mistake in a flag touches nothing
+    rank, world, device = start_processes(settings)
+    is_main = rank == 0
+
+    # ---- The run: a new one, or the newest checkpoint that is whole. Of a resumed run, the saved settings rule.
+    run = Path(settings["run"] or f"runs/{settings['preset']}")
+    lock, folder = claim(run, given) if is_main else (None, None)
+    folder, weights, state = from_rank_0(folder), None, None  # rank 0 has verified it; the others read after that
+    if folder:
+        weights, state = (checkpoint.load_file(folder / name) for name in ("model.pt", "train_state.pt"))
+        settings = resolve(given, state["config"])
+    settings["run"] = str(run)
+
+    # ---- Data
+    if is_main and settings["data"] == EMBEDDED and not Path(EMBEDDED).exists():
+        from prepare_data import prepare_pydocs
+        prepare_pydocs(Path(EMBEDDED), PRESETS["tiny"].vocab_size)
+    from_rank_0()
+    data = DataFolder(settings["data"])
+    windows = Windows(data.train, settings["seq_len"], data.vocab_size, settings["seed"], settings["shuffle"])
+    val = Windows(data.val, settings["seq_len"], data.vocab_size)
+    fingerprint = data.fingerprint()
+    if state and state["data"] != fingerprint:
+        changed = [new[0] for old, new in zip(state["data"], fingerprint) if old != new] or ["the number of shards"]
+        raise UserError(f"{settings['data']} is not this run's data (changed: {', '.join(changed)}) — restore it, or choose another --run")
+
+    # ---- Model, optimizer, precision. The weights are fp32: in bf16, with 8 bits, most small updates would round away.
+    accumulation, preset = accumulation_steps(settings, world), PRESETS[settings["preset"]]
+    config = ModelConfig(**weights["config"]) if weights else replace(
+        preset, vocab_size=data.vocab_size, padded_vocab_size=None, max_seq_len=max(preset.max_seq_len, settings["seq_len"]))
+    torch.manual_seed(settings["seed"])
+    model = Llama(config).to(device)
+    optimizer, dtype = make_optimizer(model, settings, device), choose_dtype(settings["dtype"], device)
+    # Autocast runs matrix products in `dtype`; norms, softmax, loss and weights stay fp32. bf16 has the range of fp32 and
+    # needs no more. fp16 has not, and small gradients would round to 0: so the scaler multiplies the loss, divides the
+    # gradients before they are used, and where the product overflowed it skips the update and halves its factor.
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    # `step` counts finished updates, which is also the number of batches consumed: the position in the data, in the
+    # schedule and in the log are one number. Counted otherwise, each resume would repeat or skip a batch.
+    step, seconds = 0, 0.0
+    if state:
+        checkpoint.restore(weights, state, model, optimizer, scaler, given.get("reset_optimizer", False))
+        step, seconds = state["step"], state["seconds"]
+    elif settings["init_from"]:
+        checkpoint.restore_weights(checkpoint.load_weights(settings["init_from"])[0], model)
+    if settings["max_steps"] is not None and step >= settings["max_steps"]:
+        print(f"{run} is finished: {step} steps — try: python sample.py {run}, or a larger --max_steps") if is_main else None
+        return 0
+    compiled = settings["compile"] if settings["compile"] is not None else device.type == "cuda"
+    for block in model.model.layers if compiled else []:
+        block.compile()  # in place, so that the state_dict keeps its names
+    network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
+
+    # ---- Log. Only here, with everything checked, is an earlier run given up.
+    log = Log(run, state["log_bytes"] if state else 0, is_main)
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    peak = next((flops * world for name, flops in PEAK_FLOPS.items() if name in device_name), None)
+    log.event("resume" if state else "start", step, time=time.time(), config=settings, env={
+        "torch": torch.__version__, "python": platform.python_version(), "device": device_name, "device_count": world,
+        "world_size": world, "micro_batch": settings["micro_batch"], "dtype": str(dtype).removeprefix("torch."),
+        "compile": compiled, "threads": torch.get_num_threads()}, restored_optimizer=bool(state) and not given.get("reset_optimizer", False))
+    if is_main:
+        checkpoint.write_json(run / "config.json", settings)
+    log.say(introduce(settings, model, world, accumulation, dtype, device))
+    if state:
+        log.say(f"resume  at step {step}, with{'out' if given.get('reset_optimizer') else ''} the optimizer's state; "
+                f"lr {lr_at(step, state['config']):.2e} as saved, {lr_at(step, settings):.2e} now")
+    resumed_at, weights, state = step if state else None, None, None
+
+    # ---- Ctrl-C and SIGTERM ask for a stop: the step is finished, the state saved. A second time they end it at once.
+    asked = []
+
+    def ask_to_stop(signum, frame):
+        asked.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+        log.say("\nstopping after this step, to save; once more stops at once and goes back to the last checkpoint")
+
+    handlers = {signum: signal.signal(signum, ask_to_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+    # ---- The loop
+    batch, B, total = settings["batch_tokens"] // settings["seq_len"], settings["micro_batch"], settings["batch_tokens"]
+    stopping, step_times, loop_start, last_line = False, [], time.monotonic(), 0.0
+    while True:
+        # Look at the model and save it, at the moments for that. An evaluation draws nothing at random, and samples have a
+        # generator of their own: looking more often, or less, changes nothing in what is trained.
+        at_end, stopping = step == settings["max_steps"], stopping or step >= given.get("stop_at", math.inf)
+        every = {name: at_end or step == 0 or (n > 0 and step % n == 0) for name in ("eval", "sample", "save") for n in [settings[f"{name}_every"]]}
+        if step != resumed_at:
+            if every["eval"] or power_of_two(step):
+                result = evaluate(model, val, data.tokenizer, settings["eval_tokens"], autocast)
+                log.event("eval", step, tokens=step * total, **result)
+                log.say(f"  val loss {result['val_loss']:.4f} | {result['val_bpb']:.4f} bits/byte | context gain {result['context_gain'] or 0:.3f}")
+            if is_main and (every["sample"] or power_of_four(step)):
+                sample = continue_prompt(model, data.tokenizer, settings["sample_prompt"], autocast, device)
+                log.event("sample", step, **sample)
+                log.say(f"  after {step} steps: {sample['prompt']} | {sample['text']}")
+            full = stopping or every["save"]
+            if is_main and (full or power_of_two(step)):
+                weights, state = checkpoint.capture(model, optimizer, scaler)
+                state |= {"step": step, "tokens": step * total, "seconds": seconds, "config": settings, "data": fingerprint,
+                          "log_bytes": log.file.tell()}
+                checkpoint.save(run, step, weights, state if full else None)
+                checkpoint.prune(run, settings["keep_last"], settings["keep_every"])
+        if stopping or at_end:
+            break
+
+        # 1. Batch, 2. forward, 3. backward: for each micro-batch of this process.
+        start, lr = time.monotonic(), lr_at(step, settings)
+        report = torch.zeros(2, device=device)  # summed loss, wishes to stop
+        with memory_advice(settings, accumulation):
+            for micro in range(accumulation):
+                # The windows of a step are one list, whatever the number of processes; this is our slice of it.
+                mine = windows.order(step * batch + (micro * world + rank) * B, B)
+                tokens = torch.from_numpy(windows.read(mine)).to(device)  # (B, seq_len + 1)
+                if world > 1:  # gradients are exchanged once a step, in the last backward
+                    network.require_backward_grad_sync = micro == accumulation - 1
+                with autocast:
+                    _, loss = network(tokens[:, :-1], tokens[:, 1:], reduction="sum")
+                # Gradients add up over micro-batches, so each sum is divided by the targets of the whole step. Of two
+                # micro-batches with 10 and 90 targets and mean losses 4 and 2, the mean is (10·4 + 90·2) / 100 = 2.2; the
+                # mean of their means would be 3. And DDP takes the mean over processes where we want the sum: · world.
+                scaler.scale(loss * world / total).backward()
+                report[0] += loss.detach()
+        # 4. Clip; but first the loss of all processes, and whether one was asked to stop, so that all do the same.
+        report[1] = len(asked)
+        if world > 1:
+            dist.all_reduce(report)
+        loss, stopping = report[0].item() / total, report[1].item() > 0
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"] or math.inf).item()
+        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
+            if is_main:
+                checkpoint.write_json(run / "non_finite.json", {"step": step + 1, "loss": str(loss), "grad_norm": str(norm), "lr": lr,
+                                                                "windows": windows.order(step * batch, batch).tolist()})
+            raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}; this update was not made (more in {run}/non_finite.json) — "
+                            f"try a lower --lr in another --run", code=3)
+        # 5. Learning rate, 6. update.
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        step += 1
+
+        # 7. Log.
+        dt = time.monotonic() - start
+        seconds, rate = seconds + dt, total / dt
+        step_times.append(dt)
+        log.event("train", step, tokens=step * total, loss=loss, lr=lr, grad_norm=norm, dt_ms=1000 * dt, tok_per_s=rate,
+                  **({"mfu": rate * flops_per_token(config, settings["seq_len"]) / peak} if peak else {}),
+                  **({"skipped": True} if scaler.get_scale() < scale else {}))
+        if settings["max_steps"] is None and step == 20:
+            settings["max_steps"] = from_rank_0(steps_that_fit(settings, step, step_times, time.monotonic() - loop_start))
+            log.event("horizon", step, max_steps=settings["max_steps"])
+            log.say(f"  at this speed, {settings['max_steps']} steps make {settings['max_minutes']:g} minutes")
+            if is_main:
+                checkpoint.write_json(run / "config.json", settings)
+        if step <= 4 or time.monotonic() - last_line > 2 or stopping or step == settings["max_steps"]:
+            last_line, left = time.monotonic(), ((settings["max_steps"] or math.nan) - step) * median(step_times[-20:]) / 60
+            log.say(f"step {step:>6}/{settings['max_steps'] or '?'} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {1000 * dt:.0f} ms | "
+                    f"{rate / 1000:.1f}k tok/s" + ("" if math.isnan(left) else f" | {left:.1f} min left"))
+
+    # ---- The end
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
+    log.event("end", step, reason="done" if at_end else "stopped")
+    log.say(f"done: {step} steps, {seconds / 60:.1f} minutes of training. Three things to try next:\n"
+            f"  python sample.py {run} --prompt \"The function\"\n  python evaluate.py {run} --step 16\n"
+            f"  python train.py --run {run} --resume --max_steps {2 * step}" if at_end else
+            f"stopped and saved at step {step} — go on with the same command and --resume")
+    if is_main:
+        lock.close()
+    if world > 1:
+        dist.destroy_process_group()
+    return 0 if at_end else 75
+
+
+if __name__ == "__main__":
+    sys.exit(main())
