@@ -54,7 +54,7 @@ def restore(weights, state, model, optimizer, scaler, reset_optimizer=False):
 
 
 def restore_weights(weights, model):
-    """Weights alone, in place; UserError as `restore`."""
+    """The weights alone; UserError as `restore`."""
     check_names(weights["model"], model, "weights")
     model.load_state_dict(weights["model"])
 
@@ -81,27 +81,6 @@ class Damaged(Exception):
     """Why a checkpoint folder cannot be used, in a few words."""
 
 
-class HashingFile:
-    """A file, opened to write, that hashes as it goes and remembers the OSError (disk full, say) behind a failed write:
-    torch.save would report a confused "unexpected pos" in its place."""
-
-    def __init__(self, path):
-        self.file, self.sha256, self.bytes, self.error = open(path, "wb"), hashlib.sha256(), 0, None
-
-    def write(self, data):
-        try:
-            written = self.file.write(data)
-        except OSError as error:
-            self.error = error
-            raise
-        self.sha256.update(data)
-        self.bytes += written
-        return written
-
-    def flush(self):
-        self.file.flush()
-
-
 def fsync_folder(folder):
     """Make renames in `folder` durable. Windows cannot open a folder, and needs no such call."""
     if os.name == "posix":
@@ -111,17 +90,13 @@ def fsync_folder(folder):
 
 
 def write_file(path, obj):
-    """torch.save to the disk, not only to its cache; returns {"bytes", "sha256"}. Raises the OSError of a failed write."""
-    out = HashingFile(path)
-    try:
-        torch.save(obj, out)
-        out.flush()
-        os.fsync(out.file.fileno())
-    except RuntimeError:
-        raise (out.error or sys.exception()) from None
-    finally:
-        out.file.close()
-    return {"bytes": out.bytes, "sha256": out.sha256.hexdigest()}
+    """torch.save to the disk, not only to its cache; returns {"bytes", "sha256"} of what the system holds."""
+    with open(path, "w+b") as file:
+        torch.save(obj, file)
+        file.flush()
+        os.fsync(file.fileno())
+        file.seek(0)
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def write_json(path, obj):
@@ -152,11 +127,11 @@ def save(run, step, weights, state=None):
             remove(final)
         os.rename(temporary, final)
         fsync_folder(folder)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:  # torch.save may report a full disk as a RuntimeError
+        free = shutil.disk_usage(run).free
         shutil.rmtree(temporary, ignore_errors=True)
-        free = shutil.disk_usage(Path(run)).free
-        raise UserError(f"{final}: not saved: {error.strerror}; {free / 1e6:,.0f} MB are free — make room, then run again "
-                        f"with --resume", code=4) from error
+        raise UserError(f"{final}: not saved ({error}), {free / 1e6:,.0f} MB were free — make room, then run again with --resume",
+                        code=4) from error
 
 
 def remove(folder):
@@ -280,14 +255,6 @@ def newest_run(root="runs"):
     if not runs:
         raise UserError(f"no runs in {root} — train one first: python train.py")
     return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
-
-
-def choose_device(name=None):
-    """torch.device of that name; by default cuda if there is one. Raises UserError if this machine has no such device."""
-    try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-    except (RuntimeError, AssertionError):
-        raise UserError(f"no device {name} here — use --device cpu, or cuda with a build of torch that sees your GPU") from None
 
 
 def load_weights(run, step=None):

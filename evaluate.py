@@ -9,6 +9,7 @@ Appends an "eval" event to the run's evaluations.jsonl.
 import argparse
 import json
 import math
+import platform
 import time
 from collections import Counter
 from pathlib import Path
@@ -21,6 +22,25 @@ from tqdm import tqdm
 
 from checkpoint import load_model, newest_run
 from data import DataFolder, UserError, Windows, script
+
+
+def choose_device(name=None):
+    """torch.device of that name; by default cuda if there is one. Raises UserError if this machine has no such device."""
+    try:
+        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no device {name} here — use --device cpu, or a build of torch that sees your GPU") from None
+
+
+def choose_dtype(name, device):
+    """The dtype of matrix products. bf16 only where the hardware has it: emulated, it is slower than fp32."""
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    x86 = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    return torch.bfloat16 if x86 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()) else torch.float32
+
 
 BATCH_TOKENS = 4096  # tokens per forward; fixed, so that a score does not depend on a flag
 EIGHTHS = 8          # parts of the window for the loss by position
@@ -70,6 +90,16 @@ def text_statistics(ids):
     return {"distinct_2": 1 - repeated(2), "repetition": repeated(4)}
 
 
+def continue_prompt(model, tokenizer, prompt, autocast, device):
+    """{"prompt", "text", statistics} of 80 tokens, always drawn with the same seed: only the weights differ."""
+    ids, generator = [tokenizer.eot] + tokenizer.encode(prompt), torch.Generator().manual_seed(0)
+    with autocast, torch.compiler.set_stance("force_eager"):
+        new = [int(next_id) for next_id in model.generate(torch.tensor([ids], device=device), 80, temperature=0.8, top_p=0.95,
+                                                          eot=tokenizer.eot, generator=generator)]
+    new = new[:-1] if new[-1] == tokenizer.eot else new
+    return {"prompt": prompt, "text": tokenizer.decode(new), **text_statistics(new)}
+
+
 @script
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Score a checkpoint on held-out text.")
@@ -78,11 +108,11 @@ def main(argv=None):
     parser.add_argument("--data", help="data folder (default: the one it was trained on)")
     parser.add_argument("--seq_len", type=int, help="window (default: as in training)")
     parser.add_argument("--eval_tokens", type=int, default=10_000_000, help="at most so many tokens (default 10M)")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", help="default: cuda if there is one")
     args = parser.parse_args(argv)
 
-    run = Path(args.run) if args.run else newest_run()
-    model, tokenizer, step = load_model(run, args.step, args.device)
+    run, device = Path(args.run) if args.run else newest_run(), choose_device(args.device)
+    model, tokenizer, step = load_model(run, args.step, device)
     settings = json.loads((run / "config.json").read_text()) if (run / "config.json").exists() else {}
     folder = args.data or settings.get("data")
     if folder is None:
@@ -95,7 +125,7 @@ def main(argv=None):
     if val.seq_len > model.config.max_seq_len:
         raise UserError(f"--seq_len {val.seq_len} is more than the model's max_seq_len {model.config.max_seq_len}")
 
-    autocast = torch.autocast(args.device.split(":")[0], enabled=False)  # fp32
+    autocast = torch.autocast(device.type, enabled=False)  # fp32
     result = evaluate(model, val, tokenizer, args.eval_tokens, autocast, progress=True)
     print(f"{run} step {step} on {folder}: val loss {result['val_loss']:.4f} nats/token | "
           f"{result['val_bpb']:.4f} bits/byte | context gain {result['context_gain'] or 0:.3f} nats")

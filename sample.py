@@ -10,8 +10,9 @@ import sys
 
 import torch
 
-from checkpoint import choose_device, load_model, newest_run
+from checkpoint import load_model, newest_run
 from data import UserError, script
+from evaluate import choose_device
 
 
 def stream(model, tokenizer, ids, args, generator, device):

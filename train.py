@@ -28,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from data import DataFolder, UserError, Windows, script
-from evaluate import evaluate, text_statistics
+from evaluate import choose_device, choose_dtype, continue_prompt, evaluate
 from model import PRESETS, Llama, ModelConfig, flops_per_token, kv_bytes_per_token
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -86,8 +86,9 @@ def parse(argv):
     for name, (default, kind, meaning) in SETTINGS.items():
         how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
                {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()})
-        shown = "" if default is None else f" (default {', '.join([str(default)] + [f'{preset}: {row[name]}' for preset, row in BY_PRESET.items() if name in row])})"
-        parser.add_argument(f"--{name}", help=meaning + shown, **how)
+        defaults = [] if default is None else [str(default)]
+        defaults += [f"{row[name]} for {preset}" for preset, row in BY_PRESET.items() if name in row]
+        parser.add_argument(f"--{name}", help=meaning + (f" (default {', '.join(defaults)})" if defaults else ""), **how)
     parser.add_argument("--stop_at", type=int, metavar="STEP", help="stop and save there, as Ctrl-C would")
     parser.add_argument("--resume", action="store_true", help="continue the run in --run; start it if there is nothing to continue")
     parser.add_argument("--overwrite", action="store_true", help="delete the run in --run and start over")
@@ -140,7 +141,7 @@ def lr_at(step, settings):
 def start_processes(settings):
     """(rank, world, device): one process, or as many as torchrun started."""
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = checkpoint.choose_device(settings["device"])
+    device = choose_device(settings["device"])
     if world > 1:
         if device.type == "cuda":
             device = torch.device("cuda", local_rank)
@@ -172,6 +173,26 @@ def claim(run, given):
     return lock, checkpoint.find(run, full=True) if given.get("resume") and not given.get("overwrite") else None
 
 
+def open_run(run, given, folder):
+    """(settings, weights, state) of checkpoint `folder`, verified by rank 0, or of a new run. Saved settings rule."""
+    weights, state = [checkpoint.load_file(folder / name) for name in ("model.pt", "train_state.pt")] if folder else (None, None)
+    return {**resolve(given, state and state["config"]), "run": str(run)}, weights, state
+
+
+def open_data(settings, state, is_main):
+    """(DataFolder, fingerprint). Prepares the embedded text if it is absent. Raises UserError if a run's data has changed."""
+    if is_main and settings["data"] == EMBEDDED and not Path(EMBEDDED).exists():
+        from prepare_data import prepare_pydocs
+        prepare_pydocs(Path(EMBEDDED), PRESETS["tiny"].vocab_size)
+    from_rank_0()
+    data = DataFolder(settings["data"])
+    fingerprint = data.fingerprint()
+    if state and state["data"] != fingerprint:
+        changed = [new[0] for old, new in zip(state["data"], fingerprint) if old != new] or ["the number of shards"]
+        raise UserError(f"{settings['data']} is not this run's data (changed: {', '.join(changed)}) — restore it, or choose another --run")
+    return data, fingerprint
+
+
 class Log:
     """metrics.jsonl and the screen. Only rank 0 has either; on the others all this is silent."""
 
@@ -197,16 +218,6 @@ class Log:
     def say(self, text):
         if self.file:
             print(text, flush=True)
-
-
-def choose_dtype(name, device):
-    """The dtype of matrix products. bf16 only where the hardware has it: emulated, it is slower than fp32."""
-    if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    x86 = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
-    return torch.bfloat16 if x86 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()) else torch.float32
 
 
 def make_optimizer(model, settings, device):
@@ -256,20 +267,6 @@ def power_of_two(step):
     return step > 0 and step & (step - 1) == 0
 
 
-def power_of_four(step):
-    return step > 1 and power_of_two(step) and step.bit_length() % 2 == 1
-
-
-def continue_prompt(model, tokenizer, prompt, autocast, device):
-    """{"prompt", "text", statistics} of 80 tokens, always drawn with the same seed: only the weights differ."""
-    ids, generator = [tokenizer.eot] + tokenizer.encode(prompt), torch.Generator().manual_seed(0)
-    with autocast, torch.compiler.set_stance("force_eager"):
-        new = [int(next_id) for next_id in model.generate(torch.tensor([ids], device=device), 80, temperature=0.8, top_p=0.95,
-                                                          eot=tokenizer.eot, generator=generator)]
-    new = new[:-1] if new[-1] == tokenizer.eot else new
-    return {"prompt": prompt, "text": tokenizer.decode(new), **text_statistics(new)}
-
-
 def introduce(settings, model, world, accumulation, dtype, device):
     """What is about to happen: the model, the batch arithmetic, the first loss to expect."""
     config, T = model.config, settings["seq_len"]
@@ -292,27 +289,12 @@ def main(argv=None):
     rank, world, device = start_processes(settings)
     is_main = rank == 0
 
-    # ---- The run: a new one, or the newest checkpoint that is whole. Of a resumed run, the saved settings rule.
     run = Path(settings["run"] or f"runs/{settings['preset']}")
     lock, folder = claim(run, given) if is_main else (None, None)
-    folder, weights, state = from_rank_0(folder), None, None  # rank 0 has verified it; the others read after that
-    if folder:
-        weights, state = (checkpoint.load_file(folder / name) for name in ("model.pt", "train_state.pt"))
-        settings = resolve(given, state["config"])
-    settings["run"] = str(run)
-
-    # ---- Data
-    if is_main and settings["data"] == EMBEDDED and not Path(EMBEDDED).exists():
-        from prepare_data import prepare_pydocs
-        prepare_pydocs(Path(EMBEDDED), PRESETS["tiny"].vocab_size)
-    from_rank_0()
-    data = DataFolder(settings["data"])
+    settings, weights, state = open_run(run, given, from_rank_0(folder))
+    data, fingerprint = open_data(settings, state, is_main)
     windows = Windows(data.train, settings["seq_len"], data.vocab_size, settings["seed"], settings["shuffle"])
     val = Windows(data.val, settings["seq_len"], data.vocab_size)
-    fingerprint = data.fingerprint()
-    if state and state["data"] != fingerprint:
-        changed = [new[0] for old, new in zip(state["data"], fingerprint) if old != new] or ["the number of shards"]
-        raise UserError(f"{settings['data']} is not this run's data (changed: {', '.join(changed)}) — restore it, or choose another --run")
 
     # ---- Model, optimizer, precision. The weights are fp32: in bf16, with 8 bits, most small updates would round away.
     accumulation, preset = accumulation_steps(settings, world), PRESETS[settings["preset"]]
@@ -381,7 +363,7 @@ def main(argv=None):
                 result = evaluate(model, val, data.tokenizer, settings["eval_tokens"], autocast)
                 log.event("eval", step, tokens=step * total, **result)
                 log.say(f"  val loss {result['val_loss']:.4f} | {result['val_bpb']:.4f} bits/byte | context gain {result['context_gain'] or 0:.3f}")
-            if is_main and (every["sample"] or power_of_four(step)):
+            if is_main and (every["sample"] or power_of_two(step) and step.bit_length() in range(3, 99, 2)):
                 sample = continue_prompt(model, data.tokenizer, settings["sample_prompt"], autocast, device)
                 log.event("sample", step, **sample)
                 log.say(f"  after {step} steps: {sample['prompt']} | {sample['text']}")

@@ -13,8 +13,10 @@ import numpy as np
 import pytest
 
 import prepare_data
-from data import DataFolder, Tokenizer, UserError
-from prepare_data import main, prose, public_name
+import pydocs
+from data import DataFolder, Tokenizer
+from prepare_data import main
+from pydocs import build_corpus, prose, public_name, source_files
 
 STORY = "".join(f"Line {i}: the quick brown fox met {i * i} lazy dogs.\n" for i in range(400))
 
@@ -45,7 +47,7 @@ def fails(capsys, *argv):
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """The real corpus, read once and written in the three qualities: {quality: folder}."""
-    root, documents = tmp_path_factory.mktemp("corpus"), prepare_data.build_corpus()
+    root, documents = tmp_path_factory.mktemp("corpus"), build_corpus()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_data, "build_corpus", lambda: copy.deepcopy(documents))
         for quality in ("prose", "raw", "shuffled"):
@@ -156,14 +158,14 @@ def test_instructions_are_marked_with_the_wrong_split(corpus):
 
 
 def test_number_of_processes_changes_the_bytes(tmp_path, monkeypatch):
-    files = prepare_data.source_files()
+    files = source_files()
     chosen = [file for file in files if file[1].startswith(("json", "logging", "unittest", "tqdm", "email"))]
-    monkeypatch.setattr(prepare_data, "source_files", lambda: chosen)
+    monkeypatch.setattr(pydocs, "source_files", lambda: chosen)
     for count in (1, 3):
         monkeypatch.setattr(os, "cpu_count", lambda: count)
         main(["pydocs", "--out", str(tmp_path / str(count))])
     assert contents(tmp_path / "1") == contents(tmp_path / "3")
-    monkeypatch.setattr(prepare_data, "source_files", lambda: chosen[:-1])  # control: one file less shows
+    monkeypatch.setattr(pydocs, "source_files", lambda: chosen[:-1])  # control: one file less shows
     main(["pydocs", "--out", str(tmp_path / "less")])
     assert contents(tmp_path / "less") != contents(tmp_path / "1")
 
@@ -296,6 +298,7 @@ import os, sys
 from pathlib import Path
 import numpy as np
 import prepare_data
+import pydocs
 left = int(sys.argv[1])
 def counted(function):
     def wrapped(*args, **kwargs):
