@@ -19,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from data import Tokenizer, UserError
+from data import Tokenizer
+from errors import UserError
 from model import Llama, ModelConfig
 
 
@@ -54,7 +55,6 @@ def restore(weights, state, model, optimizer, scaler, reset_optimizer=False):
 
 
 def restore_weights(weights, model):
-    """The weights alone; UserError as `restore`."""
     check_names(weights["model"], model, "weights")
     model.load_state_dict(weights["model"])
 
@@ -66,11 +66,10 @@ def check_names(saved, model, what, of=lambda tensor: tensor):
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     found = {name: tuple(of(value).shape) for name, value in saved.items()}
     if found and found != expected:
-        differ = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-        lines = [f"{name} ({found.get(name, 'absent')} saved, {expected.get(name, 'absent')} in the code)" for name in differ]
-        more = f" and {len(lines) - 4} more" if len(lines) > 4 else ""
-        raise UserError(f"the checkpoint's {what} are of another network: {', '.join(lines[:4])}{more} — "
-                        f"resume with the code and the preset that wrote it")
+        differ = [f"{name} ({found.get(name, 'absent')} saved, {expected.get(name, 'absent')} in the code)"
+                  for name in sorted(expected.keys() | found.keys()) if expected.get(name) != found.get(name)]
+        raise UserError(f"the checkpoint's {what} differ from the network in {len(differ)} parameters: {', '.join(differ[:4])} — "
+                        f"use the code and the preset that wrote it")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -152,13 +151,11 @@ def read_meta(folder):
     """The folder's meta.json; raises Damaged."""
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        assert meta["step"] == int(folder.name[5:]), f"meta.json is of step {meta['step']}"
-        assert "model.pt" in meta["files"] and all(f.keys() == {"bytes", "sha256"} for f in meta["files"].values())
+        assert meta["step"] == int(folder.name[5:]) and "model.pt" in meta["files"]
+        assert all(f.keys() == {"bytes", "sha256"} for f in meta["files"].values())
         return meta
-    except AssertionError as error:
-        raise Damaged(str(error) or "meta.json lists no files") from None
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise Damaged("meta.json is missing or broken") from None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, AssertionError):
+        raise Damaged("meta.json is missing, broken or of another step") from None
 
 
 def verify(folder, name, meta):
@@ -210,6 +207,10 @@ def find(run, step=None, full=False):
     return None
 
 
+def power_of_two(step):
+    return step > 0 and step & (step - 1) == 0
+
+
 def prune(run, keep_last, keep_every):
     """Keep the newest `keep_last` full states. Older ones shrink to their weights if they belong to the trajectory
     (step 0, powers of two, multiples of keep_every), else they go."""
@@ -222,7 +223,7 @@ def prune(run, keep_last, keep_every):
         if "train_state.pt" in meta["files"]:
             full.append((step, folder, meta))
     for step, folder, meta in full[:-keep_last]:
-        if step & (step - 1) == 0 or (keep_every and step % keep_every == 0):
+        if step == 0 or power_of_two(step) or (keep_every and step % keep_every == 0):
             del meta["files"]["train_state.pt"]
             write_json(folder / "meta.json", meta)  # first the word that it is gone, so that no kill leaves a broken one
             (folder / "train_state.pt").unlink()
@@ -252,18 +253,16 @@ def lock(run):
 def newest_run(root="runs"):
     """The run folder whose checkpoints changed last. Raises UserError if there is none."""
     runs = [folder.parent for folder in Path(root).glob("*/checkpoints")]
-    if not runs:
-        raise UserError(f"no runs in {root} — train one first: python train.py")
-    return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
+    if runs:
+        return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
+    raise UserError(f"no runs in {root} — train one first: python train.py")
 
 
 def load_weights(run, step=None):
     """(weights, step): verified content of model.pt. Raises UserError if there is none that can be used."""
-    if not Path(run).is_dir():
-        raise UserError(f"{run}: no such run folder — train one first: python train.py --run {run}")
     folder = find(run, step)
     if folder is None:
-        raise UserError(f"{run} has no checkpoints — train first: python train.py --run {run}")
+        raise UserError(f"{run}: no such run, or one without checkpoints — train it first: python train.py --run {run}")
     return load_file(folder / "model.pt"), int(folder.name[5:])
 
 

@@ -9,46 +9,13 @@ import base64
 import functools
 import hashlib
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Errors: a mistake that the user can mend is one line on stderr and an exit code, never a traceback.
-
-class UserError(Exception):
-    """Says what is wrong, where, and what to do next. `code` is the exit code of the script (2: bad usage or data)."""
-
-    def __init__(self, message, code=2):
-        super().__init__(message)
-        self.code = code
-
-
-def script(main):
-    """Decorator for a script's `main(argv=None)`: a UserError, or a file that the system refuses, ends in one line."""
-    @functools.wraps(main)
-    def wrapped(argv=None):
-        name = Path(sys.modules[main.__module__].__file__).name
-        sys.stdout.reconfigure(errors="replace")  # a terminal that knows fewer characters than the model shows "?"
-        try:
-            return main(argv)
-        except UserError as error:
-            print(f"{name}: {error}", file=sys.stderr)
-            sys.exit(error.code)
-        except BrokenPipeError:  # the reader of our output left, as in `python sample.py | head`
-            sys.stdout = None
-            sys.exit(0)
-        except OSError as error:
-            if error.filename is None:
-                raise
-            print(f"{name}: {error.filename}: {error.strerror} — check the path, its permissions and the disk",
-                  file=sys.stderr)
-            sys.exit(2)
-    return wrapped
+from errors import UserError
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,8 +35,7 @@ class Tokenizer:
     table is a working tokenizer of its own: any text encodes, only into more and shorter pieces. Why fewer is better
     for a tiny model: with 50k ids most of its arithmetic is the output layer.
 
-    Raises UserError if vocab_size is out of range or the table is not the one that we know.
-    """
+    Raises UserError if vocab_size is out of range or the table is not the one that we know."""
 
     def __init__(self, vocab_size=GPT2_VOCAB_SIZE):
         if not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
@@ -151,10 +117,8 @@ def open_shard(path, declared=None):
 
 
 class DataFolder:
-    """A folder of shards: `vocab_size`, `tokenizer`, `meta` ({} when others made the folder) and its two splits.
-
-    Raises UserError if the folder or one of its splits is missing, or meta.json cannot be used.
-    """
+    """A folder of shards: `vocab_size`, `tokenizer`, `meta` ({} when others made the folder) and the splits `train` and
+    `val`. Raises UserError if one of them is missing, or meta.json cannot be used."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -176,13 +140,11 @@ class DataFolder:
             raise UserError(f"{file}: not a data folder's meta.json — prepare the data again") from None
 
     def _open(self, split):
-        if self.meta:
-            shards = [open_shard(self.path / s["file"], s["tokens"]) for s in self.meta["splits"][split]]
-        else:
-            files = [f for f in sorted(self.path.glob("*")) if f.suffix in (".npy", ".bin") and split in f.name]
-            shards = [open_shard(f) for f in files]
+        declared = ({self.path / s["file"]: s["tokens"] for s in self.meta["splits"][split]} if self.meta else
+                    {f: None for f in sorted(self.path.glob("*")) if f.suffix in (".npy", ".bin") and split in f.name})
+        shards = [open_shard(file, tokens) for file, tokens in declared.items()]
         if not shards:
-            how = {"pydocs": "pydocs", "fineweb-edu": "fineweb-edu"}.get(self.path.name, f"text FILE --out {self.path}")
+            how = self.path.name if self.path.name in ("pydocs", "fineweb-edu") else f"text FILE --out {self.path}"
             raise UserError(f"no {split} shards in {self.path} — run: python prepare_data.py {how}")
         return shards
 
@@ -208,10 +170,8 @@ class DataFolder:
 
 class Windows:
     """All windows of a list of shards. Window w of a shard reads its tokens wT … wT + T inclusive: T inputs and, one
-    place later, T targets. Windows do not cross shards, and every token but a shard's first is a target once an epoch.
-
-    Raises UserError if the shards are too short for one window.
-    """
+    place later, T targets. Windows do not cross shards; a shard's rest, too short for a window, is left out.
+    Raises UserError if all shards are too short for one window."""
 
     def __init__(self, shards, seq_len, vocab_size, seed=0, shuffle=True):
         self.shards, self.seq_len, self.vocab_size, self.seed, self.shuffle = shards, seq_len, vocab_size, seed, shuffle

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import load_model, newest_run
-from data import DataFolder, UserError, Windows, script
+from data import DataFolder, Windows
+from errors import UserError, script
 
 
 def choose_device(name=None):

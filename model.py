@@ -3,8 +3,7 @@
 Read it from top to bottom: sizes, the parts, a block, the whole, the loss, generation. Modules carry the names that
 Hugging Face gives them, so a state_dict of ours is a state_dict of theirs.
 
-    python model.py              # the default model as a table: parameters, FLOPs, memory, what GQA saves
-    python model.py 1.7b         # the same for the model of the paper (arXiv 2412.13335)
+    python model.py 1.7b         # a model as a table: parameters, FLOPs, memory, what GQA saves; here the paper's
 """
 import argparse
 from dataclasses import dataclass, replace
@@ -18,11 +17,11 @@ import torch.nn.functional as F
 @dataclass
 class ModelConfig:
     """Sizes of a LLaMA. Raises ValueError, in one sentence, where they do not fit each other."""
-    dim: int = 256
+    dim: int = 128
     n_layers: int = 4
-    n_heads: int = 4
-    n_kv_heads: int = 2           # each key/value head serves n_heads / n_kv_heads query heads
-    intermediate_size: int = 768  # width inside the feed-forward part
+    n_heads: int = 2
+    n_kv_heads: int = 1           # each key/value head serves n_heads / n_kv_heads query heads
+    intermediate_size: int = 384  # width inside the feed-forward part
     vocab_size: int = 2048        # the tokenizer's
     padded_vocab_size: int | None = None  # rows of embedding and head; None: the next multiple of 128, which is faster
     max_seq_len: int = 256
@@ -32,9 +31,8 @@ class ModelConfig:
 
     def __post_init__(self):
         self.padded_vocab_size = self.padded_vocab_size or -(-self.vocab_size // 128) * 128
-        sizes = ("dim", "n_layers", "n_heads", "n_kv_heads", "intermediate_size", "vocab_size", "max_seq_len")
-        if too_small := [name for name in sizes if getattr(self, name) < 1]:
-            raise ValueError(f"{', '.join(too_small)} must be at least 1")
+        if min(self.dim, self.n_layers, self.n_heads, self.n_kv_heads, self.intermediate_size, self.vocab_size, self.max_seq_len) < 1:
+            raise ValueError(f"every size must be at least 1: {self}")
         if self.dim % self.n_heads:
             raise ValueError(f"dim {self.dim} is not divisible by n_heads {self.n_heads}")
         if self.head_dim % 2:
@@ -51,7 +49,7 @@ class ModelConfig:
 
 PRESETS = {
     #                    dim   layers heads kv  intermediate vocabulary      window              parameters
-    "tiny": ModelConfig(256,   4,     4,    2,  768,         2048,           max_seq_len=256),  #     4,196,608
+    "tiny": ModelConfig(128,   4,     2,    1,  384,         2048,           max_seq_len=256),  #     1,311,872
     "124m": ModelConfig(768,   12,    12,   12, 3072,        50257,          max_seq_len=1024),  #  190,532,352
     "978m": ModelConfig(1280,  36,    20,   4,  5120,        50257,          max_seq_len=1024),  #  978,218,240
     "1.7b": ModelConfig(2048,  36,    32,   8,  5120,        50257,          max_seq_len=1024),  # 1,716,144,128
@@ -197,7 +195,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(hidden), ChunkedCrossEntropy.CHUNK):
             rows = slice(start, start + ChunkedCrossEntropy.CHUNK)
             h, counted = hidden[rows], (targets[rows] != -100)[:, None]         # (n, dim), (n, 1)
-            target = targets[rows].clamp(min=0)[:, None]                        # (n, 1)
+            target = targets[rows][:, None].masked_fill(~counted, 0)            # (n, 1)
             logits = F.linear(h, weight).float()                                # (n, V)
             log_z = logits.logsumexp(-1, keepdim=True)                          # (n, 1)
             loss += ((log_z - logits.gather(1, target)) * counted).sum()
@@ -302,7 +300,8 @@ def sample_ids(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if top_k is not None:
         probs[:, top_k:] = 0
     if top_p is not None:
-        probs[probs.cumsum(-1) - probs >= top_p] = 0  # what stands before it reaches top_p already; the first always stays
+        others = probs[:, 1:]  # the likeliest always stays; of the others, those before which less than top_p stands
+        others[probs.cumsum(-1)[:, :-1] >= top_p] = 0
     # Drawn on the CPU, in fp32, so that a seed gives the same text on every device that gives the same logits.
     drawn = torch.multinomial(probs.cpu(), 1, generator=generator).to(ids.device)  # (B, 1)
     return ids.gather(-1, drawn)[:, 0]
@@ -324,10 +323,9 @@ def parameter_counts(config):
     """{part: number of parameters}; from a network on the meta device, which has shapes but no memory."""
     with torch.device("meta"):
         llama = Llama(config)
-    parts = ("embed_tokens", "self_attn", "mlp", "norm", "lm_head")  # "norm" is in the name of all three norms
-    counts = dict.fromkeys(parts, 0)
+    counts = dict.fromkeys(("embed_tokens", "self_attn", "mlp", "norm", "lm_head"), 0)  # "norm" is in all norms' names
     for name, parameter in llama.named_parameters():  # a tied head is listed once, as the embedding
-        counts[next(part for part in parts if part in name)] += parameter.numel()
+        counts[next(part for part in counts if part in name)] += parameter.numel()
     return counts
 
 
@@ -337,7 +335,7 @@ def kv_bytes_per_token(config, bytes_per_number=2):
 
 
 def activation_bytes(config, micro_batch, seq_len):
-    """(plain, checkpointed): bytes that the forward keeps for the backward under bf16 autocast, uncompiled.
+    """(plain, checkpointed): bytes that the blocks keep for the backward under bf16 autocast, uncompiled.
 
     Counted, not estimated: the forward runs on fake tensors, which have shapes and storages but no memory, and every
     storage that autograd saves is added up. Checkpointed: the input of each block, and one block whole while it is
@@ -363,7 +361,6 @@ def activation_bytes(config, micro_batch, seq_len):
 
 
 def main(argv=None):
-    """Print a preset as a table."""
     parser = argparse.ArgumentParser(description="A preset as a table: parameters, FLOPs, memory.")
     parser.add_argument("preset", nargs="?", default="tiny", choices=PRESETS)
     parser.add_argument("--micro_batch", type=int, default=8, help="sequences per forward, for the memory (default 8)")
@@ -371,10 +368,8 @@ def main(argv=None):
     config, T = PRESETS[args.preset], PRESETS[args.preset].max_seq_len
     counts = parameter_counts(config)
     total = sum(counts.values())
-
-    print(f"{args.preset}: dim {config.dim}, {config.n_layers} layers, {config.n_heads} heads of {config.head_dim}, "
-          f"{config.n_kv_heads} key/value heads, intermediate {config.intermediate_size}, "
-          f"vocabulary {config.vocab_size:,} padded to {config.padded_vocab_size:,}, window {T}")
+    print(f"{args.preset}: dim {config.dim}, {config.n_layers} layers, {config.n_heads} heads of {config.head_dim}, {config.n_kv_heads} key/value "
+          f"heads, intermediate {config.intermediate_size}, vocabulary {config.vocab_size:,} padded to {config.padded_vocab_size:,}, window {T}")
     for part, count in counts.items():
         print(f"  {part:<14}{count:>16,}  {count / total:6.1%}")
     print(f"  {'total':<14}{total:>16,}")
@@ -382,10 +377,8 @@ def main(argv=None):
     kv, mha = kv_bytes_per_token(config), kv_bytes_per_token(replace(config, n_kv_heads=config.n_heads))
     print(f"KV cache in bf16: {kv:,} bytes per token; grouped queries save {1 - kv / mha:.0%} of {mha:,}")
     plain, checkpointed = activation_bytes(config, args.micro_batch, T)
-    print(f"training memory, computed, micro-batch {args.micro_batch} x {T}, bf16 autocast, uncompiled:")
-    print(f"  weights, gradients, two AdamW moments in fp32 (16 bytes each) {16 * total / 1e9:9.3f} GB")
-    print(f"  activations                                                   {plain / 1e9:9.3f} GB")
-    print(f"  activations with activation checkpointing                     {checkpointed / 1e9:9.3f} GB")
+    print(f"training memory, computed, micro-batch {args.micro_batch} x {T}, bf16 autocast, uncompiled: {16 * total / 1e9:.3f} GB for weights, "
+          f"gradients and AdamW's moments in fp32;\n  activations {plain / 1e9:.3f} GB, with activation checkpointing {checkpointed / 1e9:.3f} GB")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from data import GPT2_VOCAB_SIZE, Tokenizer, UserError, script
+from data import GPT2_VOCAB_SIZE, Tokenizer
+from errors import UserError, script
 from pydocs import PACKAGES, VAL_SHARE, build_corpus, cloze_items, instruct_rows, shuffle_sentences, stable_hash
 
 # With 2,048 pieces a tiny model spends its arithmetic on the network and not on the output layer (see data.Tokenizer).

@@ -22,7 +22,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from data import UserError
+from errors import UserError
 
 VAL_SHARE = 0.05  # of what is split: source files here, documents or characters in prepare_data.py
 

@@ -11,7 +11,7 @@ import sys
 import torch
 
 from checkpoint import load_model, newest_run
-from data import UserError, script
+from errors import UserError, script
 from evaluate import choose_device
 
 

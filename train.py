@@ -3,10 +3,9 @@
     python train.py                                         # tiny, on the manuals of your own Python; a few minutes
     python train.py --resume                                # go on after Ctrl-C, as if nothing had happened
     python train.py --preset 1.7b --data data/fineweb-edu   # the paper's run (arXiv 2412.13335)
-    torchrun --standalone --nproc_per_node=8 train.py --preset 1.7b
+    torchrun --standalone --nproc_per_node=8 -- train.py --preset 1.7b    # after --: torchrun takes --run for its own
 
-Exit codes: 0 done, 2 bad usage or data, 3 a loss that is no number, 4 a checkpoint could not be written, 75 stopped and
-saved: run the same command with --resume.
+Exit codes: 0 done, 2 bad usage or data, 3 the loss is no number, 4 a checkpoint not written, 75 stopped: use --resume.
 """
 import argparse
 import json
@@ -17,7 +16,6 @@ import shutil
 import signal
 import sys
 import time
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -27,7 +25,8 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from data import DataFolder, UserError, Windows, script
+from data import DataFolder, Windows
+from errors import UserError, memory_advice, script
 from evaluate import choose_device, choose_dtype, continue_prompt, evaluate
 from model import PRESETS, Llama, ModelConfig, flops_per_token, kv_bytes_per_token
 
@@ -68,8 +67,8 @@ SETTINGS = {  # name: (default, type or choices, meaning)
     "shuffle": (True, bool, "windows in a new random order each epoch; else in file order"),
 }
 BY_PRESET = {  # 978m and 1.7b: the paper's batch, rate, warm-up and 20B tokens
-    "tiny": dict(data=EMBEDDED, max_minutes=4.0, batch_tokens=2048, seq_len=256, lr=3e-3, warmup_steps=50, eval_tokens=65_536,
-                 sample_every=0, save_every=250, keep_every=0),
+    "tiny": dict(data=EMBEDDED, max_minutes=4.0, batch_tokens=1024, seq_len=128, lr=3e-3, warmup_steps=100, eval_every=500,
+                 eval_tokens=49_152, sample_every=0, save_every=500, keep_every=0),
     "124m": dict(max_steps=19_073), "978m": dict(max_steps=38_147), "1.7b": dict(max_steps=38_147)}
 # What makes a run this run and not another: a resume may not change these. All else is speed, paths and intervals.
 EXPERIMENT = ("preset", "seed", "batch_tokens", "seq_len", "lr", "min_lr", "warmup_steps", "schedule", "weight_decay",
@@ -102,9 +101,8 @@ def resolve(given, saved=None):
     flags = {name: value for name, value in given.items() if name not in ONCE}
     if {"max_steps", "max_minutes"} <= flags.keys():
         raise UserError("--max_steps and --max_minutes both say when to end — give one")
-    for name, least in LEAST.items():
-        if flags.get(name, least) < least:
-            raise UserError(f"--{name} {flags[name]} is too small — the least is {least}")
+    for name in (name for name, least in LEAST.items() if flags.get(name, least) < least):
+        raise UserError(f"--{name} {flags[name]} is too small — the least is {LEAST[name]}")
     if saved:
         differ = [f"{name} (saved {saved[name]}, given {flags[name]})" for name in EXPERIMENT if flags.get(name, saved[name]) != saved[name]]
         if differ:
@@ -114,11 +112,9 @@ def resolve(given, saved=None):
         return {**saved, **flags}
     preset = flags.get("preset", "tiny")
     settings = {"preset": preset, **{name: row[0] for name, row in SETTINGS.items()}, **BY_PRESET[preset], **flags}
-    settings["max_minutes" if "max_steps" in flags else "max_steps" if "max_minutes" in flags else "_"] = None
-    settings.pop("_", None)
-    if settings["min_lr"] is None:
-        settings["min_lr"] = settings["lr"] / 10
-    return settings
+    if "max_steps" in flags or "max_minutes" in flags:  # the one that was given replaces the preset's
+        settings["max_minutes" if "max_steps" in flags else "max_steps"] = None
+    return settings | ({"min_lr": settings["lr"] / 10} if settings["min_lr"] is None else {})
 
 
 def lr_at(step, settings):
@@ -126,10 +122,8 @@ def lr_at(step, settings):
     1608.03983, eq. 5), linear, or constant with a linear end over the last 20 % (wsd: Hu et al. 2024, arXiv 2404.06395,
     §4). A pure function: no resume can stretch it. While --max_minutes is still timing there is no end: the peak."""
     lr, min_lr, warmup, end = (settings[name] for name in ("lr", "min_lr", "warmup_steps", "max_steps"))
-    if step < warmup:
-        return lr * (step + 1) / warmup
-    if end is None:
-        return lr
+    if step < warmup or end is None:
+        return lr * min(1.0, (step + 1) / max(1, warmup))
     done = min(1.0, (step - warmup) / max(1, end - warmup))  # share of the way from the warm-up to the end
     left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "wsd": min(1.0, (end - step) / (0.2 * end))}
     return min_lr + (lr - min_lr) * max(0.0, left[settings["schedule"]])
@@ -143,8 +137,8 @@ def start_processes(settings):
     rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
     device = choose_device(settings["device"])
     if world > 1:
+        device = torch.device("cuda", local_rank) if device.type == "cuda" else device
         if device.type == "cuda":
-            device = torch.device("cuda", local_rank)
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
     if settings["threads"]:
@@ -205,7 +199,7 @@ class Log:
                 (run / "evaluations.jsonl").unlink(missing_ok=True)
             self.file = open(run / "metrics.jsonl", "a")
             if self.file.tell() < log_bytes:
-                print(f"warning: {self.file.name} is shorter than when the checkpoint was written: rows are missing", file=sys.stderr)
+                print(f"warning: rows are missing from {self.file.name}", file=sys.stderr)
             self.file.truncate(min(self.file.tell(), log_bytes))
 
     def event(self, event, step, **fields):
@@ -242,19 +236,6 @@ def accumulation_steps(settings, world):
     return total // unit
 
 
-@contextmanager
-def memory_advice(settings, accumulation):
-    """Turn "out of memory" into the next smaller micro-batch that still divides the step."""
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; on the CPU it is a plain one
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        B = settings["micro_batch"]
-        smaller = [f"--micro_batch {n}" for n in range(B - 1, 0, -1) if B * accumulation % n == 0] + ["a smaller --preset or --seq_len"]
-        raise UserError(f"out of memory with micro_batch {B} x seq_len {settings['seq_len']} — use {smaller[0]}") from None
-
-
 def steps_that_fit(settings, step, step_times, elapsed):
     """Steps that fit into --max_minutes: the time left, divided by the time of a step and its share of an evaluation."""
     look = (elapsed - sum(step_times)) / 6  # in 20 steps we have looked (evaluated, sampled, saved) at 0, 1, 2, 4, 8, 16
@@ -263,16 +244,12 @@ def steps_that_fit(settings, step, step_times, elapsed):
     return step + max(1, int(left / cost))
 
 
-def power_of_two(step):
-    return step > 0 and step & (step - 1) == 0
-
-
 def introduce(settings, model, world, accumulation, dtype, device):
     """What is about to happen: the model, the batch arithmetic, the first loss to expect."""
     config, T = model.config, settings["seq_len"]
     kv, mha = kv_bytes_per_token(config), kv_bytes_per_token(replace(config, n_kv_heads=config.n_heads))
     return (f"model   {settings['preset']}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.n_layers} layers of "
-            f"{config.dim}, {config.n_heads} heads on {config.n_kv_heads} keys and values: KV cache {kv:,} bytes/token, not {mha:,}\n"
+            f"{config.dim}, {config.n_heads} query heads on {config.n_kv_heads} key/value: KV cache {kv:,} bytes/token, not {mha:,}\n"
             f"batch   {settings['batch_tokens']:,} tokens/step = {settings['micro_batch']} sequences x {T} tokens x "
             f"{accumulation} accumulation x {world} process{'es' if world > 1 else ''}\n"
             f"device  {device}, {str(dtype).removeprefix('torch.')}, {flops_per_token(config, T) / 1e9:.3f} GFLOP/token\n"
@@ -317,7 +294,8 @@ def main(argv=None):
     elif settings["init_from"]:
         checkpoint.restore_weights(checkpoint.load_weights(settings["init_from"])[0], model)
     if settings["max_steps"] is not None and step >= settings["max_steps"]:
-        print(f"{run} is finished: {step} steps — try: python sample.py {run}, or a larger --max_steps") if is_main else None
+        if is_main:
+            print(f"{run} is finished: {step} steps — try: python sample.py {run}, or a larger --max_steps")
         return 0
     compiled = settings["compile"] if settings["compile"] is not None else device.type == "cuda"
     for block in model.model.layers if compiled else []:
@@ -359,16 +337,16 @@ def main(argv=None):
         at_end, stopping = step == settings["max_steps"], stopping or step >= given.get("stop_at", math.inf)
         every = {name: at_end or step == 0 or (n > 0 and step % n == 0) for name in ("eval", "sample", "save") for n in [settings[f"{name}_every"]]}
         if step != resumed_at:
-            if every["eval"] or power_of_two(step):
+            if every["eval"] or checkpoint.power_of_two(step):
                 result = evaluate(model, val, data.tokenizer, settings["eval_tokens"], autocast)
                 log.event("eval", step, tokens=step * total, **result)
                 log.say(f"  val loss {result['val_loss']:.4f} | {result['val_bpb']:.4f} bits/byte | context gain {result['context_gain'] or 0:.3f}")
-            if is_main and (every["sample"] or power_of_two(step) and step.bit_length() in range(3, 99, 2)):
+            if is_main and (every["sample"] or checkpoint.power_of_two(step) and step.bit_length() in range(3, 99, 2)):
                 sample = continue_prompt(model, data.tokenizer, settings["sample_prompt"], autocast, device)
                 log.event("sample", step, **sample)
                 log.say(f"  after {step} steps: {sample['prompt']} | {sample['text']}")
             full = stopping or every["save"]
-            if is_main and (full or power_of_two(step)):
+            if is_main and (full or checkpoint.power_of_two(step)):
                 weights, state = checkpoint.capture(model, optimizer, scaler)
                 state |= {"step": step, "tokens": step * total, "seconds": seconds, "config": settings, "data": fingerprint,
                           "log_bytes": log.file.tell()}
@@ -435,8 +413,8 @@ def main(argv=None):
                     f"{rate / 1000:.1f}k tok/s" + ("" if math.isnan(left) else f" | {left:.1f} min left"))
 
     # ---- The end
-    for signum, handler in handlers.items():
-        signal.signal(signum, handler)
+    for signum in handlers:
+        signal.signal(signum, handlers[signum])
     log.event("end", step, reason="done" if at_end else "stopped")
     log.say(f"done: {step} steps, {seconds / 60:.1f} minutes of training. Three things to try next:\n"
             f"  python sample.py {run} --prompt \"The function\"\n  python evaluate.py {run} --step 16\n"

@@ -8,7 +8,8 @@ import pytest
 import regex  # tiktoken's own dependency: the same pattern language in another implementation
 
 import data
-from data import DataFolder, Shard, Tokenizer, UserError, Windows, open_shard, script
+from data import DataFolder, Shard, Tokenizer, Windows, open_shard
+from errors import UserError, script
 
 SAMPLES = ["Hello world, it's 2024!", "  two  spaces\n\n\tand tabs \n", "naïve façade — 日本語 🤖", "x" * 50, "<|endoftext|>", "",
            "don't we'll I'M", "\x00\x7f\ufeff", "a\r\nb", "supercalifragilistic 1234567890"]
