@@ -22,7 +22,7 @@ class ModelConfig:
     n_heads: int = 2
     n_kv_heads: int = 1           # each key/value head serves n_heads / n_kv_heads query heads
     intermediate_size: int = 384  # width inside the feed-forward part
-    vocab_size: int = 2048        # the tokenizer's
+    vocab_size: int = 4096        # the tokenizer's
     padded_vocab_size: int | None = None  # rows of embedding and head; None: the next multiple of 128, which is faster
     max_seq_len: int = 256
     norm_eps: float = 1e-5
@@ -49,7 +49,7 @@ class ModelConfig:
 
 PRESETS = {
     #                    dim   layers heads kv  intermediate vocabulary      window              parameters
-    "tiny": ModelConfig(128,   4,     2,    1,  384,         2048,           max_seq_len=256),  #     1,311,872
+    "tiny": ModelConfig(128,   4,     2,    1,  384,         4096,           max_seq_len=256),  #     1,836,160
     "124m": ModelConfig(768,   12,    12,   12, 3072,        50257,          max_seq_len=1024),  #  190,532,352
     "978m": ModelConfig(1280,  36,    20,   4,  5120,        50257,          max_seq_len=1024),  #  978,218,240
     "1.7b": ModelConfig(2048,  36,    32,   8,  5120,        50257,          max_seq_len=1024),  # 1,716,144,128

@@ -31,8 +31,8 @@ from data import GPT2_VOCAB_SIZE, Tokenizer
 from errors import UserError, script
 from pydocs import PACKAGES, VAL_SHARE, build_corpus, cloze_items, instruct_rows, shuffle_sentences, stable_hash
 
-# With 2,048 pieces a tiny model spends its arithmetic on the network and not on the output layer (see data.Tokenizer).
-DEFAULT_VOCAB_SIZE = 2048
+# With 4,096 pieces a tiny model spends its arithmetic on the network, not on the output layer (see data.Tokenizer).
+DEFAULT_VOCAB_SIZE = 4096
 SHARD_TOKENS = 100_000_000
 MIN_TOKENS = 64  # in a split; fewer are no measure of anything
 

@@ -68,7 +68,7 @@ def relative_gap(ours, theirs):
 # ---------------------------------------------------------------------------------------------------------------------
 # Sizes and arithmetic
 
-@pytest.mark.parametrize("preset, expected", [("tiny", 1_311_872), ("124m", 190_532_352), ("978m", 978_218_240),
+@pytest.mark.parametrize("preset, expected", [("tiny", 1_836_160), ("124m", 190_532_352), ("978m", 978_218_240),
                                               ("1.7b", 1_716_144_128)])
 def test_a_preset_of_another_size(preset, expected, capsys):
     def total(config):
