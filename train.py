@@ -68,7 +68,7 @@ SETTINGS = {  # name: (default, type or choices, meaning)
 }
 BY_PRESET = {  # 978m and 1.7b: the paper's batch, rate, warm-up and 20B tokens
     "tiny": dict(data=EMBEDDED, max_minutes=4.0, batch_tokens=1024, seq_len=128, lr=3e-3, warmup_steps=100, eval_every=500,
-                 eval_tokens=49_152, sample_every=0, save_every=500, keep_every=0),
+                 eval_tokens=49_152, sample_prompt="The function returns", sample_every=0, save_every=500, keep_every=0),
     "124m": dict(max_steps=19_073), "978m": dict(max_steps=38_147), "1.7b": dict(max_steps=38_147)}
 # What makes a run this run and not another: a resume may not change these. All else is speed, paths and intervals.
 EXPERIMENT = ("preset", "seed", "batch_tokens", "seq_len", "lr", "min_lr", "warmup_steps", "schedule", "weight_decay",
