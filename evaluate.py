@@ -93,7 +93,7 @@ def text_statistics(ids):
 
 def continue_prompt(model, tokenizer, prompt, autocast, device):
     """{"prompt", "text", statistics} of 80 tokens, always drawn with the same seed: only the weights differ."""
-    ids, generator = [tokenizer.eot] + tokenizer.encode(prompt), torch.Generator().manual_seed(0)
+    ids, generator = tokenizer.encode(prompt) or [tokenizer.eot], torch.Generator().manual_seed(0)
     with autocast, torch.compiler.set_stance("force_eager"):
         new = [int(next_id) for next_id in model.generate(torch.tensor([ids], device=device), 80, temperature=0.8, top_p=0.95,
                                                           eot=tokenizer.eot, generator=generator)]

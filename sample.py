@@ -54,7 +54,7 @@ def main(argv=None):
     for number, prompt in enumerate(prompt for prompt in args.prompt or [""] for _ in range(args.samples)):
         # What is no UTF-8 on the command line arrives as lone surrogates, which no text holds: they become "?".
         prompt = prompt.encode("utf-8", errors="replace").decode()
-        ids = [tokenizer.eot] + tokenizer.encode(prompt)  # end-of-text stands before each document in training, too
+        ids = tokenizer.encode(prompt) or [tokenizer.eot]  # end-of-text stands before each document: a new one
         if len(ids) > model.config.max_seq_len:
             print(f"note: the prompt has {len(ids)} tokens, the model sees the last {model.config.max_seq_len}", file=sys.stderr)
         print(("---\n" if number else "") + prompt, end="", flush=True)
