@@ -86,7 +86,7 @@ def test_a_preset_of_another_size(preset, expected, capsys):
 @pytest.mark.parametrize("sizes, message", [
     ({"dim": 65}, "dim 65 is not divisible by n_heads 4"), ({"n_kv_heads": 3}, "n_heads 4 is not divisible by n_kv_heads 3"),
     ({"dim": 12}, "dim / n_heads = 3 is odd"), ({"padded_vocab_size": 64}, "padded_vocab_size 64 is below vocab_size 100"),
-    ({"n_layers": 0, "n_kv_heads": 0}, "n_layers, n_kv_heads must be at least 1")])
+    ({"n_layers": 0, "n_kv_heads": 0}, "every size must be at least 1.*n_layers=0")])
 def test_sizes_that_do_not_fit_fail_late_or_without_a_reason(sizes, message):
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **sizes)
