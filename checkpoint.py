@@ -211,8 +211,8 @@ def power_of_two(step):
     return step > 0 and step & (step - 1) == 0
 
 
-def prune(run, keep_last, keep_every):
-    """Keep the newest `keep_last` full states. Older ones shrink to their weights if they belong to the trajectory
+def prune(run, now, keep_last, keep_every):
+    """Keep the newest `keep_last` full states up to step `now` (what is newer was left damaged). Older ones shrink to their weights if they belong to the trajectory
     (step 0, powers of two, multiples of keep_every), else they go."""
     full = []
     for step, folder in checkpoints(run).items():
@@ -220,7 +220,7 @@ def prune(run, keep_last, keep_every):
             meta = read_meta(folder)
         except Damaged:
             continue  # not ours to judge: `find` names it
-        if "train_state.pt" in meta["files"]:
+        if "train_state.pt" in meta["files"] and step <= now:
             full.append((step, folder, meta))
     for step, folder, meta in full[:-keep_last]:
         if step == 0 or power_of_two(step) or (keep_every and step % keep_every == 0):

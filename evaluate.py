@@ -28,7 +28,9 @@ from errors import UserError, script
 def choose_device(name=None):
     """torch.device of that name; by default cuda if there is one. Raises UserError if this machine has no such device."""
     try:
-        return torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        device = torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        assert device.type in ("cpu", "cuda", "mps")
+        return device
     except (RuntimeError, AssertionError):
         raise UserError(f"no device {name} here — use --device cpu, or a build of torch that sees your GPU") from None
 
@@ -112,19 +114,25 @@ def main(argv=None):
     parser.add_argument("--device", help="default: cuda if there is one")
     args = parser.parse_args(argv)
 
+    for name in ("seq_len", "eval_tokens"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise UserError(f"--{name} {getattr(args, name)} is out of range — the least is 1")
+
     run, device = Path(args.run) if args.run else newest_run(), choose_device(args.device)
     model, tokenizer, step = load_model(run, args.step, device)
-    settings = json.loads((run / "config.json").read_text()) if (run / "config.json").exists() else {}
-    folder = args.data or settings.get("data")
-    if folder is None:
-        raise UserError(f"{run} does not say what it was trained on — name it with --data")
+    try:
+        settings = dict(json.loads((run / "config.json").read_text()))
+        folder = args.data or settings["data"]
+    except (OSError, ValueError, TypeError, KeyError):
+        raise UserError(f"{run}/config.json is missing or damaged — train with --resume writes it again") from None
     data = DataFolder(folder)
     if data.vocab_size != tokenizer.vocab_size:
         raise UserError(f"{folder} has a vocabulary of {data.vocab_size}, {run} of {tokenizer.vocab_size} — prepare it "
                         f"again with --vocab_size {tokenizer.vocab_size}")
-    val = Windows(data.val, args.seq_len or settings.get("seq_len") or model.config.max_seq_len, data.vocab_size)
-    if val.seq_len > model.config.max_seq_len:
-        raise UserError(f"--seq_len {val.seq_len} is more than the model's max_seq_len {model.config.max_seq_len}")
+    seq_len = args.seq_len or settings["seq_len"]
+    if seq_len > model.config.max_seq_len:
+        raise UserError(f"--seq_len {seq_len} is more than the model's max_seq_len {model.config.max_seq_len}")
+    val = Windows(data.val, seq_len, data.vocab_size)
 
     autocast = torch.autocast(device.type, enabled=False)  # fp32
     result = evaluate(model, val, tokenizer, args.eval_tokens, autocast, progress=True)

@@ -204,7 +204,7 @@ def read_pieces(path, separator=None):
             try:
                 text = json.loads(line)["text"] if line.strip() else ""
                 text.encode()  # JSON can spell half a character (a lone surrogate), UTF-8 cannot
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 raise UserError(f'{path}, line {number}: expected a JSON object with a string "text" — mend or remove '
                                 "this line") from None
             if text:
@@ -268,7 +268,7 @@ def prepare_text(paths, out, vocab_size=DEFAULT_VOCAB_SIZE, separator=None):
 
 def show(text, vocab_size):
     """Print how a text is cut into tokens."""
-    tokenizer = Tokenizer(vocab_size)
+    tokenizer, text = Tokenizer(vocab_size), text.encode("utf-8", errors="replace").decode()  # argv may hold what is no UTF-8
     ids = tokenizer.encode(text)
     print("|".join(repr(tokenizer.decode([i]))[1:-1] for i in ids))
     print(*ids)

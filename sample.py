@@ -43,8 +43,8 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     parser.add_argument("--device", help="default: cuda if there is one")
     args = parser.parse_args(argv)
-    for name, fine in (("temperature", args.temperature >= 0), ("top_k", args.top_k is None or args.top_k >= 1),
-                       ("top_p", 0 < args.top_p <= 1), ("samples", args.samples >= 1), ("max_new_tokens", args.max_new_tokens >= 1)):
+    for name, fine in (("temperature", args.temperature == 0 or 0.01 <= args.temperature <= 100), ("top_k", args.top_k is None or args.top_k >= 1),
+                       ("top_p", 0 < args.top_p <= 1), ("samples", args.samples >= 1), ("seed", 0 <= args.seed < 2**63), ("max_new_tokens", args.max_new_tokens >= 1)):
         if not fine:
             raise UserError(f"--{name} {getattr(args, name)} makes no sense — see python sample.py --help")
 

@@ -74,8 +74,8 @@ BY_PRESET = {  # 978m and 1.7b: the paper's batch, rate, warm-up and 20B tokens
 EXPERIMENT = ("preset", "seed", "batch_tokens", "seq_len", "lr", "min_lr", "warmup_steps", "schedule", "weight_decay",
               "beta1", "beta2", "grad_clip", "shuffle")
 ONCE = ("resume", "overwrite", "reset_optimizer", "stop_at")  # flags about this command, not about the run
-LEAST = dict(max_steps=1, batch_tokens=1, micro_batch=1, seq_len=1, eval_tokens=1, keep_last=2, threads=1, warmup_steps=0,
-             eval_every=0, sample_every=0, save_every=0, keep_every=0, lr=0, grad_clip=0, seed=0, max_minutes=0)
+LEAST = dict(max_steps=1, batch_tokens=1, micro_batch=1, seq_len=1, eval_tokens=1, keep_last=2, threads=1)  # others: 0
+MOST = dict(beta1=0.9999, beta2=0.999999, threads=1024, seed=2**32 - 1)  # others: 2^40
 
 
 def parse(argv):
@@ -101,8 +101,12 @@ def resolve(given, saved=None):
     flags = {name: value for name, value in given.items() if name not in ONCE}
     if {"max_steps", "max_minutes"} <= flags.keys():
         raise UserError("--max_steps and --max_minutes both say when to end — give one")
-    for name in (name for name, least in LEAST.items() if flags.get(name, least) < least):
-        raise UserError(f"--{name} {flags[name]} is too small — the least is {LEAST[name]}")
+    if given.get("overwrite") and given.get("resume") or given.get("reset_optimizer") and not given.get("resume"):
+        raise UserError("--resume goes on, --overwrite starts over, --reset_optimizer needs --resume — choose")
+    for name, value in given.items():
+        least, most = LEAST.get(name, 0), MOST.get(name, 2**40)
+        if isinstance(value, (int, float)) and not least <= value <= most:  # says no to NaN as well
+            raise UserError(f"--{name} {value} is out of range — it can be {least} to {most}")
     if saved:
         differ = [f"{name} (saved {saved[name]}, given {flags[name]})" for name in EXPERIMENT if flags.get(name, saved[name]) != saved[name]]
         if differ:
@@ -164,7 +168,7 @@ def claim(run, given):
     used = (run / "metrics.jsonl").exists() or (run / "checkpoints").exists()
     if used and not given.get("resume") and not given.get("overwrite"):
         raise UserError(f"{run} already holds a run — continue it with --resume, start over with --overwrite, or choose another --run")
-    return lock, checkpoint.find(run, full=True) if given.get("resume") and not given.get("overwrite") else None
+    return lock, checkpoint.find(run, full=True) if given.get("resume") else None
 
 
 def open_run(run, given, folder):
@@ -265,14 +269,12 @@ def main(argv=None):
     settings = resolve(given)  # a first time, so that a mistake in a flag touches nothing
     rank, world, device = start_processes(settings)
     is_main = rank == 0
-
     run = Path(settings["run"] or f"runs/{settings['preset']}")
     lock, folder = claim(run, given) if is_main else (None, None)
     settings, weights, state = open_run(run, given, from_rank_0(folder))
     data, fingerprint = open_data(settings, state, is_main)
     windows = Windows(data.train, settings["seq_len"], data.vocab_size, settings["seed"], settings["shuffle"])
     val = Windows(data.val, settings["seq_len"], data.vocab_size)
-
     # ---- Model, optimizer, precision. The weights are fp32: in bf16, with 8 bits, most small updates would round away.
     accumulation, preset = accumulation_steps(settings, world), PRESETS[settings["preset"]]
     config = ModelConfig(**weights["config"]) if weights else replace(
@@ -351,7 +353,7 @@ def main(argv=None):
                 state |= {"step": step, "tokens": step * total, "seconds": seconds, "config": settings, "data": fingerprint,
                           "log_bytes": log.file.tell()}
                 checkpoint.save(run, step, weights, state if full else None)
-                checkpoint.prune(run, settings["keep_last"], settings["keep_every"])
+                checkpoint.prune(run, step, settings["keep_last"], settings["keep_every"])
         if stopping or at_end:
             break
 
@@ -420,8 +422,6 @@ def main(argv=None):
             f"  python sample.py {run} --prompt \"The function\"\n  python evaluate.py {run} --step 16\n"
             f"  python train.py --run {run} --resume --max_steps {2 * step}" if at_end else
             f"stopped and saved at step {step} — go on with the same command and --resume")
-    if is_main:
-        lock.close()
     if world > 1:
         dist.destroy_process_group()
     return 0 if at_end else 75
