@@ -270,7 +270,7 @@ def main(argv=None):
     rank, world, device = start_processes(settings)
     is_main = rank == 0
     run = Path(settings["run"] or f"runs/{settings['preset']}")
-    lock, folder = claim(run, given) if is_main else (None, None)
+    lock, folder = claim(run, given) if is_main else (None, None)  # held as long as `lock` lives
     settings, weights, state = open_run(run, given, from_rank_0(folder))
     data, fingerprint = open_data(settings, state, is_main)
     windows = Windows(data.train, settings["seq_len"], data.vocab_size, settings["seed"], settings["shuffle"])
