@@ -3,16 +3,18 @@
     python sample.py                                          # newest run, newest checkpoint
     python sample.py runs/tiny --prompt "The function" --prompt "A list" --samples 3
     python sample.py runs/tiny --step 64 --temperature 0      # an earlier moment, the likeliest words
+    python sample.py --trajectory                             # the same prompt and seed at every checkpoint kept
 """
 import argparse
 import codecs
 import sys
+from pathlib import Path
 
 import torch
 
-from checkpoint import load_model, newest_run
+from checkpoint import checkpoints, load_model, newest_run
 from errors import UserError, script
-from evaluate import choose_device
+from evaluate import choose_device, continue_prompt, note, settings_of
 
 
 def stream(model, tokenizer, ids, args, generator, device):
@@ -28,14 +30,33 @@ def stream(model, tokenizer, ids, args, generator, device):
     print(characters.decode(b"", final=True))
 
 
+def trajectory(run, prompts, args, device):
+    """What the run said to each prompt at every checkpoint that it kept: on the screen and in its evaluations.jsonl."""
+    drawn, used = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}, 0
+    for step in checkpoints(run):
+        try:
+            model, tokenizer, _ = load_model(run, step, device)
+        except UserError:
+            continue  # damaged: named on stderr already
+        used += 1
+        for prompt in prompts:
+            sample = continue_prompt(model, tokenizer, prompt, torch.autocast(device.type, enabled=False), **drawn)
+            note(run, {"event": "sample", "step": step, **sample, **drawn})
+            print(f"{step:>9,} | {prompt} | {' '.join(sample['text'].split())}", flush=True)
+    if not used:
+        raise UserError(f"{run}: no usable checkpoint — train it first: python train.py --run {run}")
+
+
 @script
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Continue a prompt with a checkpoint.")
     parser.add_argument("run", nargs="?", help="run folder (default: the newest run)")
     parser.add_argument("--step", type=int, help="checkpoint (default: the newest)")
-    parser.add_argument("--prompt", action="append", help="text to continue; may be given several times (default: none, a new document)")
+    parser.add_argument("--prompt", action="append", help="text to continue; may be given several times (default: none, "
+                        "a new document; with --trajectory what the run's own samples continue)")
+    parser.add_argument("--trajectory", action="store_true", help="the same from every checkpoint kept, also into evaluations.jsonl")
     parser.add_argument("--samples", type=int, default=1, help="continuations of each prompt (default 1)")
-    parser.add_argument("--max_new_tokens", type=int, default=200)
+    parser.add_argument("--max_new_tokens", type=int, help="(default 200; with --trajectory 80)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: always the likeliest token (default 0.8)")
     parser.add_argument("--top_k", type=int, help="draw among the k likeliest tokens only")
     parser.add_argument("--top_p", type=float, default=0.95, help="draw among the likeliest tokens that together have this "
@@ -43,17 +64,22 @@ def main(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="the same seed gives the same text")
     parser.add_argument("--device", help="default: cuda if there is one")
     args = parser.parse_args(argv)
+    args.max_new_tokens = (80 if args.trajectory else 200) if args.max_new_tokens is None else args.max_new_tokens
     for name, fine in (("temperature", args.temperature == 0 or 0.01 <= args.temperature <= 100), ("top_k", args.top_k is None or args.top_k >= 1),
                        ("top_p", 0 < args.top_p <= 1), ("samples", args.samples >= 1), ("seed", 0 <= args.seed < 2**63), ("max_new_tokens", args.max_new_tokens >= 1)):
         if not fine:
             raise UserError(f"--{name} {getattr(args, name)} makes no sense — see python sample.py --help")
+    if args.trajectory and (args.step is not None or args.samples > 1):
+        raise UserError("--trajectory takes one sample at every step — leave out --step and --samples")
 
-    device = choose_device(args.device)
-    model, tokenizer, step = load_model(args.run or newest_run(), args.step, device)
+    device, run = choose_device(args.device), Path(args.run or newest_run())
+    # What is no UTF-8 on the command line arrives as lone surrogates, which no text holds: they become "?".
+    prompts = [prompt.encode("utf-8", errors="replace").decode() for prompt in args.prompt or []]
+    if args.trajectory:
+        return trajectory(run, prompts or [settings_of(run)["sample_prompt"]], args, device)
+    model, tokenizer, step = load_model(run, args.step, device)
     generator = torch.Generator().manual_seed(args.seed)
-    for number, prompt in enumerate(prompt for prompt in args.prompt or [""] for _ in range(args.samples)):
-        # What is no UTF-8 on the command line arrives as lone surrogates, which no text holds: they become "?".
-        prompt = prompt.encode("utf-8", errors="replace").decode()
+    for number, prompt in enumerate(prompt for prompt in prompts or [""] for _ in range(args.samples)):
         ids = tokenizer.encode(prompt) or [tokenizer.eot]  # end-of-text stands before each document: a new one
         if len(ids) > model.config.max_seq_len:
             print(f"note: the prompt has {len(ids)} tokens, the model sees the last {model.config.max_seq_len}", file=sys.stderr)

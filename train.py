@@ -8,6 +8,7 @@
 Exit codes: 0 done, 2 bad usage or data, 3 the loss is no number, 4 a checkpoint not written, 75 stopped: use --resume.
 """
 import argparse
+import contextlib
 import json
 import math
 import os
@@ -27,7 +28,7 @@ from torch.nn.parallel import DistributedDataParallel
 import checkpoint
 from data import DataFolder, Windows
 from errors import UserError, memory_advice, script
-from evaluate import choose_device, choose_dtype, continue_prompt, evaluate
+from evaluate import Observer, choose_device, choose_dtype
 from model import PRESETS, Llama, ModelConfig, flops_per_token, kv_bytes_per_token
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -61,20 +62,22 @@ SETTINGS = {  # name: (default, type or choices, meaning)
     "eval_tokens": (10_485_760, int, "validation tokens scored each time"),
     "sample_every": (1000, int, "steps between samples; also at 0, 4, 16, 64 … and the end; 0: only those"),
     "sample_prompt": ("The", str, "what the samples continue"),
+    "benchmark": (None, str, "questions to score at evaluations, HellaSwag's format (default: the data's cloze.jsonl, if any)"),
+    "benchmark_items": (None, int, "score only so many of the questions, the first (default: all)"),
     "save_every": (500, int, "steps between full checkpoints; also at 0, a stop and the end; 0: only those"),
     "keep_last": (2, int, "full checkpoints kept"),
     "keep_every": (5000, int, "steps between weights kept for good, beside 0, 1, 2, 4, 8 …; 0: only those"),
     "shuffle": (True, bool, "windows in a new random order each epoch; else in file order"),
 }
 BY_PRESET = {  # 978m and 1.7b: the paper's batch, rate, warm-up and 20B tokens
-    "tiny": dict(data=EMBEDDED, max_minutes=4.0, batch_tokens=1024, seq_len=128, lr=3e-3, warmup_steps=100, eval_every=500,
-                 eval_tokens=49_152, sample_prompt="The function returns", sample_every=0, save_every=500, keep_every=0),
+    "tiny": dict(data=EMBEDDED, max_minutes=4.0, batch_tokens=1024, seq_len=128, lr=3e-3, warmup_steps=100, eval_every=1000,
+                 eval_tokens=24_576, benchmark_items=320, sample_prompt="The function returns", sample_every=0, save_every=500, keep_every=0),
     "124m": dict(max_steps=19_073), "978m": dict(max_steps=38_147), "1.7b": dict(max_steps=38_147)}
 # What makes a run this run and not another: a resume may not change these. All else is speed, paths and intervals.
 EXPERIMENT = ("preset", "seed", "batch_tokens", "seq_len", "lr", "min_lr", "warmup_steps", "schedule", "weight_decay",
               "beta1", "beta2", "grad_clip", "shuffle")
 ONCE = ("resume", "overwrite", "reset_optimizer", "stop_at")  # flags about this command, not about the run
-LEAST = dict(max_steps=1, batch_tokens=1, micro_batch=1, seq_len=1, eval_tokens=1, keep_last=2, threads=1)  # others: 0
+LEAST = dict(max_steps=1, batch_tokens=1, micro_batch=1, seq_len=1, eval_tokens=1, benchmark_items=1, keep_last=2, threads=1)  # others: 0
 MOST = dict(beta1=0.9999, beta2=0.999999, threads=1024, seed=2**32 - 1)  # others: 2^40
 
 
@@ -240,6 +243,19 @@ def accumulation_steps(settings, world):
     return total // unit
 
 
+def ask_to_stop(log):
+    """(asked, handlers): Ctrl-C and SIGTERM fill the list, so that the loop finishes the step and saves. A second time
+    they end the process at once. handlers: what to put back at the end."""
+    asked = []
+
+    def ask(signum, frame):
+        asked.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+        log.say("\nstopping after this step, to save; once more stops at once and goes back to the last checkpoint")
+
+    return asked, {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
+
+
 def steps_that_fit(settings, step, step_times, elapsed):
     """Steps that fit into --max_minutes: the time left, divided by the time of a step and its share of an evaluation."""
     look = (elapsed - sum(step_times)) / 6  # in 20 steps we have looked (evaluated, sampled, saved) at 0, 1, 2, 4, 8, 16
@@ -274,7 +290,6 @@ def main(argv=None):
     settings, weights, state = open_run(run, given, from_rank_0(folder))
     data, fingerprint = open_data(settings, state, is_main)
     windows = Windows(data.train, settings["seq_len"], data.vocab_size, settings["seed"], settings["shuffle"])
-    val = Windows(data.val, settings["seq_len"], data.vocab_size)
     # ---- Model, optimizer, precision. The weights are fp32: in bf16, with 8 bits, most small updates would round away.
     accumulation, preset = accumulation_steps(settings, world), PRESETS[settings["preset"]]
     config = ModelConfig(**weights["config"]) if weights else replace(
@@ -286,6 +301,7 @@ def main(argv=None):
     # needs no more. fp16 has not, and small gradients would round to 0: so the scaler multiplies the loss, divides the
     # gradients before they are used, and where the product overflowed it skips the update and halves its factor.
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    observer = Observer(model, data, settings, autocast)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     # `step` counts finished updates, which is also the number of batches consumed: the position in the data, in the
     # schedule and in the log are one number. Counted otherwise, each resume would repeat or skip a batch.
@@ -320,17 +336,8 @@ def main(argv=None):
                 f"lr {lr_at(step, state['config']):.2e} as saved, {lr_at(step, settings):.2e} now")
     resumed_at, weights, state = step if state else None, None, None
 
-    # ---- Ctrl-C and SIGTERM ask for a stop: the step is finished, the state saved. A second time they end it at once.
-    asked = []
-
-    def ask_to_stop(signum, frame):
-        asked.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-        log.say("\nstopping after this step, to save; once more stops at once and goes back to the last checkpoint")
-
-    handlers = {signum: signal.signal(signum, ask_to_stop) for signum in (signal.SIGINT, signal.SIGTERM)}
-
     # ---- The loop
+    asked, handlers = ask_to_stop(log)
     batch, B, total = settings["batch_tokens"] // settings["seq_len"], settings["micro_batch"], settings["batch_tokens"]
     stopping, step_times, loop_start, last_line = False, [], time.monotonic(), 0.0
     while True:
@@ -340,13 +347,9 @@ def main(argv=None):
         every = {name: at_end or step == 0 or (n > 0 and step % n == 0) for name in ("eval", "sample", "save") for n in [settings[f"{name}_every"]]}
         if step != resumed_at:
             if every["eval"] or checkpoint.power_of_two(step):
-                result = evaluate(model, val, data.tokenizer, settings["eval_tokens"], autocast)
-                log.event("eval", step, tokens=step * total, **result)
-                log.say(f"  val loss {result['val_loss']:.4f} | {result['val_bpb']:.4f} bits/byte | context gain {result['context_gain'] or 0:.3f}")
+                observer.evaluate(step, log)
             if is_main and (every["sample"] or checkpoint.power_of_two(step) and step.bit_length() in range(3, 99, 2)):
-                sample = continue_prompt(model, data.tokenizer, settings["sample_prompt"], autocast, device)
-                log.event("sample", step, **sample)
-                log.say(f"  after {step} steps: {sample['prompt']} | {sample['text']}")
+                observer.sample(step, log)
             full = stopping or every["save"]
             if is_main and (full or checkpoint.power_of_two(step)):
                 weights, state = checkpoint.capture(model, optimizer, scaler)
@@ -417,7 +420,11 @@ def main(argv=None):
     # ---- The end
     for signum in handlers:
         signal.signal(signum, handlers[signum])
-    log.event("end", step, reason="done" if at_end else "stopped")
+    log.event("end", step, time=time.time(), reason="done" if at_end else "stopped")
+    if is_main and at_end:
+        import plot_dynamics
+        with contextlib.suppress(SystemExit):  # it says what is wrong; the run is done and saved all the same
+            plot_dynamics.main([str(run), "--out", str(run)])
     log.say(f"done: {step} steps, {seconds / 60:.1f} minutes of training. Three things to try next:\n"
             f"  python sample.py {run} --prompt \"The function\"\n  python evaluate.py {run} --step 16\n"
             f"  python train.py --run {run} --resume --max_steps {2 * step}" if at_end else

@@ -15,93 +15,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
 
 import checkpoint
-import evaluate
 import sample
 import train
-from data import DataFolder, Windows
-from model import PRESETS, ModelConfig
-
-ROOT = Path(__file__).parent.parent
-TEST = ModelConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, intermediate_size=64, vocab_size=300, max_seq_len=32)
-# What a child process runs: train.py, with a preset small enough for a test.
-CHILD = f"""import sys; sys.path.insert(0, {str(ROOT)!r})
-import model, train
-model.PRESETS["test"] = model.{TEST!r}
-train.BY_PRESET["test"] = {{}}
-sys.exit(train.main())
-"""
-FLAGS = ("--preset test --max_steps 20 --seq_len 16 --batch_tokens 128 --micro_batch 4 --warmup_steps 6 --lr 0.01 --dtype fp32 --threads 1 "
-         "--eval_every 8 --eval_tokens 256 --sample_every 0 --save_every 5 --keep_every 0").split()
-
-
-@pytest.fixture(autouse=True)
-def preset(monkeypatch):
-    monkeypatch.setitem(PRESETS, "test", TEST)
-    monkeypatch.setitem(train.BY_PRESET, "test", {})
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory):
-    """A folder of two training shards and one for validation: periodic ids with noise, so that there is something to learn."""
-    folder, random = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
-    splits = {"train": [], "val": []}
-    for name, split, n in (("train_0000", "train", 1500), ("train_0001", "train", 900), ("val_0000", "val", 700)):
-        ids = np.where(random.rand(n) < 0.2, random.randint(0, 299, n), np.arange(n) * 7 % 97).astype(np.uint16)
-        np.save(folder / f"{name}.npy", ids)
-        splits[split].append({"file": f"{name}.npy", "tokens": n, "sha256": ""})
-    (folder / "meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 300, "eot": 299, "dtype": "uint16",
-                                                  "bytes": {}, "splits": splits, "source": {}}))
-    return folder
-
-
-def run(data, folder, *flags):
-    """train.main with the test's settings; a later flag wins. Returns its exit code."""
-    try:
-        return train.main([*FLAGS, "--data", str(data), "--run", str(folder), *map(str, flags)])
-    except SystemExit as error:
-        return error.code
-
-
-@pytest.fixture(scope="module")
-def whole(data, tmp_path_factory):
-    """The run that nothing happened to."""
-    PRESETS["test"], train.BY_PRESET["test"] = TEST, {}
-    folder = tmp_path_factory.mktemp("runs") / "whole"
-    assert run(data, folder) == 0
-    return folder
-
-
-def rows(folder, event="train", keys=("step", "tokens", "loss", "lr", "grad_norm")):
-    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [tuple(row[key] for key in keys) for row in events if row["event"] == event]
-
-
-def evals(folder):
-    return rows(folder, "eval", ("step", "val_loss", "val_bpb", "position_loss"))
-
-
-def state(folder, step=20):
-    """All tensors of a checkpoint's full state, by name."""
-    place = folder / "checkpoints" / f"step_{step:08d}"
-    tensors = dict(torch.load(place / "model.pt", weights_only=True)["model"])
-    for name, moments in torch.load(place / "train_state.pt", weights_only=True)["optimizer"].items():
-        tensors |= {f"{name}.{key}": value for key, value in moments.items()}
-    return tensors
-
-
-def same(a, b):
-    """Equal to the bit: losses, rates, norms, evaluations, weights, moments."""
-    first, second = state(a), state(b)
-    return (rows(a) == rows(b) and evals(a) == evals(b) and first.keys() == second.keys()
-            and all(torch.equal(first[name], second[name]) for name in first))
-
-
-def messages(capsys):
-    return capsys.readouterr().err.strip().splitlines()
-
+from conftest import CHILD, FLAGS, evals, messages, rows, run, same
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Stop and resume
@@ -182,7 +100,7 @@ def test_the_trajectory_loses_its_checkpoints_or_keeps_too_many(whole):
 def test_events_come_in_another_order(whole):
     events = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [(e["event"], e["step"]) for e in events][:8] == [
-        ("start", 0), ("eval", 0), ("sample", 0), ("train", 1), ("eval", 1), ("train", 2), ("eval", 2), ("train", 3)]
+        ("start", 0), ("eval", 0), ("benchmark", 0), ("sample", 0), ("train", 1), ("eval", 1), ("benchmark", 1), ("train", 2)]
     assert events[-1]["event"] == "end" and events[-1]["reason"] == "done"
 
 
@@ -200,6 +118,8 @@ def test_two_processes_train_another_run(data, tmp_path):
     assert len(two) == 50 and np.abs(two / one - 1).max() < 1e-5
     assert np.abs(other / one - 1).max() > 1e-5  # control
     assert np.allclose([row[1] for row in evals(tmp_path / "two")], [row[1] for row in evals(tmp_path / "one")], rtol=1e-5)
+    one, two, other = (rows(tmp_path / name, "benchmark", ("step", "acc", "acc_norm", "acc_pmi", "n")) for name in ("one", "two", "other"))
+    assert one == two != other
 
 
 def test_micro_batches_that_are_averaged_one_by_one(data, whole, tmp_path):
@@ -251,11 +171,10 @@ def test_a_loss_that_is_no_number_reaches_the_weights(data, tmp_path, capsys):
 def test_minutes_do_not_become_a_fixed_horizon(data, tmp_path, monkeypatch):
     monkeypatch.setitem(train.BY_PRESET, "test", {"max_minutes": 0.02})
     flags = [flag for flag in FLAGS if flag not in ("--max_steps", "20")]
-    monkeypatch.setattr(sys.modules[__name__], "FLAGS", flags)
-    assert run(data, tmp_path / "r", "--stop_at", 25) == 75
+    assert run(data, tmp_path / "r", "--stop_at", 25, base=flags) == 75
     (step, horizon), = rows(tmp_path / "r", "horizon", ("step", "max_steps"))
     assert step == 20 and horizon > 20
-    assert run(data, tmp_path / "r", "--resume", "--max_steps", 30) == 0  # another one is accepted when it is asked for
+    assert run(data, tmp_path / "r", "--resume", "--max_steps", 30, base=flags) == 0  # another one is accepted when it is asked for
     assert rows(tmp_path / "r")[-1][0] == 30 and json.loads((tmp_path / "r/config.json").read_text())["max_steps"] == 30
 
 
@@ -333,68 +252,7 @@ def test_out_of_memory_does_not_say_what_to_do(data, tmp_path, capsys, monkeypat
     def full(*args, **kwargs):
         raise torch.OutOfMemoryError("CUDA out of memory")
     monkeypatch.setattr(train.Llama, "forward", full)
-    monkeypatch.setattr(train, "evaluate", lambda *args: {"val_loss": 0, "val_bpb": 0, "context_gain": 0})
-    monkeypatch.setattr(train, "continue_prompt", lambda *args: {"prompt": "", "text": ""})
+    monkeypatch.setattr(train.Observer, "evaluate", lambda *args: None)
+    monkeypatch.setattr(train.Observer, "sample", lambda *args: None)
     assert run(data, tmp_path / "r") == 2
     assert "use --micro_batch 2" in messages(capsys)[-1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Evaluation and samples
-
-def test_scores_that_a_plain_loop_would_not_give(data, whole):
-    model, tokenizer, step = checkpoint.load_model(whole)
-    folder = DataFolder(data)
-    ids = np.load(data / "val_0000.npy").astype(np.int64)
-    nats, n_bytes, first, last = 0.0, 0, [], []
-    for start in range(0, 256, 16):  # 16 windows of 16
-        window = torch.tensor(ids[start:start + 17])
-        logp = F.log_softmax(model(window[None, :-1])[0][0].double(), dim=-1)
-        losses = [-logp[i, window[i + 1]].item() for i in range(16)]
-        nats += sum(losses)
-        n_bytes += sum(len(tokenizer.decode_bytes([int(i)])) for i in window[1:] if i != tokenizer.eot)
-        first, last = first + losses[:2], last + losses[-2:]
-    found = evaluate.evaluate(model, Windows(folder.val, 16, 300), tokenizer, 256, torch.autocast("cpu", enabled=False))
-    assert step == 20 and math.isclose(found["val_loss"], nats / 256, rel_tol=1e-5)
-    assert math.isclose(found["val_bpb"], nats / math.log(2) / n_bytes, rel_tol=1e-5)
-    assert math.isclose(found["context_gain"], np.mean(first) - np.mean(last), abs_tol=1e-5)
-    assert math.isclose(found["val_loss"], evals(whole)[-1][1], rel_tol=1e-5)  # what the run wrote of itself
-    assert not math.isclose(found["val_loss"], evals(whole)[-2][1], rel_tol=1e-5)  # control: another step
-
-
-def test_statistics_of_a_text():
-    assert evaluate.text_statistics([1, 2, 3, 4]) == {"distinct_2": 1.0, "repetition": 0.0}
-    assert evaluate.text_statistics([1, 2] * 4) == {"distinct_2": 2 / 7, "repetition": 3 / 5}
-    assert evaluate.text_statistics([7]) == {"distinct_2": 1.0, "repetition": 0.0}
-
-
-def test_evaluate_and_sample_as_commands(data, whole, capsys):
-    assert not evaluate.main([str(whole), "--step", "8"])
-    assert "step 8" in capsys.readouterr().out
-    assert json.loads((whole / "evaluations.jsonl").read_text().splitlines()[-1])["step"] == 8
-    (whole / "evaluations.jsonl").unlink()
-    texts = []
-    for seed in (0, 0, 1):
-        sample.main([str(whole), "--prompt", "Zürich <|endoftext|>", "--samples", "2", "--seed", str(seed), "--max_new_tokens", "40"])
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] != texts[2] and texts[0].startswith("Zürich <|endoftext|>")
-    for prompt in ("", "long " * 100, "\udcff"):
-        sample.main([str(whole), "--prompt", prompt, "--max_new_tokens", "3"])
-    for wrong in (["--step", "7"], ["--temperature", "-1"], ["--top_p", "0"]):
-        with pytest.raises(SystemExit) as error:
-            sample.main([str(whole), *wrong])
-        assert error.value.code == 2
-
-
-def test_streaming_breaks_a_character(whole, capsys):
-    class Speaker:
-        def generate(self, *args):
-            return iter([torch.tensor([b]) for b in (tokenizer.encode("é")[0], tokenizer.encode("é")[1], tokenizer.eot)])
-    _, tokenizer, _ = checkpoint.load_model(whole)
-    shown = []
-    args = type("Args", (), {"max_new_tokens": 9, "temperature": 1, "top_k": None, "top_p": None})
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("builtins.print", lambda text="", **how: shown.append(text))
-        sample.stream(Speaker(), tokenizer, [1], args, None, "cpu")
-    assert shown == ["", "é", ""]
-    assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd"  # control: piece by piece it would break

@@ -1,0 +1,408 @@
+"""plot_dynamics.py — logs into pictures and numbers: dynamics.png, one page, and trajectory.md, the samples as a table.
+
+    python plot_dynamics.py runs/tiny                        # into figures/; also while the run is going on
+    python plot_dynamics.py runs/a runs/b logs/default       # several on one page, each with its name
+    python plot_dynamics.py log.txt --batch_tokens 524288    # the plain log of build-nanogpt and of the paper's code
+
+Reads a run's metrics.jsonl, and from its evaluations.jsonl the samples and the benchmarks that the run itself did not
+score. Needs only numpy and matplotlib, no checkpoint: a log is enough.
+"""
+import argparse
+import json
+import math
+import re
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+
+def fail(message):
+    print(f"plot_dynamics.py: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading. Whatever wrote the log, it becomes a list of events: {"event": …, "step": …, …}.
+
+def parse_json(line):
+    event = json.loads(line)
+    assert isinstance(event["event"], str) and isinstance(event["step"], int)
+    return event
+
+
+def parse_plain(line):
+    """A line "step stream value" of build-nanogpt's log.txt; None for streams that we do not know."""
+    step, stream, value = line.split()
+    step, value = int(step), float(value)
+    return {"train": {"event": "train", "step": step, "loss": value},
+            "val": {"event": "eval", "step": step, "val_loss": value},
+            "hella": {"event": "benchmark", "step": step, "name": "hellaswag", "acc_norm": value, "n_choices": 4}}.get(stream)
+
+
+def read_events(path):
+    """All events of one log file. Lines that are broken, or half written, are left out with a warning."""
+    events, broken = [], []
+    parse = parse_json if path.suffix == ".jsonl" else parse_plain
+    with open(path, encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                events.append(parse(line))
+            except (ValueError, KeyError, TypeError, AssertionError):
+                broken.append(number)
+    if broken:
+        print(f"warning: {path}: {len(broken)} broken line{'s' * (len(broken) > 1)} left out (line {', '.join(map(str, broken[:5]))}"
+              f"{' …' * (len(broken) > 5)})", file=sys.stderr)
+    return [event for event in events if event]
+
+
+def column(rows, key):
+    """The numbers under `key`, (len(rows),) float64; NaN where there is none."""
+    return np.array([row[key] if isinstance(row.get(key), (int, float)) else math.nan for row in rows], dtype=float)
+
+
+DRAWN = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")  # how sample.py --trajectory drew; a run's own samples do not say
+
+
+@dataclass
+class Run:
+    """What is drawn of a run: rows by kind, sorted by step, one per step (after a resume the later one counts)."""
+    name: str
+    train: list
+    eval: list
+    benchmarks: dict                            # (name, style): rows
+    samples: dict                               # (prompt, how it was drawn): rows
+    batch_tokens: int | None                    # None: unknown, the x axis shows steps
+    marks: list = field(default_factory=list)   # (step, kind, text): resumes and changes
+    seconds: float | None = None                # from the start to the end, if nothing came between
+    looking: float = 0.0                        # of them, seconds of evaluations and benchmarks
+
+    def x(self, steps, in_tokens):
+        return np.asarray(steps, dtype=float) * (self.batch_tokens if in_tokens else 1)
+
+
+def latest(events, key=lambda event: None):
+    """{key: rows sorted by step}: of several events with the same key and step the last wins."""
+    kept = {}
+    for event in events:
+        kept.setdefault(key(event), {})[event["step"]] = event
+    return {name: [rows[step] for step in sorted(rows)] for name, rows in kept.items()}
+
+
+def find_marks(events):
+    """[(step, "resume" | "optimizer" | "hardware", text)] of every resume."""
+    marks, env = [], None
+    for event in events:
+        if event["event"] not in ("start", "resume") or not isinstance(event.get("env"), dict):
+            continue
+        new = event["env"]
+        if event["event"] == "resume":
+            changed = [f"{name} {env.get(name)} → {new.get(name)}" for name in {**(env or {}), **new}
+                       if env and env.get(name) != new.get(name)]
+            kind = "hardware" if changed else "resume" if event.get("restored_optimizer", True) else "optimizer"
+            lost = [] if event.get("restored_optimizer", True) else ["without optimizer state"]
+            marks.append((event["step"], kind, ", ".join(changed + lost) or "resume"))
+        env = new
+    return marks
+
+
+def read_run(path, batch_tokens=None):
+    """The Run in a folder (metrics.jsonl or log.txt) or a single log file."""
+    path = Path(path)
+    files = [path / "metrics.jsonl", path / "log.txt"] if path.is_dir() else [path]
+    log = next((file for file in files if file.is_file()), None)
+    if log is None:
+        fail(f"{path}: no metrics.jsonl and no log.txt in it — give a run folder or a log file" if path.is_dir() else
+             f"{path}: no such file or folder — give a run folder or a log file")
+    events, extra = read_events(log), []
+    if log.name == "metrics.jsonl" and log.with_name("evaluations.jsonl").is_file():
+        extra = read_events(log.with_name("evaluations.jsonl"))
+    of = {kind: [e for e in events if e["event"] == kind] for kind in ("train", "eval", "start", "resume", "end")}
+    if not of["train"] and not of["eval"]:
+        fail(f"{log}: nothing to draw, no train or eval line in it — is it a log of train.py, or lines of \"step train|val|hella value\"?")
+    both = {kind: [e for e in extra + events if e["event"] == kind] for kind in ("benchmark", "sample")}  # the run's own win
+    known = [e["tokens"] / e["step"] for e in of["train"] if e["step"] and isinstance(e.get("tokens"), int)]
+    whole = len(of["start"]) == len(of["end"]) == 1 and not of["resume"] and {"time"} <= of["start"][0].keys() & of["end"][0].keys()
+    return Run(name=(log.resolve().parent.name if log.name in ("metrics.jsonl", "log.txt") else log.stem),
+               train=latest(of["train"]).get(None, []), eval=latest(of["eval"]).get(None, []),
+               benchmarks=latest(both["benchmark"], lambda e: (str(e.get("name", "benchmark")), str(e.get("style", "token")))),
+               samples=latest(both["sample"], lambda e: (str(e.get("prompt", "")), ", ".join(f"{k} {e[k]}" for k in DRAWN if e.get(k) is not None))),
+               batch_tokens=batch_tokens or (round(known[-1]) if known else None), marks=find_marks(events),
+               looking=sum(e.get("seconds", 0) for e in events if e["event"] in ("eval", "benchmark")),
+               seconds=of["end"][0]["time"] - of["start"][0]["time"] if whole else None)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The page. Each panel draws what all runs have of it; a panel that none has anything for is left out.
+
+ACCURACIES = {"acc": "whole ending", "acc_norm": "per token", "acc_pmi": "gain over no context"}
+
+
+def smooth(values, share=0.05):
+    """Mean over the steps around each one, from i (1 − share) to i (1 + share): even on a logarithmic axis."""
+    i, known = np.arange(len(values)), np.isfinite(values)
+    total, count = (np.concatenate([[0], np.cumsum(v)]) for v in (np.where(known, values, 0), known))
+    low, high = (i - i * share).astype(int), np.minimum((i + i * share).astype(int) + 1, len(values))
+    return (total[high] - total[low]) / np.where(count[high] > count[low], count[high] - count[low], math.nan)
+
+
+def thin(x, y, most=2000):
+    """At most so many points, evenly on a logarithmic axis: no page shows more."""
+    if len(x) <= most:
+        return x, y
+    keep = np.unique(np.geomspace(1, len(x), most).astype(int) - 1)
+    return x[keep], y[keep]
+
+
+class Page:
+    """Draws runs into axes. One run is drawn with a colour for each quantity, several with a colour for each run."""
+
+    def __init__(self, runs, scale):
+        try:
+            from matplotlib.figure import Figure  # without pyplot: no window, no state that others share
+        except ImportError:
+            fail("matplotlib is missing — run: pip install -r requirements.txt")
+        self.runs, self.scale, self.alone = runs, scale, len(runs) == 1
+        self.in_tokens = all(run.batch_tokens for run in runs)
+        panels = [self.loss, self.bits_per_byte, self.accuracy, self.context_gain, self.position_loss, self.samples,
+                  self.learning_rate, self.grad_norm, self.throughput]
+        panels = [panel for panel in panels if panel(None)]
+        if not panels:
+            fail("no number to draw in these logs yet")
+        columns = min(3, len(panels))
+        rows = -(-len(panels) // columns)
+        self.figure = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.5), layout="constrained", dpi=110)
+        for number, panel in enumerate(panels, 1):
+            panel(self.figure.add_subplot(rows, columns, number))
+        last = {run.name: (run.train or run.eval)[-1]["step"] for run in runs}
+        self.figure.suptitle("Training dynamics: " + ", ".join(f"{name} ({step:,} steps)" for name, step in last.items()), fontsize=13)
+
+    def color(self, run, number=0):
+        return f"C{number if self.alone else self.runs.index(run) % 10}"
+
+    def label(self, run, what=None):
+        return what if self.alone else run.name
+
+    def curve(self, axes, run, rows, key, number=0, what=None, smoothed=False, **how):
+        """One line of rows[key] over tokens; False if there are no numbers."""
+        y = column(rows, key)
+        if axes is None or not np.isfinite(y).any():
+            return bool(np.isfinite(y).any())
+        x = self.run_x(run, rows)
+        if smoothed:
+            if self.alone:
+                axes.plot(x, y, color=self.color(run, number), alpha=0.25, linewidth=0.7)
+            x, y = thin(x, smooth(y))
+        known = np.isfinite(y)
+        axes.plot(x[known], y[known], color=self.color(run, number), label=self.label(run, what), **{"linewidth": 1.5, **how})
+        return True
+
+    def run_x(self, run, rows):
+        return run.x([row["step"] for row in rows], self.in_tokens)
+
+    def finish(self, axes, title, ylabel):
+        """Title, scale, and a vertical line for each resume and change; the same in every panel over tokens."""
+        first = min((self.run_x(run, rows[:1])[0] for run in self.runs for rows in (run.train,) if rows), default=1) or 1
+        if self.scale == "log":
+            axes.set_xscale("symlog", linthresh=first, linscale=0.3)  # symlog: step 0 has a place too
+            axes.set_xlim(left=0)
+        styles = {"resume": ("0.55", ":"), "optimizer": ("purple", "--"), "hardware": ("firebrick", "--")}
+        for run in self.runs:
+            for step, kind, text in run.marks:
+                color, style = styles[kind]
+                axes.axvline(run.x(step, self.in_tokens), color=color, linestyle=style, linewidth=1)
+        axes.set_xlabel("tokens" if self.in_tokens else "steps")
+        axes.set_title(title, fontsize=11)
+        axes.set_ylabel(ylabel)
+        axes.grid(alpha=0.25)
+        if axes.get_legend_handles_labels()[1]:
+            axes.legend(fontsize=8, frameon=False)
+        return True
+
+    # Each panel: without axes it says whether there is anything to draw; with them it draws.
+
+    def every(self, axes, rows_of, key, title, ylabel, **how):
+        drawn = [self.curve(axes, run, rows_of(run), key, **how) for run in self.runs]
+        return any(drawn) and (axes is None or self.finish(axes, title, ylabel))
+
+    def loss(self, axes):
+        drawn = []
+        for run in self.runs:
+            drawn.append(self.curve(axes, run, run.train, "loss", 0, "training", smoothed=True, alpha=1 if self.alone else 0.4))
+            if drawn[-1] and not self.alone and axes:
+                axes.lines[-1].set_label("_" if any(row.get("val_loss") for row in run.eval) else run.name)
+            drawn.append(self.curve(axes, run, run.eval, "val_loss", 1, "validation", marker="o", markersize=3))
+        return any(drawn) and (axes is None or self.finish(axes, "Loss", "nats per token"))
+
+    def bits_per_byte(self, axes):
+        return self.every(axes, lambda run: run.eval, "val_bpb", "Bits per byte of validation text", "bits per byte", number=1, marker="o", markersize=3)
+
+    def accuracy(self, axes):
+        drawn, chances = False, set()
+        for run in self.runs:
+            for number, ((name, style), rows) in enumerate(sorted(run.benchmarks.items())):
+                chances |= {1 / row["n_choices"] for row in rows if row.get("n_choices")}
+                for shade, key in enumerate(ACCURACIES if self.alone and len(run.benchmarks) == 1 else ["acc_norm"]):
+                    what = f"{key}: {ACCURACIES[key]}" if len(run.benchmarks) == 1 else f"{name}, {style} style"
+                    if not self.curve(axes, run, rows, key, number + shade, what, marker="o", markersize=3):
+                        continue
+                    drawn = True
+                    y, error = column(rows, key), column(rows, key.replace("acc", "stderr"))
+                    if axes is not None and np.isfinite(error).any():
+                        axes.fill_between(self.run_x(run, rows), y - error, y + error, color=self.color(run, number + shade), alpha=0.15, linewidth=0)
+        if axes is None or not drawn:
+            return drawn
+        for chance in chances:
+            axes.axhline(chance, color="0.4", linestyle="--", linewidth=1, label=f"chance {chance:.0%}")
+        names = sorted({name for run in self.runs for name, _ in run.benchmarks})
+        return self.finish(axes, f"Accuracy on {', '.join(names)} (band: ± 1 standard error)", "share right" if self.alone else "acc_norm")
+
+    def context_gain(self, axes):
+        return self.every(axes, lambda run: run.eval, "context_gain", "Context gain: loss of the first eighth − of the last", "nats", number=2, marker="o", markersize=3)
+
+    def position_loss(self, axes):
+        found = [(run, [row for row in run.eval if row.get("position_loss")]) for run in self.runs]
+        found = [(run, rows) for run, rows in found if rows]
+        if axes is None or not found:
+            return bool(found)
+        for run, rows in found:
+            steps = {row["step"]: row for row in rows}
+            shown = [rows[-1]] if not self.alone else [steps[s] for s in steps if s == rows[-1]["step"] or s > 0 and math.log(s, 4).is_integer()]
+            for i, row in enumerate(shown):
+                from matplotlib import colormaps
+                color = colormaps["viridis"](i / max(1, len(shown))) if self.alone else self.color(run)
+                y = column([{"y": loss} for loss in row["position_loss"]], "y")
+                axes.plot(range(1, 1 + len(y)), y - y[0], color=color, marker="o", markersize=3, label=self.label(run, f"step {row['step']:,}"))
+        axes.set(xlabel="eighth of the window", ylabel="nats per token")
+        axes.set_title("Loss by position, minus that of the first eighth", fontsize=11)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, frameon=False)
+        return True
+
+    def samples(self, axes):
+        drawn = []
+        for run in self.runs:
+            rows = max(run.samples.values(), key=len, default=[])
+            drawn.append(self.curve(axes, run, rows, "repetition", 3, "repetition: 4-grams seen before", marker="o", markersize=3))
+            if self.alone:
+                drawn.append(self.curve(axes, run, rows, "distinct_2", 4, "distinct_2: different bigrams", marker="o", markersize=3))
+        return any(drawn) and (axes is None or self.finish(axes, "Samples" if self.alone else "Samples: 4-grams seen before", "share"))
+
+    def learning_rate(self, axes):
+        return self.every(axes, lambda run: run.train, "lr", "Learning rate", "lr", number=5)
+
+    def grad_norm(self, axes):
+        if axes:
+            axes.set_yscale("log")
+        return self.every(axes, lambda run: run.train, "grad_norm", "Gradient norm, before clipping", "L2 norm", number=6, smoothed=True)
+
+    def throughput(self, axes):
+        drawn = self.every(axes, lambda run: run.train, "tok_per_s", "Throughput, without evaluating and saving", "tokens per second", number=7, smoothed=True)
+        if axes and drawn:
+            axes.set_ylim(0, 1.1 * max(np.nanpercentile(column(run.train, "tok_per_s"), 99) for run in self.runs if run.train))
+            for run in self.runs:
+                for step, kind, text in run.marks:
+                    if kind != "resume":
+                        axes.text(run.x(step, self.in_tokens), 0, f" {speed_change(run, step, text)}", rotation=90, fontsize=7, va="bottom", ha="right")
+        return drawn
+
+
+def speed_change(run, step, text):
+    """A mark with the median tokens/s of the 100 steps before and after it."""
+    before, after = ([row for row in run.train if low < row["step"] <= high] for low, high in ((step - 100, step), (step, step + 100)))
+    rates = [np.nanmedian(column(rows, "tok_per_s")) for rows in (before, after) if rows and np.isfinite(column(rows, "tok_per_s")).any()]
+    return text + (f": {rates[0]:,.0f} → {rates[1]:,.0f} tokens/s" if len(rates) == 2 else "")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The words and the numbers
+
+def percent(row):
+    """The three accuracies of a benchmark row, in percent, as "28.1 / 29.4 / 33.0"."""
+    shares = [row[key] for key in ACCURACIES if isinstance(row.get(key), (int, float))]
+    return " / ".join(f"{100 * share:.1f}" for share in shares)
+
+
+def trajectory(runs):
+    """What each run said, and how good it was, step by step: Markdown."""
+    parts = []
+    for run in runs:
+        losses = {row["step"]: row.get("val_loss") for row in run.eval}
+        (name, style), scored = next(iter(run.benchmarks.items()), (("", ""), []))
+        accuracies = {row["step"]: percent(row) for row in scored}
+        title = f"accuracy on {name} in %: {' / '.join(ACCURACIES)}" if name else "accuracy"
+        parts.append(f"# {run.name}\n")
+        for (prompt, drawn), rows in run.samples.items():
+            parts.append(f"“{escape(prompt)}” goes on with{f' ({escape(drawn)})' if drawn else ''}:\n\n| step | tokens | val loss | {title} | sample |\n|---:|---:|---:|---:|---|")
+            for row in rows:
+                step, loss = row["step"], losses.get(row["step"])
+                tokens = f"{step * run.batch_tokens:,}" if run.batch_tokens else ""
+                loss = f"{loss:.4f}" if isinstance(loss, float) else ""
+                parts.append(f"| {step:,} | {tokens} | {loss} | {accuracies.get(step, '')} | {escape(str(row.get('text', '')))} |")
+            parts.append("")
+        if not run.samples:
+            parts.append("No samples in this log.\n")
+    return "\n".join(parts)
+
+
+def escape(text):
+    """Text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", " ".join(text.split()))
+
+
+def summary(run):
+    """What one wants to know of a run, as {name: text}."""
+    step = max(rows[-1]["step"] for rows in (run.train, run.eval) if rows)
+    words = {"steps": f"{step:,}"}
+    if run.batch_tokens:
+        words["tokens"] = f"{step * run.batch_tokens:,}"
+    for name, rows, key in (("loss", run.train, "loss"), ("val loss", run.eval, "val_loss"), ("bits/byte", run.eval, "val_bpb"),
+                            ("context gain", run.eval, "context_gain")):
+        known = [row[key] for row in rows if isinstance(row.get(key), float)]
+        if known:
+            words[name] = f"{known[-1]:.3f}"
+    for (name, style), rows in run.benchmarks.items():
+        words[f"{name} ({style}), %"] = percent(rows[-1])
+    rates = column(run.train, "tok_per_s")
+    if np.isfinite(rates).any():
+        words["tokens/s (median)"] = f"{np.nanmedian(rates):,.0f}"
+    if run.seconds:
+        words["seconds"] = f"{run.seconds:.0f}"
+        words["of them evaluating"] = f"{run.looking / run.seconds:.1%}"
+    return words
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Draw logs: dynamics.png and trajectory.md.")
+    parser.add_argument("logs", nargs="+", metavar="RUN_OR_LOG", help="run folder, metrics.jsonl, another .jsonl, or a plain log.txt")
+    parser.add_argument("--out", default="figures", help="folder to write into (default figures)")
+    parser.add_argument("--scale", choices=("log", "linear"), default="log", help="of the x axis (default log: early learning is fast)")
+    parser.add_argument("--batch_tokens", type=int, help="tokens per step, for logs that do not say")
+    args = parser.parse_args(argv)
+    if args.batch_tokens is not None and args.batch_tokens < 1:
+        fail(f"--batch_tokens {args.batch_tokens} is out of range — the least is 1")
+    out = Path(args.out)
+    try:
+        runs = [read_run(log, args.batch_tokens) for log in args.logs]
+        repeated = Counter(run.name for run in runs)
+        for run, log in zip(runs, args.logs):
+            run.name = log if repeated[run.name] > 1 else run.name
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "trajectory.md").write_text(trajectory(runs), encoding="utf-8")
+        Page(runs, args.scale).figure.savefig(out / "dynamics.png")
+    except OSError as error:
+        fail(f"{error.filename or out}: {error.strerror} — check the path, its permissions and the disk")
+    for run in runs:
+        print(f"{run.name}: " + ", ".join(f"{name} {text}" for name, text in summary(run).items()))
+        for step, kind, text in run.marks:
+            print(f"  step {step:,}: {speed_change(run, step, text)}")
+    print(f"drawn: {out}/dynamics.png, {out}/trajectory.md")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""What several test files share: a preset small enough for a test, data for it, and a run that nothing happened to."""
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import plot_dynamics
+import train
+from model import PRESETS, ModelConfig
+
+ROOT = Path(__file__).parent.parent
+TEST = ModelConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, intermediate_size=64, vocab_size=300, max_seq_len=32)
+# What a child process runs: train.py, with a preset small enough for a test.
+CHILD = f"""import sys; sys.path.insert(0, {str(ROOT)!r})
+import model, train
+model.PRESETS["test"] = model.{TEST!r}
+train.BY_PRESET["test"] = {{}}
+sys.exit(train.main())
+"""
+ENDINGS = ["a test.", "the end of it.", "not so.", "what it is."]
+QUESTIONS = [{"ctx": f"Line {'and so on ' * n}is", "activity_label": f"line{n}", "ctx_a": f"Line {'and so on ' * n}".strip(), "ctx_b": "is",
+              "endings": ENDINGS, "label": n % 4} for n in range(6)]
+FLAGS = ("--preset test --max_steps 20 --seq_len 16 --batch_tokens 128 --micro_batch 4 --warmup_steps 6 --lr 0.01 --dtype fp32 --threads 1 "
+         "--eval_every 8 --eval_tokens 256 --sample_every 0 --save_every 5 --keep_every 0").split()
+
+
+@pytest.fixture(autouse=True)
+def preset(monkeypatch):
+    monkeypatch.setitem(PRESETS, "test", TEST)
+    monkeypatch.setitem(train.BY_PRESET, "test", {})
+    monkeypatch.setattr(plot_dynamics, "main", lambda argv: 0)  # a second for each run; `whole` does draw
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    """A folder of two training shards and one for validation: periodic ids with noise, so that there is something to learn."""
+    folder, random = tmp_path_factory.mktemp("data"), np.random.RandomState(0)
+    splits = {"train": [], "val": []}
+    for name, split, n in (("train_0000", "train", 1500), ("train_0001", "train", 900), ("val_0000", "val", 700)):
+        ids = np.where(random.rand(n) < 0.2, random.randint(0, 299, n), np.arange(n) * 7 % 97).astype(np.uint16)
+        np.save(folder / f"{name}.npy", ids)
+        splits[split].append({"file": f"{name}.npy", "tokens": n, "sha256": ""})
+    (folder / "cloze.jsonl").write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    (folder / "meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 300, "eot": 299, "dtype": "uint16",
+                                                  "bytes": {}, "splits": splits, "source": {}}))
+    return folder
+
+
+def run(data, folder, *flags, base=FLAGS):
+    """train.main with the test's settings; a later flag wins. Returns its exit code."""
+    try:
+        return train.main([*base, "--data", str(data), "--run", str(folder), *map(str, flags)])
+    except SystemExit as error:
+        return error.code
+
+
+@pytest.fixture(scope="session")
+def whole(data, tmp_path_factory):
+    """The run that nothing happened to."""
+    PRESETS["test"], train.BY_PRESET["test"] = TEST, {}
+    folder = tmp_path_factory.mktemp("runs") / "whole"
+    assert run(data, folder) == 0
+    return folder
+
+
+def rows(folder, event="train", keys=("step", "tokens", "loss", "lr", "grad_norm")):
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(row[key] for key in keys) for row in events if row["event"] == event]
+
+
+def evals(folder):
+    return rows(folder, "eval", ("step", "val_loss", "val_bpb", "position_loss"))
+
+
+def state(folder, step=20):
+    """All tensors of a checkpoint's full state, by name."""
+    place = folder / "checkpoints" / f"step_{step:08d}"
+    tensors = dict(torch.load(place / "model.pt", weights_only=True)["model"])
+    for name, moments in torch.load(place / "train_state.pt", weights_only=True)["optimizer"].items():
+        tensors |= {f"{name}.{key}": value for key, value in moments.items()}
+    return tensors
+
+
+def same(a, b):
+    """Equal to the bit: losses, rates, norms, evaluations, weights, moments."""
+    first, second = state(a), state(b)
+    return (rows(a) == rows(b) and evals(a) == evals(b) and first.keys() == second.keys()
+            and all(torch.equal(first[name], second[name]) for name in first))
+
+
+def messages(capsys):
+    return capsys.readouterr().err.strip().splitlines()
