@@ -2,7 +2,6 @@
 import functools
 import os
 import sys
-from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -35,17 +34,3 @@ def script(main):
             print(f"{name}: {where}{error.strerror or error} — check the path, its permissions and the disk", file=sys.stderr)
             sys.exit(2)
     return wrapped
-
-
-@contextmanager
-def memory_advice(settings, accumulation):
-    """Turn "out of memory" into the next smaller micro-batch that still divides the step."""
-    import torch
-    try:
-        yield
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; on the CPU it is a plain one
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        B = settings["micro_batch"]
-        advice = [f"--micro_batch {n}" for n in range(B - 1, 0, -1) if B * accumulation % n == 0] + ["a smaller --preset or --seq_len"]
-        raise UserError(f"out of memory with micro_batch {B} x seq_len {settings['seq_len']} — use {advice[0]}") from None

@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import math
-import platform
 import re
 import time
 from collections import Counter
@@ -20,53 +19,19 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import load_model, newest_run
 from data import DataFolder, Windows
+from devices import add_up, choose_device, processes
 from errors import UserError, script
 from model import KVCache
-
-
-def choose_device(name=None):
-    """torch.device of that name; by default cuda if there is one. Raises UserError if this machine has no such device."""
-    try:
-        device = torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
-        assert device.type in ("cpu", "cuda", "mps")
-        return device
-    except (RuntimeError, AssertionError):
-        raise UserError(f"no device {name} here — use --device cpu, or a build of torch that sees your GPU") from None
-
-
-def choose_dtype(name, device):
-    """The dtype of matrix products. bf16 only where the hardware has it: emulated, it is slower than fp32."""
-    if name != "auto":
-        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
-    if device.type == "cuda":
-        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
-    x86 = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
-    return torch.bfloat16 if x86 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()) else torch.float32
 
 
 BATCH_TOKENS = 4096  # tokens per forward; fixed, so that a score does not depend on a flag
 ROWS = 1024          # tokens whose logits are held at once
 EIGHTHS = 8          # parts of the window for the loss by position
-
-
-def processes():
-    """(rank, world) of this process."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-
-
-def add_up(rows, device):
-    """Fill in on every rank what the others have filled in of `rows`: each row is one rank's, and 0 on all others. So the
-    same numbers are added in the same order whatever the number of processes."""
-    if dist.is_initialized():
-        rows = rows.to(device)
-        dist.all_reduce(rows)
-    return rows.cpu()
 
 
 def token_losses(model, hidden, targets):

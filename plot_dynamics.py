@@ -124,13 +124,14 @@ def read_run(path, batch_tokens=None):
     of = {kind: [e for e in events if e["event"] == kind] for kind in ("train", "eval", "start", "resume", "end")}
     if not of["train"] and not of["eval"]:
         fail(f"{log}: nothing to draw, no train or eval line in it — is it a log of train.py, or lines of \"step train|val|hella value\"?")
-    both = {kind: [e for e in extra + events if e["event"] == kind] for kind in ("benchmark", "sample")}  # the run's own win
+    scores = [e for e in extra + events if e["event"] == "benchmark"]  # the last of a step wins: the run's own
+    said = [e for e in events + extra if e["event"] == "sample"]
     known = [e["tokens"] / e["step"] for e in of["train"] if e["step"] and isinstance(e.get("tokens"), int)]
     whole = len(of["start"]) == len(of["end"]) == 1 and not of["resume"] and {"time"} <= of["start"][0].keys() & of["end"][0].keys()
     return Run(name=(log.resolve().parent.name if log.name in ("metrics.jsonl", "log.txt") else log.stem),
                train=latest(of["train"]).get(None, []), eval=latest(of["eval"]).get(None, []),
-               benchmarks=latest(both["benchmark"], lambda e: (str(e.get("name", "benchmark")), str(e.get("style", "token")))),
-               samples=latest(both["sample"], lambda e: (str(e.get("prompt", "")), ", ".join(f"{k} {e[k]}" for k in DRAWN if e.get(k) is not None))),
+               benchmarks=latest(scores, lambda e: (str(e.get("name", "benchmark")), str(e.get("style", "token")))),
+               samples=latest(said, lambda e: (str(e.get("prompt", "")), ", ".join(f"{k} {e[k]}" for k in DRAWN if e.get(k) is not None))),
                batch_tokens=batch_tokens or (round(known[-1]) if known else None), marks=find_marks(events),
                looking=sum(e.get("seconds", 0) for e in events if e["event"] in ("eval", "benchmark")),
                seconds=of["end"][0]["time"] - of["start"][0]["time"] if whole else None)

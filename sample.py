@@ -13,8 +13,9 @@ from pathlib import Path
 import torch
 
 from checkpoint import checkpoints, load_model, newest_run
+from devices import choose_device
 from errors import UserError, script
-from evaluate import choose_device, continue_prompt, note, settings_of
+from evaluate import continue_prompt, note, settings_of
 
 
 def stream(model, tokenizer, ids, args, generator, device):

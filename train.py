@@ -11,7 +11,6 @@ import argparse
 import contextlib
 import json
 import math
-import os
 import platform
 import shutil
 import signal
@@ -27,8 +26,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from data import DataFolder, Windows
-from errors import UserError, memory_advice, script
-from evaluate import Observer, choose_device, choose_dtype
+from devices import choose_dtype, from_rank_0, memory_advice, start_processes
+from errors import UserError, script
+from evaluate import Observer
 from model import PRESETS, Llama, ModelConfig, flops_per_token, kv_bytes_per_token
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -138,31 +138,6 @@ def lr_at(step, settings):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What the loop is made of
-
-def start_processes(settings):
-    """(rank, world, device): one process, or as many as torchrun started."""
-    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
-    device = choose_device(settings["device"])
-    if world > 1:
-        device = torch.device("cuda", local_rank) if device.type == "cuda" else device
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    if settings["threads"]:
-        torch.set_num_threads(settings["threads"])
-    if settings["deterministic"]:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    return rank, world, device
-
-
-def from_rank_0(value=None):
-    """The value that rank 0 has, on every rank; also a place where all wait for each other."""
-    box = [value]
-    if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
-    return box[0]
-
 
 def claim(run, given):
     """Hold the run folder; returns (lock, folder of the checkpoint to resume or None). Deletes nothing yet."""

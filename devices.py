@@ -1,0 +1,84 @@
+"""devices.py — where a script runs: device, precision, one process or several, and what to do when memory is short."""
+import os
+import platform
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+from errors import UserError
+
+
+def choose_device(name=None):
+    """torch.device of that name; by default cuda if there is one. Raises UserError if this machine has no such device."""
+    try:
+        device = torch.empty(0, device=name or ("cuda" if torch.cuda.is_available() else "cpu")).device
+        assert device.type in ("cpu", "cuda", "mps")
+        return device
+    except (RuntimeError, AssertionError):
+        raise UserError(f"no device {name} here — use --device cpu, or a build of torch that sees your GPU") from None
+
+
+def choose_dtype(name, device):
+    """The dtype of matrix products. bf16 only where the hardware has it: emulated, it is slower than fp32."""
+    if name != "auto":
+        return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[name]
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    x86 = device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
+    return torch.bfloat16 if x86 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()) else torch.float32
+
+
+@contextmanager
+def memory_advice(settings, accumulation):
+    """Turn "out of memory" into the next smaller micro-batch that still divides the step."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; on the CPU it is a plain one
+        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        B = settings["micro_batch"]
+        advice = [f"--micro_batch {n}" for n in range(B - 1, 0, -1) if B * accumulation % n == 0] + ["a smaller --preset or --seq_len"]
+        raise UserError(f"out of memory with micro_batch {B} x seq_len {settings['seq_len']} — use {advice[0]}") from None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes: one, or as many as torchrun started.
+
+def start_processes(settings):
+    """Join the other processes, if there are any: (rank, world, device)."""
+    rank, world, local_rank = (int(os.environ.get(name, default)) for name, default in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0)))
+    device = choose_device(settings["device"])
+    if world > 1:
+        device = torch.device("cuda", local_rank) if device.type == "cuda" else device
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if settings["threads"]:
+        torch.set_num_threads(settings["threads"])
+    if settings["deterministic"]:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+    return rank, world, device
+
+
+def from_rank_0(value=None):
+    """The value that rank 0 has, on every rank; also a place where all wait for each other."""
+    box = [value]
+    if dist.is_initialized():
+        dist.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def processes():
+    """(rank, world) of this process."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def add_up(rows, device):
+    """Fill in on every rank what the others have filled in of `rows`: each row is one rank's, and 0 on all others. So the
+    same numbers are added in the same order whatever the number of processes."""
+    if dist.is_initialized():
+        rows = rows.to(device)
+        dist.all_reduce(rows)
+    return rows.cpu()

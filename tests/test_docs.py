@@ -1,0 +1,41 @@
+"""README.md and EXERCISES.md say what the log and the code say."""
+import copy
+import re
+from pathlib import Path
+
+import pytest
+
+import plot_dynamics
+
+ROOT = Path(__file__).parent.parent
+README, EXERCISES = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "EXERCISES.md"))
+
+
+def claims(run):
+    """What README says of the default run, in its own words, from the log."""
+    last, scores, words = run.eval[-1], run.benchmarks["cloze", "token"][-1], plot_dynamics.summary(run)
+    loss = {row["step"]: row["val_loss"] for row in run.eval}
+    return [f"{words['steps']} steps", f"{words['tokens/s (median)']} tokens/s", f"{words['seconds']} seconds", f"{words['of them evaluating']} of it evaluating",
+            f"**{last['val_bpb']:.3f} bits per byte**", f"val loss {last['val_loss']:.4f} | {last['val_bpb']:.4f} bits/byte | context gain {last['context_gain']:.3f}",
+            *(f"{key} {100 * scores[key]:.1f} ± {100 * scores[key.replace('acc', 'stderr')]:.1f} %" for key in ("acc", "acc_norm", "acc_pmi")),
+            *(f"| {row['step']:,} | {loss[row['step']]:.2f} | {plot_dynamics.escape(row['text'])[:40]}" for row in next(iter(run.samples.values()))
+              if row["step"] in (0, 64, 1024, run.train[-1]["step"]))]
+
+
+def test_the_readme_tells_of_another_run():
+    run = plot_dynamics.read_run(ROOT / "logs/default")
+    assert [claim for claim in claims(run) if claim not in README] == []
+    other = copy.deepcopy(run)  # control: a run that is a little different
+    other.eval[-1]["val_bpb"] += 0.01
+    other.samples[next(iter(other.samples))][-1]["text"] = "The answer."
+    other.benchmarks["cloze", "token"][-1]["acc_pmi"] -= 0.01
+    assert sum(claim not in README for claim in claims(other)) == 4
+    assert plot_dynamics.trajectory([run]) == (ROOT / "logs/default/trajectory.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("number, file, change", [(i, *found) for i, found in enumerate(re.findall(r"```diff\n--- (\S+)\n(.*?)```", EXERCISES, re.S))])
+def test_an_exercise_changes_a_line_that_is_gone(number, file, change):
+    source = (ROOT / file).read_text(encoding="utf-8")
+    old, new = ("".join(line[1:] + "\n" for line in change.splitlines() if line[0] == sign) for sign in "-+")
+    assert source.count(old) == 1 and change.strip().splitlines() == [line for line in change.strip().splitlines() if line[0] in "-+"]
+    compile(source.replace(old, new), file, "exec")
