@@ -88,14 +88,36 @@ def fsync_folder(folder):
         os.close(handle)
 
 
+class HashedFile:
+    """A file that hashes what is written to it, so that nothing is read again, and remembers why a write failed: of a full
+    disk torch.save says only "unexpected pos"."""
+
+    def __init__(self, file):
+        self.file, self.sha256, self.error = file, hashlib.sha256(), None
+
+    def write(self, data):
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha256.update(data)
+        return len(data)
+
+    def flush(self):
+        self.file.flush()
+
+
 def write_file(path, obj):
-    """torch.save to the disk, not only to its cache; returns {"bytes", "sha256"} of what the system holds."""
-    with open(path, "w+b") as file:
-        torch.save(obj, file)
-        file.flush()
+    """torch.save to the disk, not only to its cache; returns {"bytes", "sha256"}."""
+    with open(path, "wb") as file:
+        hashed = HashedFile(file)
+        try:
+            torch.save(obj, hashed)
+        except RuntimeError as error:
+            raise hashed.error or error
         os.fsync(file.fileno())
-        file.seek(0)
-        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+        return {"bytes": file.tell(), "sha256": hashed.sha256.hexdigest()}
 
 
 def write_json(path, obj):
@@ -112,8 +134,13 @@ def write_json(path, obj):
 def save(run, step, weights, state=None):
     """Write checkpoints/step_… of `run`: weights alone, or with `state` all that a resume needs.
 
-    A folder of that step which is there already (damaged, or from before a resume) is replaced. Raises UserError with
-    exit code 4 if it cannot be written; what was there before stays."""
+    A folder of that step which is there already (damaged, or from before a resume) is replaced. Raises UserError, and
+    leaves what was there before: with exit code 3 if a number is not finite, with 4 if it cannot be written."""
+    tensors = named_tensors(weights, state)
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    if bad:
+        raise UserError(f"step {step}: {len(bad)} tensors are no longer finite numbers ({', '.join(bad[:3])}) — the checkpoint before is "
+                        f"the last good one; try a lower --lr in another --run", code=3)
     folder = Path(run) / "checkpoints"
     final, temporary = folder / f"step_{step:08d}", folder / f".tmp_step_{step:08d}"
     try:
@@ -126,11 +153,27 @@ def save(run, step, weights, state=None):
             remove(final)
         os.rename(temporary, final)
         fsync_folder(folder)
-    except (OSError, RuntimeError) as error:  # torch.save may report a full disk as a RuntimeError
-        free = shutil.disk_usage(run).free
+    except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(f"{final}: not saved ({error}), {free / 1e6:,.0f} MB were free — make room, then run again with --resume",
-                        code=4) from error
+        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(run).free
+        raise UserError(f"{final}: not saved ({error}); it needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free — make room, then run "
+                        f"again with --resume", code=4) from error
+
+
+def named_tensors(weights, state):
+    """{name: tensor} of all weights and moments."""
+    moments = {f"{name}.{key}": value for name, kept in (state or {"optimizer": {}})["optimizer"].items() for key, value in kept.items()}
+    return weights["model"] | moments
+
+
+def check_room(run, model, keep_last):
+    """Raise UserError if the disk cannot hold the full states that a run keeps, and the one that is being written."""
+    held = sum(file.stat().st_size for file in Path(run).rglob("*") if file.is_file())
+    full = 3 * sum(parameter.nbytes for parameter in model.parameters())  # weights and two moments
+    needed, free = max(full, (keep_last + 1) * full - held), shutil.disk_usage(run).free
+    if free < needed:
+        raise UserError(f"{run}: {keep_last + 1} full checkpoints of {full / 1e6:,.0f} MB do not fit, {free / 1e6:,.0f} MB are free — make room, "
+                        f"or choose a --run on another disk")
 
 
 def remove(folder):
@@ -212,8 +255,8 @@ def power_of_two(step):
 
 
 def prune(run, now, keep_last, keep_every):
-    """Keep the newest `keep_last` full states up to step `now` (what is newer was left damaged). Older ones shrink to their weights if they belong to the trajectory
-    (step 0, powers of two, multiples of keep_every), else they go."""
+    """Keep the newest `keep_last` full states up to step `now` (what is newer was left damaged). Older ones shrink to their
+    weights if they belong to the trajectory (step 0, powers of two, multiples of keep_every), else they go."""
     full = []
     for step, folder in checkpoints(run).items():
         try:

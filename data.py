@@ -107,8 +107,7 @@ def open_shard(path, declared=None):
         if size < offset or (size - offset) % 2:
             raise UserError(f"{path}: expected whole uint16 tokens, found {size - offset} bytes — {again}")
         declared = int(header[2]) if has_header else declared
-        tokens = (np.memmap(path, dtype="<u2", mode="r", offset=offset) if size > offset
-                  else np.empty(0, dtype=np.uint16))
+        tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset) if size > offset else np.empty(0, dtype=np.uint16)
     if declared is not None and len(tokens) != declared:
         raise UserError(f"{path}: expected {declared} tokens, found {len(tokens)} — {again}")
     if len(tokens) == 0:

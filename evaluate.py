@@ -26,6 +26,7 @@ from checkpoint import load_model, newest_run
 from data import DataFolder, Windows
 from devices import add_up, choose_device, processes
 from errors import UserError, script
+from log import note
 from model import KVCache
 
 
@@ -46,29 +47,42 @@ def evaluate(model, val, tokenizer, eval_tokens, autocast, progress=False):
 
     Returns {"val_loss": nats per target, "val_bpb": bits per byte of the scored text, "context_gain", "position_loss"}:
     position_loss is the mean loss in each eighth of the window, context_gain the first minus the last, in nats: how much
-    the model makes of what it has read, after the in-context learning score of Olsson et al. 2022 (arXiv 2209.11895);
-    comparable only at equal seq_len. Under DDP the batches go round the ranks, and every rank returns the exact whole."""
+    the model makes of what it has read, after the in-context learning score of Olsson et al. 2022 (arXiv 2209.11895; its
+    sign is the opposite); comparable only at equal seq_len. The eighths are different text, and of few windows that is
+    most of it: context_gain_stderr is the standard error over windows. Under DDP the batches go round the ranks, and every rank returns the exact whole."""
     device, T, (rank, world) = next(model.parameters()).device, val.seq_len, processes()
     windows = np.arange(min(val.total, max(1, eval_tokens // T)))
     size = max(1, BATCH_TOKENS // T)
     batches = [windows[i:i + size] for i in range(0, len(windows), size)]
-    sums = torch.zeros(len(batches), T + 1, dtype=torch.float64)  # a row per batch: nats at each position, and bytes
+    sums = torch.zeros(len(batches), T + 2, dtype=torch.float64)  # a row per batch: nats at each position, bytes, gains²
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
-        for i in tqdm(range(rank, len(batches), world), desc="evaluating", disable=not progress, leave=False):
+        for i in tqdm(range(rank, len(batches), world), desc="evaluating", disable=None if progress else True, leave=False):
             tokens = val.read(batches[i])                                                   # (n, T + 1)
             inputs, targets = torch.from_numpy(tokens).to(device)[:, :-1], torch.from_numpy(tokens).to(device)[:, 1:]
             with autocast:
                 loss = token_losses(model, model.model(inputs).flatten(0, 1), targets.flatten())  # (n · T,)
-            sums[i, :T] = loss.view(-1, T).sum(0)
+            loss = loss.view(-1, T)
+            sums[i, :T] = loss.sum(0)
+            parts = loss.tensor_split(EIGHTHS, dim=1)
+            sums[i, T + 1] = (parts[0].mean(1) - parts[-1].mean(1)).square().sum() if T >= EIGHTHS else 0
             sums[i, T] = int(tokenizer.byte_lengths[tokens[:, 1:]].sum())
     sums = add_up(sums, device)
     nats, n_bytes = sums[:, :T].sum(0), sums[:, T].sum().item()
     by_position = nats / len(windows)  # (T,) mean loss at each position
     eighths = [part.mean().item() for part in by_position.tensor_split(EIGHTHS)] if T >= EIGHTHS else []
+    gain = eighths[0] - eighths[-1] if eighths else None
+    variance = max(0.0, sums[:, T + 1].sum().item() / len(windows) - gain**2) if eighths else None
     return {"val_loss": by_position.mean().item(),
             "val_bpb": nats.sum().item() / math.log(2) / max(1, n_bytes),
-            "context_gain": eighths[0] - eighths[-1] if eighths else None,
+            "context_gain": gain,
+            "context_gain_stderr": math.sqrt(variance / max(1, len(windows) - 1)) if eighths else None,
             "position_loss": eighths}
+
+
+def text_in_words(result):
+    """An "eval" event as one line."""
+    gain = f" | context gain {result['context_gain']:.3f} ± {result['context_gain_stderr']:.3f}" if result["position_loss"] else ""
+    return f"val loss {result['val_loss']:.4f} | {result['val_bpb']:.4f} bits/byte{gain}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -90,7 +104,7 @@ def log_likelihoods(model, questions, autocast, rank=0, world=1, progress=False)
     device = next(model.parameters()).device
     result = torch.zeros(len(questions), C, dtype=torch.float64)
     with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast:
-        for S, group in tqdm(batches[rank::world], desc="choosing", disable=not progress, leave=False):
+        for S, group in tqdm(batches[rank::world], desc="choosing", disable=None if progress else True, leave=False):
             R = rest[group[-1]]
             tokens = torch.zeros(len(group) * C, R, dtype=torch.long)
             targets = torch.full_like(tokens, -100)
@@ -124,16 +138,17 @@ class Benchmark:
         self.texts, self.questions, labels, norms = [], [], [], []
         with open(path, "rb") as file:
             for number, line in enumerate(itertools.islice(file, items), 1):
+                if not line.strip():
+                    continue
                 try:
-                    context, endings, label = self.read(json.loads(line))
-                    assert len(endings) == len((self.texts or [(context, endings)])[0][1])
-                except (ValueError, KeyError, TypeError, AttributeError, AssertionError):
-                    raise UserError(f"{path}:{number}: not a question in HellaSwag's format ({'' if style == 'token' else 'activity_label, ctx_a, ctx_b, '}"
-                                    f"ctx, endings, as many as before, label) — mend the line or remove it") from None
+                    context, endings, label = self.parse(json.loads(line))
+                except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+                    raise UserError(f"{path}:{number}: not a question in HellaSwag's format ({'ctx' if style == 'token' else 'activity_label, ctx_a, ctx_b'}, "
+                                    f"a list of endings, as many as in the first line, label) — mend the line or remove it") from None
                 ids = [tokenizer.encode(" " + ending) for ending in endings]
                 room = window + 1 - max(map(len, ids))  # the last token of an ending is not read, only predicted
                 if room < 1:
-                    raise UserError(f"{path}:{number}: an ending of {window + 1 - room} tokens is longer than the window of {window} — remove the line")
+                    raise UserError(f"{path}:{number}: an ending of {window + 1 - room} tokens is longer than the window of {window} — remove the line, or use a longer --seq_len")
                 self.texts.append((context, endings))
                 self.questions.append((tokenizer.encode(context)[-room:], ids))
                 labels.append(label)
@@ -142,7 +157,7 @@ class Benchmark:
             raise UserError(f"{path}: no questions in it — give a file in HellaSwag's format")
         self.labels, self.norms = torch.tensor(labels), torch.tensor(norms)  # (N,), (N, C)
 
-    def read(self, item):
+    def parse(self, item):
         """(context, endings, label) of a line; one of several exceptions if it is not a question."""
         if self.style == "token":
             context, endings = item["ctx"], item["endings"]
@@ -151,8 +166,11 @@ class Benchmark:
                 return re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". ")).replace("  ", " ")
             context = plain(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
             endings = [plain(ending) for ending in item["endings"]]
-        label = int(item["label"])  # a string in some releases
-        assert all(isinstance(text, str) and text for text in (context, *endings)) and 0 <= label < len(endings) > 1
+        label = int(str(item["label"]))  # a string in some releases
+        if not isinstance(item["endings"], list) or not all(isinstance(text, str) and text.strip() for text in (context, *endings)):
+            raise ValueError("texts are missing")
+        if not 0 <= label < len(endings) or len(endings) < 2 or self.texts and len(endings) != len(self.texts[0][1]):
+            raise ValueError("the label is none of the endings, or they are not as many as before")
         return context, endings, label
 
     def score(self, model, autocast, progress=False):
@@ -204,7 +222,8 @@ def text_statistics(ids):
 
 
 def continue_prompt(model, tokenizer, prompt, autocast, max_new_tokens=80, temperature=0.8, top_k=None, top_p=0.95, seed=0):
-    """The fields of a "sample" event: prompt, text, statistics. Always drawn with the same seed: only the weights differ."""
+    """The fields of a "sample" event: prompt, text, statistics. Always drawn with the same seed, so that in the same precision
+    only the weights make a difference."""
     ids, generator = tokenizer.encode(prompt) or [tokenizer.eot], torch.Generator().manual_seed(seed)
     device = next(model.parameters()).device
     with autocast, torch.compiler.set_stance("force_eager"):
@@ -228,7 +247,7 @@ class Observer:
         start = time.monotonic()
         result = evaluate(self.model, self.val, self.tokenizer, self.settings["eval_tokens"], self.autocast)
         log.event("eval", step, tokens=step * self.settings["batch_tokens"], **result, seconds=time.monotonic() - start)
-        log.say(f"  val loss {result['val_loss']:.4f} | {result['val_bpb']:.4f} bits/byte | context gain {result['context_gain'] or 0:.3f}")
+        log.say(f"  {text_in_words(result)}")
         if self.benchmark:
             start = time.monotonic()
             scores = self.benchmark.score(self.model, self.autocast)
@@ -251,16 +270,11 @@ def settings_of(run):
     """The settings that `run` was trained with. Raises UserError if its config.json cannot be used."""
     try:
         settings = json.loads((run / "config.json").read_text())
-        return {name: settings[name] for name in ("data", "seq_len", "sample_prompt")}
+        if [type(settings[name]) for name in ("data", "seq_len", "sample_prompt")] != [str, int, str]:
+            raise TypeError
+        return settings
     except (OSError, ValueError, TypeError, KeyError):
         raise UserError(f"{run}/config.json is missing or damaged — train with --resume writes it again") from None
-
-
-def note(run, *events):
-    """Append events to the run's evaluations.jsonl, which no resume ever cuts."""
-    with open(run / "evaluations.jsonl", "a") as log:
-        for event in events:
-            log.write(json.dumps({**event, "time": time.time()}) + "\n")
 
 
 def score_text(model, tokenizer, folder, seq_len, eval_tokens, autocast):
@@ -270,10 +284,9 @@ def score_text(model, tokenizer, folder, seq_len, eval_tokens, autocast):
         raise UserError(f"{folder} has a vocabulary of {data.vocab_size}, the model of {tokenizer.vocab_size} — prepare it "
                         f"again with --vocab_size {tokenizer.vocab_size}")
     result = evaluate(model, Windows(data.val, seq_len, data.vocab_size), tokenizer, eval_tokens, autocast, progress=True)
-    print(f"{folder}: val loss {result['val_loss']:.4f} nats/token | {result['val_bpb']:.4f} bits/byte | "
-          f"context gain {result['context_gain'] or 0:.3f} nats")
+    print(f"{folder}: {text_in_words(result)}")
     print("loss by eighth of the window: " + " ".join(f"{loss:.3f}" for loss in result["position_loss"]))
-    return {"data": str(folder), "dtype": "fp32", **result}
+    return {"data": str(folder), "dtype": "fp32", "seq_len": seq_len, "eval_tokens": eval_tokens, **result}
 
 
 @script
@@ -304,15 +317,14 @@ def main(argv=None):
     benchmark = Benchmark(questions, tokenizer, seq_len, args.style) if questions else None
 
     print(f"{run} step {step}")
-    autocast, events = torch.autocast(device.type, enabled=False), []
+    autocast = torch.autocast(device.type, enabled=False)
     if folder:
-        events.append({"event": "eval", "step": step, **score_text(model, tokenizer, folder, seq_len, args.eval_tokens, autocast)})
+        note(run, {"event": "eval", "step": step, **score_text(model, tokenizer, folder, seq_len, args.eval_tokens, autocast)})
     if benchmark:
         start = time.monotonic()
         scores = benchmark.score(model, autocast, progress=True)
         print(f"{in_words(scores)} ({scores['n'] / (time.monotonic() - start):.0f} questions/s)")
-        events.append({"event": "benchmark", "step": step, "dtype": "fp32", **scores})
-    note(run, *events)
+        note(run, {"event": "benchmark", "step": step, "dtype": "fp32", "file": str(questions), "seq_len": seq_len, **scores})
 
 
 if __name__ == "__main__":

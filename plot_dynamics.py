@@ -5,7 +5,7 @@
     python plot_dynamics.py log.txt --batch_tokens 524288    # the plain log of build-nanogpt and of the paper's code
 
 Reads a run's metrics.jsonl, and from its evaluations.jsonl the samples and the benchmarks that the run itself did not
-score. Needs only numpy and matplotlib, no checkpoint: a log is enough.
+score (losses there may be of other text, and are left alone). Needs numpy and matplotlib and no checkpoint: a log is enough.
 """
 import argparse
 import json
@@ -27,15 +27,33 @@ def fail(message):
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading. Whatever wrote the log, it becomes a list of events: {"event": …, "step": …, …}.
 
+NUMBERS = set("""tokens loss lr grad_norm dt_ms tok_per_s val_loss val_bpb context_gain context_gain_stderr acc acc_norm acc_pmi
+    stderr stderr_norm stderr_pmi n n_choices distinct_2 repetition seconds time""".split())
+
+
+def number(value):
+    """A float; NaN for what is no number, as train.py writes a loss that is none."""
+    try:
+        return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+    except OverflowError:
+        return math.nan
+
+
 def parse_json(line):
     event = json.loads(line)
-    assert isinstance(event["event"], str) and isinstance(event["step"], int)
+    if not isinstance(event["event"], str) or type(event["step"]) is not int or not 0 <= event["step"] < 2**53:
+        raise ValueError("no event")
+    event |= {key: number(value) for key, value in event.items() if key in NUMBERS}
+    if "position_loss" in event:
+        event["position_loss"] = [number(loss) for loss in event["position_loss"] or []]
     return event
 
 
 def parse_plain(line):
     """A line "step stream value" of build-nanogpt's log.txt; None for streams that we do not know."""
     step, stream, value = line.split()
+    if not step.isdigit() or len(step) > 15:
+        raise ValueError("no step")
     step, value = int(step), float(value)
     return {"train": {"event": "train", "step": step, "loss": value},
             "val": {"event": "eval", "step": step, "val_loss": value},
@@ -45,14 +63,13 @@ def parse_plain(line):
 def read_events(path):
     """All events of one log file. Lines that are broken, or half written, are left out with a warning."""
     events, broken = [], []
-    parse = parse_json if path.suffix == ".jsonl" else parse_plain
     with open(path, encoding="utf-8", errors="replace") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
-                events.append(parse(line))
-            except (ValueError, KeyError, TypeError, AssertionError):
+                events.append((parse_json if path.suffix == ".jsonl" or line[0] in "{[" else parse_plain)(line))
+            except (ValueError, KeyError, TypeError, RecursionError):
                 broken.append(number)
     if broken:
         print(f"warning: {path}: {len(broken)} broken line{'s' * (len(broken) > 1)} left out (line {', '.join(map(str, broken[:5]))}"
@@ -62,7 +79,7 @@ def read_events(path):
 
 def column(rows, key):
     """The numbers under `key`, (len(rows),) float64; NaN where there is none."""
-    return np.array([row[key] if isinstance(row.get(key), (int, float)) else math.nan for row in rows], dtype=float)
+    return np.array([row.get(key, math.nan) for row in rows], dtype=float)
 
 
 DRAWN = ("temperature", "top_k", "top_p", "seed", "max_new_tokens")  # how sample.py --trajectory drew; a run's own samples do not say
@@ -74,7 +91,7 @@ class Run:
     name: str
     train: list
     eval: list
-    benchmarks: dict                            # (name, style): rows
+    benchmarks: dict                            # (name, style, number of questions): rows; the one with the most rows first
     samples: dict                               # (prompt, how it was drawn): rows
     batch_tokens: int | None                    # None: unknown, the x axis shows steps
     marks: list = field(default_factory=list)   # (step, kind, text): resumes and changes
@@ -105,7 +122,7 @@ def find_marks(events):
                        if env and env.get(name) != new.get(name)]
             kind = "hardware" if changed else "resume" if event.get("restored_optimizer", True) else "optimizer"
             lost = [] if event.get("restored_optimizer", True) else ["without optimizer state"]
-            marks.append((event["step"], kind, ", ".join(changed + lost) or "resume"))
+            marks.append((event["step"], kind, ", ".join(changed + lost).replace("$", r"\$") or "resume"))
         env = new
     return marks
 
@@ -126,28 +143,32 @@ def read_run(path, batch_tokens=None):
         fail(f"{log}: nothing to draw, no train or eval line in it — is it a log of train.py, or lines of \"step train|val|hella value\"?")
     scores = [e for e in extra + events if e["event"] == "benchmark"]  # the last of a step wins: the run's own
     said = [e for e in events + extra if e["event"] == "sample"]
-    known = [e["tokens"] / e["step"] for e in of["train"] if e["step"] and isinstance(e.get("tokens"), int)]
-    whole = len(of["start"]) == len(of["end"]) == 1 and not of["resume"] and {"time"} <= of["start"][0].keys() & of["end"][0].keys()
+    known = [e["tokens"] / e["step"] for e in of["train"] if e["step"] and e.get("tokens", 0) > 0]
+    whole = len(of["start"]) == len(of["end"]) == 1 and not of["resume"]
+    seconds = of["end"][0].get("time", math.nan) - of["start"][0].get("time", math.nan) if whole else math.nan
+    benchmarks = latest(scores, lambda e: (str(e.get("name", "benchmark")), str(e.get("style", "token")), number(e.get("n"))))
     return Run(name=(log.resolve().parent.name if log.name in ("metrics.jsonl", "log.txt") else log.stem),
                train=latest(of["train"]).get(None, []), eval=latest(of["eval"]).get(None, []),
-               benchmarks=latest(scores, lambda e: (str(e.get("name", "benchmark")), str(e.get("style", "token")))),
+               benchmarks=dict(sorted(benchmarks.items(), key=lambda item: -len(item[1]))),
                samples=latest(said, lambda e: (str(e.get("prompt", "")), ", ".join(f"{k} {e[k]}" for k in DRAWN if e.get(k) is not None))),
-               batch_tokens=batch_tokens or (round(known[-1]) if known else None), marks=find_marks(events),
+               batch_tokens=round(np.median(known)) if known else batch_tokens, marks=find_marks(events),
                looking=sum(e.get("seconds", 0) for e in events if e["event"] in ("eval", "benchmark")),
-               seconds=of["end"][0]["time"] - of["start"][0]["time"] if whole else None)
+               seconds=seconds if math.isfinite(seconds) else None)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The page. Each panel draws what all runs have of it; a panel that none has anything for is left out.
 
-ACCURACIES = {"acc": "whole ending", "acc_norm": "per token", "acc_pmi": "gain over no context"}
+ACCURACIES = ("acc", "acc_norm", "acc_pmi")
 
 
 def smooth(values, share=0.05):
-    """Mean over the steps around each one, from i (1 − share) to i (1 + share): even on a logarithmic axis."""
+    """Mean over the steps around each one, `share` of its number to each side: even on a logarithmic axis. Fewer near the
+    end, so that as many are before as after."""
     i, known = np.arange(len(values)), np.isfinite(values)
+    half = np.minimum((share * i).astype(int), len(values) - 1 - i)
     total, count = (np.concatenate([[0], np.cumsum(v)]) for v in (np.where(known, values, 0), known))
-    low, high = (i - i * share).astype(int), np.minimum((i + i * share).astype(int) + 1, len(values))
+    low, high = i - half, i + half + 1
     return (total[high] - total[low]) / np.where(count[high] > count[low], count[high] - count[low], math.nan)
 
 
@@ -164,10 +185,13 @@ class Page:
 
     def __init__(self, runs, scale):
         try:
+            from matplotlib import colormaps
             from matplotlib.figure import Figure  # without pyplot: no window, no state that others share
         except ImportError:
             fail("matplotlib is missing — run: pip install -r requirements.txt")
-        self.runs, self.scale, self.alone = runs, scale, len(runs) == 1
+        self.runs, self.scale, self.alone, self.colormap = runs, scale, len(runs) == 1, colormaps["viridis"]
+        self.number = {id(run): number for number, run in enumerate(runs)}
+        self.names = {id(run): run.name.lstrip("_").replace("$", r"\$") for run in runs}  # _ would hide, $ starts a formula
         self.in_tokens = all(run.batch_tokens for run in runs)
         panels = [self.loss, self.bits_per_byte, self.accuracy, self.context_gain, self.position_loss, self.samples,
                   self.learning_rate, self.grad_norm, self.throughput]
@@ -179,14 +203,14 @@ class Page:
         self.figure = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.5), layout="constrained", dpi=110)
         for number, panel in enumerate(panels, 1):
             panel(self.figure.add_subplot(rows, columns, number))
-        last = {run.name: (run.train or run.eval)[-1]["step"] for run in runs}
+        last = {self.names[id(run)]: (run.train or run.eval)[-1]["step"] for run in runs}
         self.figure.suptitle("Training dynamics: " + ", ".join(f"{name} ({step:,} steps)" for name, step in last.items()), fontsize=13)
 
     def color(self, run, number=0):
-        return f"C{number if self.alone else self.runs.index(run) % 10}"
+        return f"C{number if self.alone else self.number[id(run)] % 10}"
 
     def label(self, run, what=None):
-        return what if self.alone else run.name
+        return what if self.alone else self.names[id(run)]
 
     def curve(self, axes, run, rows, key, number=0, what=None, smoothed=False, **how):
         """One line of rows[key] over tokens; False if there are no numbers."""
@@ -207,7 +231,8 @@ class Page:
 
     def finish(self, axes, title, ylabel):
         """Title, scale, and a vertical line for each resume and change; the same in every panel over tokens."""
-        first = min((self.run_x(run, rows[:1])[0] for run in self.runs for rows in (run.train,) if rows), default=1) or 1
+        drawn = [x for run in self.runs for rows in (run.train, run.eval) for x in self.run_x(run, rows[:2])]
+        first = min((x for x in drawn if x > 0), default=1)
         if self.scale == "log":
             axes.set_xscale("symlog", linthresh=first, linscale=0.3)  # symlog: step 0 has a place too
             axes.set_xlim(left=0)
@@ -235,34 +260,44 @@ class Page:
         for run in self.runs:
             drawn.append(self.curve(axes, run, run.train, "loss", 0, "training", smoothed=True, alpha=1 if self.alone else 0.4))
             if drawn[-1] and not self.alone and axes:
-                axes.lines[-1].set_label("_" if any(row.get("val_loss") for row in run.eval) else run.name)
+                axes.lines[-1].set_label("_" if run.eval else self.names[id(run)])
             drawn.append(self.curve(axes, run, run.eval, "val_loss", 1, "validation", marker="o", markersize=3))
         return any(drawn) and (axes is None or self.finish(axes, "Loss", "nats per token"))
 
     def bits_per_byte(self, axes):
         return self.every(axes, lambda run: run.eval, "val_bpb", "Bits per byte of validation text", "bits per byte", number=1, marker="o", markersize=3)
 
+    def band(self, axes, run, rows, key, error, number):
+        y, spread = column(rows, key), column(rows, error)
+        if axes and np.isfinite(spread).any():
+            axes.fill_between(self.run_x(run, rows), y - spread, y + spread, color=self.color(run, number), alpha=0.15, linewidth=0)
+
     def accuracy(self, axes):
-        drawn, chances = False, set()
+        """Of one run all three accuracies of the benchmark that it scored most often; of others, and of several runs, acc_norm."""
+        drawn, chances, names = False, set(), {key: None for run in self.runs for key in list(run.benchmarks)[:None if self.alone else 1]}
         for run in self.runs:
-            for number, ((name, style), rows) in enumerate(sorted(run.benchmarks.items())):
-                chances |= {1 / row["n_choices"] for row in rows if row.get("n_choices")}
-                for shade, key in enumerate(ACCURACIES if self.alone and len(run.benchmarks) == 1 else ["acc_norm"]):
-                    what = f"{key}: {ACCURACIES[key]}" if len(run.benchmarks) == 1 else f"{name}, {style} style"
-                    if not self.curve(axes, run, rows, key, number + shade, what, marker="o", markersize=3):
-                        continue
-                    drawn = True
-                    y, error = column(rows, key), column(rows, key.replace("acc", "stderr"))
-                    if axes is not None and np.isfinite(error).any():
-                        axes.fill_between(self.run_x(run, rows), y - error, y + error, color=self.color(run, number + shade), alpha=0.15, linewidth=0)
+            for place, (name, style, n) in enumerate(key for key in names if key in run.benchmarks):
+                rows = run.benchmarks[name, style, n]
+                chances |= {1 / row["n_choices"] for row in rows if row.get("n_choices", 0) > 1}
+                about = f"{name}, {style} style".replace("$", r"\$") + (f", {n:.0f} questions" if n > 0 else "")
+                measures = dict(zip(ACCURACIES, ("whole ending", "per character" if style == "harness" else "per token", "gain over no context")))
+                for number, key in enumerate(measures if self.alone and not place else ["acc_norm"], start=3 * place):
+                    what = f"{key}: {measures[key]}" if not place else f"{key}: {about}"
+                    if self.curve(axes, run, rows, key, number, what, marker="o", markersize=3, linestyle="-" if not place else ":"):
+                        drawn = True
+                        if axes and not self.alone and len(names) > 1:
+                            axes.lines[-1].set_label(f"{self.names[id(run)]}: {about}")
+                        self.band(axes, run, rows, key, key.replace("acc", "stderr"), number)
         if axes is None or not drawn:
             return drawn
         for chance in chances:
             axes.axhline(chance, color="0.4", linestyle="--", linewidth=1, label=f"chance {chance:.0%}")
-        names = sorted({name for run in self.runs for name, _ in run.benchmarks})
-        return self.finish(axes, f"Accuracy on {', '.join(names)} (band: ± 1 standard error)", "share right" if self.alone else "acc_norm")
+        return self.finish(axes, f"Accuracy on {', '.join(sorted({name for name, *_ in names}))} (band: ± 1 standard error)".replace("$", r"\$"),
+                           "share right" if self.alone else "acc_norm")
 
     def context_gain(self, axes):
+        for run in self.runs:
+            self.band(axes, run, run.eval, "context_gain", "context_gain_stderr", 2)
         return self.every(axes, lambda run: run.eval, "context_gain", "Context gain: loss of the first eighth − of the last", "nats", number=2, marker="o", markersize=3)
 
     def position_loss(self, axes):
@@ -274,9 +309,8 @@ class Page:
             steps = {row["step"]: row for row in rows}
             shown = [rows[-1]] if not self.alone else [steps[s] for s in steps if s == rows[-1]["step"] or s > 0 and math.log(s, 4).is_integer()]
             for i, row in enumerate(shown):
-                from matplotlib import colormaps
-                color = colormaps["viridis"](i / max(1, len(shown))) if self.alone else self.color(run)
-                y = column([{"y": loss} for loss in row["position_loss"]], "y")
+                color = self.colormap(i / max(1, len(shown))) if self.alone else self.color(run)
+                y = np.array(row["position_loss"])
                 axes.plot(range(1, 1 + len(y)), y - y[0], color=color, marker="o", markersize=3, label=self.label(run, f"step {row['step']:,}"))
         axes.set(xlabel="eighth of the window", ylabel="nats per token")
         axes.set_title("Loss by position, minus that of the first eighth", fontsize=11)
@@ -287,7 +321,7 @@ class Page:
     def samples(self, axes):
         drawn = []
         for run in self.runs:
-            rows = max(run.samples.values(), key=len, default=[])
+            rows = next(iter(run.samples.values()), [])  # the run's own, if it has any
             drawn.append(self.curve(axes, run, rows, "repetition", 3, "repetition: 4-grams seen before", marker="o", markersize=3))
             if self.alone:
                 drawn.append(self.curve(axes, run, rows, "distinct_2", 4, "distinct_2: different bigrams", marker="o", markersize=3))
@@ -304,7 +338,8 @@ class Page:
     def throughput(self, axes):
         drawn = self.every(axes, lambda run: run.train, "tok_per_s", "Throughput, without evaluating and saving", "tokens per second", number=7, smoothed=True)
         if axes and drawn:
-            axes.set_ylim(0, 1.1 * max(np.nanpercentile(column(run.train, "tok_per_s"), 99) for run in self.runs if run.train))
+            rates = np.concatenate([column(run.train, "tok_per_s") for run in self.runs])
+            axes.set_ylim(0, 1.1 * np.percentile(rates[np.isfinite(rates)], 99))
             for run in self.runs:
                 for step, kind, text in run.marks:
                     if kind != "resume":
@@ -324,7 +359,7 @@ def speed_change(run, step, text):
 
 def percent(row):
     """The three accuracies of a benchmark row, in percent, as "28.1 / 29.4 / 33.0"."""
-    shares = [row[key] for key in ACCURACIES if isinstance(row.get(key), (int, float))]
+    shares = [row[key] for key in ACCURACIES if math.isfinite(row.get(key, math.nan))]
     return " / ".join(f"{100 * share:.1f}" for share in shares)
 
 
@@ -333,7 +368,7 @@ def trajectory(runs):
     parts = []
     for run in runs:
         losses = {row["step"]: row.get("val_loss") for row in run.eval}
-        (name, style), scored = next(iter(run.benchmarks.items()), (("", ""), []))
+        (name, *_), scored = next(iter(run.benchmarks.items()), ([""], []))  # the one scored most often
         accuracies = {row["step"]: percent(row) for row in scored}
         title = f"accuracy on {name} in %: {' / '.join(ACCURACIES)}" if name else "accuracy"
         parts.append(f"# {run.name}\n")
@@ -342,7 +377,7 @@ def trajectory(runs):
             for row in rows:
                 step, loss = row["step"], losses.get(row["step"])
                 tokens = f"{step * run.batch_tokens:,}" if run.batch_tokens else ""
-                loss = f"{loss:.4f}" if isinstance(loss, float) else ""
+                loss = "" if loss is None else f"{loss:.4f}"
                 parts.append(f"| {step:,} | {tokens} | {loss} | {accuracies.get(step, '')} | {escape(str(row.get('text', '')))} |")
             parts.append("")
         if not run.samples:
@@ -363,11 +398,11 @@ def summary(run):
         words["tokens"] = f"{step * run.batch_tokens:,}"
     for name, rows, key in (("loss", run.train, "loss"), ("val loss", run.eval, "val_loss"), ("bits/byte", run.eval, "val_bpb"),
                             ("context gain", run.eval, "context_gain")):
-        known = [row[key] for row in rows if isinstance(row.get(key), float)]
+        known = [row[key] for row in rows if math.isfinite(row.get(key, math.nan))]
         if known:
             words[name] = f"{known[-1]:.3f}"
-    for (name, style), rows in run.benchmarks.items():
-        words[f"{name} ({style}), %"] = percent(rows[-1])
+    for (name, style, n), rows in run.benchmarks.items():
+        words[f"{name} ({style}{f', {n:.0f} questions' if n > 0 else ''}), %"] = percent(rows[-1])
     rates = column(run.train, "tok_per_s")
     if np.isfinite(rates).any():
         words["tokens/s (median)"] = f"{np.nanmedian(rates):,.0f}"
@@ -384,17 +419,19 @@ def main(argv=None):
     parser.add_argument("--scale", choices=("log", "linear"), default="log", help="of the x axis (default log: early learning is fast)")
     parser.add_argument("--batch_tokens", type=int, help="tokens per step, for logs that do not say")
     args = parser.parse_args(argv)
-    if args.batch_tokens is not None and args.batch_tokens < 1:
-        fail(f"--batch_tokens {args.batch_tokens} is out of range — the least is 1")
+    if args.batch_tokens is not None and not 1 <= args.batch_tokens <= 2**40:
+        fail(f"--batch_tokens {args.batch_tokens} is out of range — it can be 1 to {2**40}")
+    sys.stdout.reconfigure(errors="replace")  # a terminal that knows fewer characters than the log shows "?"
     out = Path(args.out)
     try:
+        args.logs = list(dict.fromkeys(args.logs))
         runs = [read_run(log, args.batch_tokens) for log in args.logs]
         repeated = Counter(run.name for run in runs)
         for run, log in zip(runs, args.logs):
             run.name = log if repeated[run.name] > 1 else run.name
         out.mkdir(parents=True, exist_ok=True)
-        (out / "trajectory.md").write_text(trajectory(runs), encoding="utf-8")
         Page(runs, args.scale).figure.savefig(out / "dynamics.png")
+        (out / "trajectory.md").write_text(trajectory(runs), encoding="utf-8", errors="replace")
     except OSError as error:
         fail(f"{error.filename or out}: {error.strerror} — check the path, its permissions and the disk")
     for run in runs:

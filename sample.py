@@ -15,7 +15,8 @@ import torch
 from checkpoint import checkpoints, load_model, newest_run
 from devices import choose_device
 from errors import UserError, script
-from evaluate import continue_prompt, note, settings_of
+from evaluate import continue_prompt, settings_of
+from log import note
 
 
 def stream(model, tokenizer, ids, args, generator, device):
@@ -76,7 +77,7 @@ def main(argv=None):
     device, run = choose_device(args.device), Path(args.run or newest_run())
     # What is no UTF-8 on the command line arrives as lone surrogates, which no text holds: they become "?".
     prompts = [prompt.encode("utf-8", errors="replace").decode() for prompt in args.prompt or []]
-    if args.trajectory:
+    if args.trajectory and checkpoints(run):
         return trajectory(run, prompts or [settings_of(run)["sample_prompt"]], args, device)
     model, tokenizer, step = load_model(run, args.step, device)
     generator = torch.Generator().manual_seed(args.seed)

@@ -9,10 +9,8 @@ Exit codes: 0 done, 2 bad usage or data, 3 the loss is no number, 4 a checkpoint
 """
 import argparse
 import contextlib
-import json
 import math
 import platform
-import shutil
 import signal
 import sys
 import time
@@ -29,6 +27,7 @@ from data import DataFolder, Windows
 from devices import choose_dtype, from_rank_0, memory_advice, start_processes
 from errors import UserError, script
 from evaluate import Observer
+from log import Log
 from model import PRESETS, Llama, ModelConfig, flops_per_token, kv_bytes_per_token
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,33 +168,6 @@ def open_data(settings, state, is_main):
     return data, fingerprint
 
 
-class Log:
-    """metrics.jsonl and the screen. Only rank 0 has either; on the others all this is silent."""
-
-    def __init__(self, run, log_bytes, is_main):
-        """Cut the log back to `log_bytes`, its length when the checkpoint was written. From 0, all else of a run goes too."""
-        self.file = None
-        if is_main:
-            if log_bytes == 0:
-                shutil.rmtree(run / "checkpoints", ignore_errors=True)
-                (run / "evaluations.jsonl").unlink(missing_ok=True)
-            self.file = open(run / "metrics.jsonl", "a")
-            if self.file.tell() < log_bytes:
-                print(f"warning: rows are missing from {self.file.name}", file=sys.stderr)
-            self.file.truncate(min(self.file.tell(), log_bytes))
-
-    def event(self, event, step, **fields):
-        """One JSON line, out of our hands at once. JSON has no NaN: it becomes null."""
-        if self.file:
-            row = json.loads(json.dumps({"event": event, "step": step, **fields}), parse_constant=lambda name: None)
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
-
-    def say(self, text):
-        if self.file:
-            print(text, flush=True)
-
-
 def make_optimizer(model, settings, device):
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2), decaying matrices but not the norms' vectors."""
     # AdamW keeps two running means for every weight, of its gradient and of the gradient's square: twice the size of the
@@ -296,19 +268,25 @@ def main(argv=None):
     network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
 
     # ---- Log. Only here, with everything checked, is an earlier run given up.
+    if is_main:
+        checkpoint.check_room(run, model, settings["keep_last"])
     log = Log(run, state["log_bytes"] if state else 0, is_main)
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
     peak = next((flops * world for name, flops in PEAK_FLOPS.items() if name in device_name), None)
-    log.event("resume" if state else "start", step, time=time.time(), config=settings, env={
-        "torch": torch.__version__, "python": platform.python_version(), "device": device_name, "device_count": world,
-        "world_size": world, "micro_batch": settings["micro_batch"], "dtype": str(dtype).removeprefix("torch."),
-        "compile": compiled, "threads": torch.get_num_threads()}, restored_optimizer=bool(state) and not given.get("reset_optimizer", False))
+    env = {"torch": str(torch.__version__), "python": platform.python_version(), "device": device_name, "device_count": world,
+           "world_size": world, "micro_batch": settings["micro_batch"], "dtype": str(dtype).removeprefix("torch."),
+           "compile": compiled, "threads": torch.get_num_threads()}
+    log.event("resume" if state else "start", step, time=time.time(), config=settings, env=env,
+              restored_optimizer=bool(state) and not given.get("reset_optimizer", False))
     if is_main:
         checkpoint.write_json(run / "config.json", settings)
     log.say(introduce(settings, model, world, accumulation, dtype, device))
     if state:
         log.say(f"resume  at step {step}, with{'out' if given.get('reset_optimizer') else ''} the optimizer's state; "
                 f"lr {lr_at(step, state['config']):.2e} as saved, {lr_at(step, settings):.2e} now")
+        before, now = {**state["config"], **state["env"]}, {**settings, **env}
+        changed = [f"{name} {before.get(name)} → {now[name]}" for name in now if before.get(name) != now[name]]
+        log.say(f"        changed since it was saved: {', '.join(changed) or 'nothing'}")
     resumed_at, weights, state = step if state else None, None, None
 
     # ---- The loop
@@ -328,8 +306,8 @@ def main(argv=None):
             full = stopping or every["save"]
             if is_main and (full or checkpoint.power_of_two(step)):
                 weights, state = checkpoint.capture(model, optimizer, scaler)
-                state |= {"step": step, "tokens": step * total, "seconds": seconds, "config": settings, "data": fingerprint,
-                          "log_bytes": log.file.tell()}
+                state |= {"step": step, "tokens": step * total, "seconds": seconds, "config": settings, "env": env, "data": fingerprint,
+                          "log_bytes": log.length()}
                 checkpoint.save(run, step, weights, state if full else None)
                 checkpoint.prune(run, step, settings["keep_last"], settings["keep_every"])
         if stopping or at_end:
@@ -401,7 +379,7 @@ def main(argv=None):
         with contextlib.suppress(SystemExit):  # it says what is wrong; the run is done and saved all the same
             plot_dynamics.main([str(run), "--out", str(run)])
     log.say(f"done: {step} steps, {seconds / 60:.1f} minutes of training. Three things to try next:\n"
-            f"  python sample.py {run} --prompt \"The function\"\n  python evaluate.py {run} --step 16\n"
+            f"  python sample.py {run} --prompt \"The function\"\n  python evaluate.py {run} --step {min(16, 1 << step.bit_length() - 1)}\n"
             f"  python train.py --run {run} --resume --max_steps {2 * step}" if at_end else
             f"stopped and saved at step {step} — go on with the same command and --resume")
     if world > 1:

@@ -105,6 +105,8 @@ def test_a_style_puts_other_words(tmp_path):
 
 @pytest.mark.parametrize("line", ["{", "[1]", '{"ctx": "a", "endings": ["b", "c"]}', '{"ctx": "a", "endings": ["b", "c"], "label": 2}',
                                   '{"ctx": "a", "endings": ["b"], "label": 0}', '{"ctx": "a", "endings": ["b", ""], "label": 0}',
+                                  '{"ctx": "a", "endings": "bc", "label": 0}', '{"ctx": "a", "endings": ["b", "c"], "label": 0.7}',
+                                  '{"ctx": "a", "endings": ["b", "c"], "label": Infinity}', "[" * 100_000,
                                   '{"ctx": 3, "endings": ["b", "c"], "label": 0}', '{"ctx": "a", "endings": ["b", "c", "d"], "label": 0}',
                                   '{"ctx": "a", "endings": ["b", "%s"], "label": 0}' % ("long" * 20), "\udcff"])
 def test_a_broken_question_is_scored(whole, tmp_path, capsys, line):
@@ -113,7 +115,7 @@ def test_a_broken_question_is_scored(whole, tmp_path, capsys, line):
     with pytest.raises(SystemExit) as error:
         evaluate.main([str(whole), "--benchmark", str(tmp_path / "b.jsonl")])
     assert error.value.code == 2 and "b.jsonl:2: " in messages(capsys)[-1]
-    (tmp_path / "b.jsonl").write_text(good + "\n")  # control
+    (tmp_path / "b.jsonl").write_text(good + "\n\n")  # control
     assert not evaluate.main([str(whole), "--benchmark", str(tmp_path / "b.jsonl"), "--device", "cpu"])
     (whole / "evaluations.jsonl").unlink()
 

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 import plot_dynamics
 from conftest import messages, rows
@@ -49,19 +50,21 @@ def test_a_curve_or_a_row_is_not_the_logs(whole, tmp_path):
     assert f"| 20 | 2,560 | {loss:.4f} |" in table and plot_dynamics.escape(text) in table
 
 
-def test_a_foreign_log_is_read_as_it_is_not(tmp_path, capsys):
+def test_a_foreign_log_is_read_as_it_is_not(whole, tmp_path, capsys):
     log = tmp_path / "log.txt"
     log.write_text("0 val 10.9\n0 train 10.95\n1 train 9.0\n2 train 8.0\n1 train 9.5\n2 val 7.5\n2 hella 0.2504\n2 grad 3.0\n"
                    "what is this\n3 train\n\n3 train 7.0")
     run = plot_dynamics.read_run(log, batch_tokens=1000)
     assert [(row["step"], row["loss"]) for row in run.train] == [(0, 10.95), (1, 9.5), (2, 8.0), (3, 7.0)]  # of two lines the last
-    assert [row["val_loss"] for row in run.eval] == [10.9, 7.5] and run.benchmarks["hellaswag", "token"][0]["acc_norm"] == 0.2504
+    assert [row["val_loss"] for row in run.eval] == [10.9, 7.5] and next(iter(run.benchmarks.values()))[0]["acc_norm"] == 0.2504
     assert "2 broken lines left out (line 9, 10)" in messages(capsys)[-1]
     assert draw(log, "--out", tmp_path / "out", "--batch_tokens", 1000) == 0 and (tmp_path / "out/dynamics.png").stat().st_size > 10_000
     x, y = lines_of(plot_dynamics.Page([run], "linear"), "Accuracy", "acc_norm")
     assert x.tolist() == [2000] and y.tolist() == [0.2504]
     x, _ = lines_of(plot_dynamics.Page([plot_dynamics.read_run(log)], "linear"), "Accuracy", "acc_norm")
     assert x.tolist() == [2]  # nobody said how many tokens a step has
+    assert draw(log, whole, "--out", tmp_path / "out", "--batch_tokens", 1000) == 0  # one without speeds, first
+    assert "whole: steps 20, tokens 2,560" in capsys.readouterr().out  # a log that says how many is believed
 
 
 def test_a_live_or_broken_log_stops_the_drawing(whole, tmp_path, capsys):
@@ -80,6 +83,22 @@ def test_a_live_or_broken_log_stops_the_drawing(whole, tmp_path, capsys):
     for arguments, message in (([tmp_path / "none"], "no such file"), ([tmp_path], "no metrics.jsonl"),
                                ([whole, "--out", whole / "metrics.jsonl"], "check the path"), ([whole, "--batch_tokens", 0], "out of range")):
         assert draw(*arguments) == 2 and message in messages(capsys)[-1]
+
+
+@pytest.mark.parametrize("odd", ['"loss": 1e999', '"loss": 1' + "0" * 400, '"tokens": "x", "loss": true', '"seconds": null', '"n_choices": [4]', '"position_loss": 3.0',
+                                 '"step": -1', '"step": true', '"step": 1' + "0" * 400, '"prompt": "\\ud800", "text": ["$x^{"]', '"name": "$x^{"'])
+def test_an_odd_event_stops_the_drawing(whole, tmp_path, odd):
+    folder = tmp_path / "_a$x^{$b"  # as a name in a figure: hidden, and a formula
+    folder.mkdir()
+    odd_ones = [f'{{"event": "{event}", "step": 20, {odd}}}' for event in ("train", "eval", "benchmark", "sample", "end", "resume")]
+    (folder / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text() + "\n".join(odd_ones) + "\n" + "[" * 100_000 + "\n")
+    assert draw(folder, "--out", tmp_path / "out") == 0 and draw(folder, whole, "--out", tmp_path / "out") == 0
+
+
+def test_smoothing_moves_a_straight_line():
+    line = np.arange(1.0, 400.0)
+    assert np.allclose(plot_dynamics.smooth(line), line)
+    assert not np.allclose(plot_dynamics.smooth(line**2), line**2)  # control: it does smooth
 
 
 def test_a_resume_or_another_machine_leaves_no_mark(whole, tmp_path, capsys):
@@ -103,10 +122,11 @@ def test_several_runs_take_each_others_place(whole, tmp_path, capsys):
         (tmp_path / name).mkdir()
         shutil.copy(whole / "metrics.jsonl", tmp_path / name)
     (tmp_path / "c").mkdir()
+    shutil.copytree(tmp_path / "a", tmp_path / "c/a")
     shutil.copy(whole / "metrics.jsonl", tmp_path / "c/other.jsonl")
-    assert draw(tmp_path / "a", tmp_path / "b", tmp_path / "c/other.jsonl", whole, tmp_path / "a", "--out", tmp_path / "out") == 0
+    assert draw(tmp_path / "a", tmp_path / "b", tmp_path / "c/other.jsonl", whole, tmp_path / "c/a", "--out", tmp_path / "out") == 0
     printed = capsys.readouterr().out
-    assert all(f"{name}: steps 20" in printed for name in ("b", "other", "whole", tmp_path / "a"))
+    assert all(f"{name}: steps 20" in printed for name in ("b", "other", "whole", tmp_path / "a", tmp_path / "c/a"))
     page = plot_dynamics.Page([plot_dynamics.read_run(tmp_path / name) for name in ("a", "b")], "log")
     assert [text.get_text() for text in page.figure.axes[0].get_legend().get_texts()] == ["a", "b"]
 
