@@ -13,10 +13,10 @@ README, EXERCISES = ((ROOT / name).read_text(encoding="utf-8") for name in ("REA
 
 def claims(run):
     """What README says of the default run, in its own words, from the log."""
-    last, scores, words = run.eval[-1], run.benchmarks["cloze", "token"][-1], plot_dynamics.summary(run)
+    last, scores, words = run.eval[-1], next(iter(run.benchmarks.values()))[-1], plot_dynamics.summary(run)
     loss = {row["step"]: row["val_loss"] for row in run.eval}
     return [f"{words['steps']} steps", f"{words['tokens/s (median)']} tokens/s", f"{words['seconds']} seconds", f"{words['of them evaluating']} of it evaluating",
-            f"**{last['val_bpb']:.3f} bits per byte**", f"val loss {last['val_loss']:.4f} | {last['val_bpb']:.4f} bits/byte | context gain {last['context_gain']:.3f}",
+            f"**{last['val_bpb']:.3f} bits per byte**", f"val loss {last['val_loss']:.4f} | {last['val_bpb']:.4f} bits/byte | context gain {last['context_gain']:.3f} ± {last['context_gain_stderr']:.3f}",
             *(f"{key} {100 * scores[key]:.1f} ± {100 * scores[key.replace('acc', 'stderr')]:.1f} %" for key in ("acc", "acc_norm", "acc_pmi")),
             *(f"| {row['step']:,} | {loss[row['step']]:.2f} | {plot_dynamics.escape(row['text'])[:40]}" for row in next(iter(run.samples.values()))
               if row["step"] in (0, 64, 1024, run.train[-1]["step"]))]
@@ -28,9 +28,15 @@ def test_the_readme_tells_of_another_run():
     other = copy.deepcopy(run)  # control: a run that is a little different
     other.eval[-1]["val_bpb"] += 0.01
     other.samples[next(iter(other.samples))][-1]["text"] = "The answer."
-    other.benchmarks["cloze", "token"][-1]["acc_pmi"] -= 0.01
+    next(iter(other.benchmarks.values()))[-1]["acc_pmi"] -= 0.01
     assert sum(claim not in README for claim in claims(other)) == 4
     assert plot_dynamics.trajectory([run]) == (ROOT / "logs/default/trajectory.md").read_text(encoding="utf-8")
+
+
+def test_a_promise_has_no_test():
+    tests = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "test_model.py", *(ROOT / "tests").glob("test_*.py")])
+    promised = re.findall(r"`(test_\w+)`", README)
+    assert len(promised) >= 10 and [name for name in promised if f"def {name}(" not in tests] == []
 
 
 @pytest.mark.parametrize("number, file, change", [(i, *found) for i, found in enumerate(re.findall(r"```diff\n--- (\S+)\n(.*?)```", EXERCISES, re.S))])

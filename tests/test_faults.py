@@ -379,6 +379,28 @@ def test_other_data_is_trained_on(stopped, data, tmp_path, capsys):
     assert run(tmp_path / "data", tmp_path / "r", "--resume") == 0  # control: the same bytes elsewhere
 
 
+def test_moments_go_to_another_parameter(stopped, tmp_path):  # row 32
+    place = stopped / "checkpoints/step_00000015"
+    weights, kept = (checkpoint.load_file(place / name) for name in ("model.pt", "train_state.pt"))
+    model, _, _ = checkpoint.load_model(stopped)
+    settings, scaler = json.loads((stopped / "config.json").read_text()), torch.amp.GradScaler("cpu", enabled=False)
+
+    def restored(moments):
+        optimizer = train.make_optimizer(model, settings, torch.device("cpu"))
+        checkpoint.restore(weights, {**kept, "optimizer": moments}, model, optimizer, scaler)
+        return {name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
+
+    moments = kept["optimizer"]
+    other_order = restored(dict(reversed(moments.items())))
+    assert all(torch.equal(value, moments[name]["exp_avg"]) for name, value in other_order.items())
+    keys = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)]  # of one shape: by position they would be taken for each other
+    swapped = restored({**moments, keys[0]: moments[keys[1]], keys[1]: moments[keys[0]]})
+    assert not torch.equal(swapped[keys[0]], moments[keys[0]]["exp_avg"])  # control
+    for wrong in ({name: value for name, value in moments.items() if name != keys[0]}, {**moments, "lm_head.bias": moments[keys[0]]}):
+        with pytest.raises(checkpoint.UserError, match="optimizer state differ from the network in 1 parameters"):
+            restored(wrong)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Numbers that are none: rows 21, 22
 

@@ -181,29 +181,6 @@ def test_minutes_do_not_become_a_fixed_horizon(data, tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints and mistakes
 
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "meta"])
-def test_a_damaged_checkpoint_is_used(data, whole, tmp_path, capsys, damage):
-    folder = tmp_path / "r"
-    run(data, folder, "--stop_at", 12)
-    place = folder / "checkpoints/step_00000012"
-    if damage == "truncated":
-        os.truncate(place / "train_state.pt", (place / "train_state.pt").stat().st_size - 1)
-    elif damage == "flipped":
-        content = bytearray((place / "model.pt").read_bytes())
-        content[len(content) // 2] ^= 1
-        (place / "model.pt").write_bytes(content)
-    else:
-        (place / "meta.json").write_text('{"step": 12')
-    capsys.readouterr()
-    assert run(data, folder, "--resume") == 0
-    assert "step_00000012 is damaged" in messages(capsys)[0]
-    assert same(folder, whole)
-    for place in (folder / "checkpoints").iterdir():
-        (place / "meta.json").unlink()
-    assert run(data, folder, "--resume", "--max_steps", 30) == 2  # none is left: never a silent start from 0
-    assert "no usable checkpoint" in messages(capsys)[-1]
-
-
 def test_a_checkpoint_runs_code(whole, tmp_path, capsys):
     class Bomb:
         def __reduce__(self):
