@@ -29,6 +29,21 @@ def choose_dtype(name, device):
     return torch.bfloat16 if x86 and (torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()) else torch.float32
 
 
+def environment(device, dtype, world, micro_batch, compiled):
+    """What a run's speed depends on, and its last bits: the "env" of its log."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    return {"torch": str(torch.__version__), "python": platform.python_version(), "device": name, "device_count": world, "world_size": world,
+            "micro_batch": micro_batch, "dtype": str(dtype).removeprefix("torch."), "compile": compiled, "threads": torch.get_num_threads()}
+
+
+PEAK_FLOPS = {"A100": 312e12, "A6000": 154.8e12, "H100": 989e12, "H200": 989e12, "RTX 4090": 165.2e12}  # dense bf16, data sheets
+
+
+def peak_flops(env):
+    """Of all its devices together; None where we do not know it."""
+    return next((flops * env["world_size"] for name, flops in PEAK_FLOPS.items() if name in env["device"]), None)
+
+
 @contextmanager
 def memory_advice(settings, accumulation):
     """Turn "out of memory" into the next smaller micro-batch that still divides the step."""

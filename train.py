@@ -10,7 +10,6 @@ Exit codes: 0 done, 2 bad usage or data, 3 the loss is no number, 4 a checkpoint
 import argparse
 import contextlib
 import math
-import platform
 import signal
 import sys
 import time
@@ -24,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from data import DataFolder, Windows
-from devices import choose_dtype, from_rank_0, memory_advice, start_processes
+from devices import choose_dtype, environment, from_rank_0, memory_advice, peak_flops, start_processes
 from errors import UserError, script
 from evaluate import Observer
 from log import Log
@@ -223,7 +222,12 @@ def introduce(settings, model, world, accumulation, dtype, device):
             f"expect  a first loss near ln {config.padded_vocab_size:,} = {math.log(config.padded_vocab_size):.2f}: any next token equally likely")
 
 
-PEAK_FLOPS = {"A100": 312e12, "A6000": 154.8e12, "H100": 989e12, "H200": 989e12, "RTX 4090": 165.2e12}  # dense bf16, data sheets
+def introduce_resume(state, settings, env, reset):
+    """Where the run goes on, and what is no longer as it was."""
+    step, before, now = state["step"], {**state["config"], **state["env"]}, {**settings, **env}
+    changed = [f"{name} {before.get(name)} → {now[name]}" for name in now if before.get(name) != now[name]]
+    return (f"resume  at step {step}, with{'out' if reset else ''} the optimizer's state; lr {lr_at(step, state['config']):.2e} as saved, "
+            f"{lr_at(step, settings):.2e} now\n        changed since it was saved: {', '.join(changed) or 'nothing'}")
 
 
 @script
@@ -254,7 +258,7 @@ def main(argv=None):
     # schedule and in the log are one number. Counted otherwise, each resume would repeat or skip a batch.
     step, seconds = 0, 0.0
     if state:
-        checkpoint.restore(weights, state, model, optimizer, scaler, given.get("reset_optimizer", False))
+        checkpoint.restore(weights, state, model, optimizer, scaler, given.get("reset_optimizer"))
         step, seconds = state["step"], state["seconds"]
     elif settings["init_from"]:
         checkpoint.restore_weights(checkpoint.load_weights(settings["init_from"])[0], model)
@@ -271,22 +275,14 @@ def main(argv=None):
     if is_main:
         checkpoint.check_room(run, model, settings["keep_last"])
     log = Log(run, state["log_bytes"] if state else 0, is_main)
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
-    peak = next((flops * world for name, flops in PEAK_FLOPS.items() if name in device_name), None)
-    env = {"torch": str(torch.__version__), "python": platform.python_version(), "device": device_name, "device_count": world,
-           "world_size": world, "micro_batch": settings["micro_batch"], "dtype": str(dtype).removeprefix("torch."),
-           "compile": compiled, "threads": torch.get_num_threads()}
-    log.event("resume" if state else "start", step, time=time.time(), config=settings, env=env,
-              restored_optimizer=bool(state) and not given.get("reset_optimizer", False))
+    env, reset = environment(device, dtype, world, settings["micro_batch"], compiled), given.get("reset_optimizer", False)
+    peak = peak_flops(env)
+    log.event("resume" if state else "start", step, time=time.time(), config=settings, env=env, restored_optimizer=bool(state) and not reset)
     if is_main:
         checkpoint.write_json(run / "config.json", settings)
     log.say(introduce(settings, model, world, accumulation, dtype, device))
     if state:
-        log.say(f"resume  at step {step}, with{'out' if given.get('reset_optimizer') else ''} the optimizer's state; "
-                f"lr {lr_at(step, state['config']):.2e} as saved, {lr_at(step, settings):.2e} now")
-        before, now = {**state["config"], **state["env"]}, {**settings, **env}
-        changed = [f"{name} {before.get(name)} → {now[name]}" for name in now if before.get(name) != now[name]]
-        log.say(f"        changed since it was saved: {', '.join(changed) or 'nothing'}")
+        log.say(introduce_resume(state, settings, env, reset))
     resumed_at, weights, state = step if state else None, None, None
 
     # ---- The loop

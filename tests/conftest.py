@@ -83,9 +83,9 @@ def state(folder, step=20):
     return tensors
 
 
-def same(a, b):
+def same(a, b, step=20):
     """Equal to the bit: losses, rates, norms, evaluations, weights, moments."""
-    first, second = state(a), state(b)
+    first, second = state(a, step), state(b, step)
     return (rows(a) == rows(b) and evals(a) == evals(b) and first.keys() == second.keys()
             and all(torch.equal(first[name], second[name]) for name in first))
 

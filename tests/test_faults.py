@@ -47,55 +47,66 @@ def resume(server, data):
     return lambda folder, *flags, **fault: server("--data", data, "--run", folder, "--resume", *flags, **fault)
 
 
-def steps_once(folder):
-    return [row[0] for row in rows(folder)] == list(range(1, 21))
+def steps_once(folder, steps=20):
+    return [row[0] for row in rows(folder)] == list(range(1, steps + 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed: rows 3, 4, 9, 28
 
+SHORT = ["--max_steps", 8, "--save_every", 3]  # saves at 0, 1, 2, 3, 4, 6 and 8, and prunes at 6 and 8
+
+
+@pytest.fixture(scope="module")
+def short(server, data, tmp_path_factory):
+    """(folder, file operations, seconds) of a run with SHORT that nothing happened to."""
+    for name in ("warm", "r"):
+        folder, start = tmp_path_factory.mktemp("short") / name, time.monotonic()
+        found = server("--data", data, "--run", folder, *SHORT)
+    assert found["code"] == 0 and found["operations"] > 150
+    return folder, found["operations"], time.monotonic() - start
+
+
 def killed_at(resume, folder, whole, n):
     """Kill a run at its n-th file operation, see what is left, let the same command finish."""
-    assert resume(folder, fault=["kill", n])["code"] == -signal.SIGKILL
+    assert resume(folder, *SHORT, fault=["kill", n])["code"] == -signal.SIGKILL
     left = checkpoint.checkpoints(folder)
     if left:
         assert checkpoint.find(folder, full=True) is not None  # raises if there are some and none is good
         assert min(left) == 0
-    assert resume(folder)["code"] == 0
-    assert same(folder, whole) and steps_once(folder)
+    assert resume(folder, *SHORT)["code"] == 0
+    assert same(folder, whole, 8) and steps_once(folder, 8)
     assert not list((folder / "checkpoints").glob(".tmp*"))
     shutil.rmtree(folder)
 
 
-def operations(resume, folder, whole):
-    found = resume(folder)
-    assert found["code"] == 0 and same(folder, whole)
-    shutil.rmtree(folder)
-    return found["operations"]
-
-
-def test_a_kill_at_some_file_operations(resume, whole, tmp_path):
-    total = operations(resume, tmp_path / "r", whole)
-    assert total > 200
-    for n in random.Random(0).sample(range(1, total + 1), 24):
-        killed_at(resume, tmp_path / f"r{n}", whole, n)
+def test_a_kill_at_some_file_operations(resume, short, tmp_path):
+    whole, total, _ = short
+    for n in random.Random(0).sample(range(1, total + 1), 16):
+        killed_at(resume, tmp_path / "r", whole, n)
 
 
 @pytest.mark.slow
-def test_a_kill_at_every_file_operation(resume, whole, tmp_path):
-    for n in range(1, operations(resume, tmp_path / "r", whole) + 1):
-        killed_at(resume, tmp_path / f"r{n}", whole, n)
+def test_a_kill_at_every_file_operation(resume, short, tmp_path):
+    whole, total, _ = short
+    for n in range(1, total + 1):
+        killed_at(resume, tmp_path / "r", whole, n)
 
 
-def test_a_kill_at_20_random_moments(resume, whole, tmp_path):
-    start = time.monotonic()
-    operations(resume, tmp_path / "r", whole)
-    length, draw, kills = time.monotonic() - start, random.Random(os.getpid()), 0
+def test_a_kill_at_20_random_moments(resume, short, tmp_path):
+    whole, _, seconds = short
+    draw, kills, in_a_save = random.Random(os.getpid()), 0, 0
     while kills < 20:  # several kills to a run, as they come
-        while (code := resume(tmp_path / "r", kill_after=draw.uniform(0, length))["code"]) == -signal.SIGKILL:
+        while (code := resume(tmp_path / "r", *SHORT, kill_after=draw.uniform(0, seconds))["code"]) == -signal.SIGKILL:
             kills += 1
-        assert code == 0 and same(tmp_path / "r", whole) and steps_once(tmp_path / "r")
+            in_a_save += any((tmp_path / "r/checkpoints").glob(".tmp*"))
+        assert code == 0 and same(tmp_path / "r", whole, 8) and steps_once(tmp_path / "r", 8)
         shutil.rmtree(tmp_path / "r")
+    print(f"{kills} kills, {in_a_save} of them in a save")
+
+
+def test_control_a_shorter_run_is_another(short, whole):
+    assert rows(short[0]) != rows(whole)[:8]  # another horizon, another schedule
 
 
 def test_what_a_kill_leaves_stays_in_the_way(resume, whole, tmp_path):
@@ -242,7 +253,8 @@ def start(data, folder, *flags, rank=None, port=None):
     """train.py as a process of its own; of two, if `rank` is given."""
     folder.parent.mkdir(exist_ok=True)
     child = folder.parent / "child.py"
-    child.write_text(CHILD)
+    if not child.exists():
+        child.write_text(CHILD)
     env = {**os.environ, "OMP_NUM_THREADS": "1"} | (
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if port else {})
     return subprocess.Popen([sys.executable, str(child), *FLAGS, "--data", str(data), "--run", str(folder), "--resume", *map(str, flags)],
@@ -254,6 +266,12 @@ def two(data, folder, *flags):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     return [start(data, folder, "--micro_batch", 2, *flags, rank=rank, port=port) for rank in (0, 1)]
+
+
+def codes(processes):
+    found = [process.wait(60) for process in processes]
+    print(*(process.stderr.read() for process in processes))  # shown when the test fails
+    return found
 
 
 def wait_for(folder, steps):
@@ -276,7 +294,7 @@ def test_one_of_two_processes_goes_on_alone(data, tmp_path):
     processes = two(data, tmp_path / "r", "--max_steps", 2000)
     wait_for(tmp_path / "r", 20)
     processes[1].terminate()  # rank 1, which writes nothing
-    assert [process.wait(60) for process in processes] == [75, 75]
+    assert codes(processes) == [75, 75]
     step = rows(tmp_path / "r")[-1][0]
     assert checkpoint.find(tmp_path / "r", full=True).name == f"step_{step:08d}"
     processes = two(data, tmp_path / "r", "--max_steps", 2000)
@@ -285,7 +303,7 @@ def test_one_of_two_processes_goes_on_alone(data, tmp_path):
     assert processes[0].wait(60) not in (0, 75)  # in bounded time
     assert checkpoint.find(tmp_path / "r", full=True)
     processes = two(data, tmp_path / "r", "--max_steps", rows(tmp_path / "r")[-1][0] + 5)
-    assert [process.wait(60) for process in processes] == [0, 0]
+    assert codes(processes) == [0, 0]
 
 
 def test_torchrun_hides_the_stop(data, tmp_path):
@@ -346,7 +364,6 @@ def test_the_horizon_moves_by_itself(stopped, data, whole, tmp_path, capsys):
 
 
 def test_two_processes_or_one_go_on_differently(data, tmp_path, whole):
-    (tmp_path / "r").mkdir()
     straight = tmp_path / "straight"
     assert run(data, straight, "--max_steps", 50, "--save_every", 0) == 0
     for counts in ((1, 2), (2, 1)):
@@ -354,7 +371,7 @@ def test_two_processes_or_one_go_on_differently(data, tmp_path, whole):
         for count, stop in zip(counts, (25, 50)):
             flags = ["--max_steps", 50, "--save_every", 0, *(["--stop_at", 25] if stop == 25 else [])]
             processes = two(data, folder, *flags) if count == 2 else [start(data, folder, *flags)]
-            assert [process.wait(60) for process in processes] == [75 if stop == 25 else 0] * count
+            assert codes(processes) == [75 if stop == 25 else 0] * count
         losses, wanted = (np.array([row[2] for row in rows(place)]) for place in (folder, straight))
         assert len(losses) == 50 and np.abs(losses / wanted - 1).max() < 1e-5
         assert [row[1] for row in rows(folder)] == [row[1] for row in rows(straight)]

@@ -14,6 +14,7 @@ import builtins
 import errno
 import functools
 import json
+import math
 import os
 import signal
 import sys
@@ -22,6 +23,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 import torch
+import torch._dynamo  # as evaluation does: here once, not in every child
 
 import checkpoint
 import conftest
@@ -136,13 +138,14 @@ def serve():
         if not child:
             trial(request["argv"], request.get("fault") or [], stderr, writing)
         os.close(writing)
-        if request.get("kill_after") is not None:
-            time.sleep(request["kill_after"])
-            os.kill(child, signal.SIGKILL)
-        status = os.waitpid(child, 0)[1]
+        end = time.monotonic() + (request.get("kill_after") or math.inf)
+        while not (waited := os.waitpid(child, os.WNOHANG))[0]:
+            if time.monotonic() > end:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.001)
         counted = os.read(reading, 20)
         os.close(reading)
-        print(json.dumps({"code": os.waitstatus_to_exitcode(status), "operations": int(counted or 0),
+        print(json.dumps({"code": os.waitstatus_to_exitcode(waited[1]), "operations": int(counted or 0),
                           "stderr": Path(stderr).read_text()}), flush=True)
 
 
