@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from data import DataFolder, Windows
-from devices import choose_dtype, environment, from_rank_0, memory_advice, peak_flops, start_processes
+from devices import choose_dtype, end_processes, environment, from_rank_0, memory_advice, peak_flops, start_processes
 from errors import UserError, script
 from evaluate import Observer
 from log import Log
@@ -378,9 +378,7 @@ def main(argv=None):
             f"  python sample.py {run} --prompt \"The function\"\n  python evaluate.py {run} --step {min(16, 1 << step.bit_length() - 1)}\n"
             f"  python train.py --run {run} --resume --max_steps {2 * step}" if at_end else
             f"stopped and saved at step {step} — go on with the same command and --resume")
-    if world > 1:
-        dist.destroy_process_group()
-    return 0 if at_end else 75
+    return end_processes(0 if at_end else 75)
 
 
 if __name__ == "__main__":
