@@ -138,7 +138,7 @@ def save(run, step, weights, state=None):
     leaves what was there before: with exit code 3 if a number is not finite, with 4 if it cannot be written."""
     tensors = named_tensors(weights, state)
     # One inf or NaN makes a sum inf or NaN; and a sum, unlike isfinite(tensor), needs no memory.
-    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.sum(dtype=torch.float64))]
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.sum())]
     if bad:
         raise UserError(f"step {step}: {len(bad)} tensors are no longer finite numbers ({', '.join(bad[:3])}) — the checkpoint before is "
                         f"the last good one; try a lower --lr in another --run", code=3)

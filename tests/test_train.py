@@ -33,7 +33,7 @@ def test_a_resumed_run_is_another_run(data, whole, tmp_path, stop):
     assert [row[0] for row in rows(tmp_path / "r")] == list(range(1, 21))
 
 
-@pytest.mark.parametrize("mistake", ["reset", "moments", "step", "rounded"])
+@pytest.mark.parametrize("mistake", ["reset", "moments", "step", "seed", "rounded"])
 def test_control_a_state_that_is_not_the_full_state_shows(data, whole, tmp_path, mistake):
     folder = tmp_path / "r"
     run(data, folder, "--stop_at", 10)
@@ -47,6 +47,8 @@ def test_control_a_state_that_is_not_the_full_state_shows(data, whole, tmp_path,
                 moments["exp_avg"].zero_()
         elif mistake == "step":
             kept["step"] += 1
+        elif mistake == "seed":
+            kept["config"]["seed"] += 1
         else:
             weights["model"] = {name: value.half().float() for name, value in weights["model"].items()}
         checkpoint.save(folder, 10, weights, kept)

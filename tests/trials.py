@@ -8,6 +8,7 @@ Faults, all counted from the child's first file operation of each kind in `run`:
   ["kill", n]          SIGKILL in place of the n-th operation; of a write, after half of it
   ["full", n]          from the n-th write into a checkpoint on, the disk is full
   ["log full", n]      the n-th write to the log writes half a line, then the disk is full
+  ["limit", bytes]     the system refuses files longer than that
   ["signal", where, step, name]   the signal arrives in a "step", an "evaluate" or a "save" at that step
 """
 import builtins
@@ -16,6 +17,7 @@ import functools
 import json
 import math
 import os
+import resource
 import signal
 import sys
 import time
@@ -71,6 +73,8 @@ class Faults:
         builtins.open = self.watched_open
         for name in ("fsync", "rename", "replace", "unlink", "rmdir", "mkdir"):
             setattr(os, name, self.counted(getattr(os, name)))
+        if self.kind == "limit":
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.how[0], resource.RLIM_INFINITY))
         if self.kind == "signal":
             where, step, name = self.how
             owner, method, at = {"step": (train.Llama, "forward", None), "evaluate": (train.Observer, "evaluate", 1),
