@@ -131,6 +131,12 @@ def write_json(path, obj):
     fsync_folder(path.parent)
 
 
+def named_tensors(weights, state):
+    """{name: tensor} of all weights and moments."""
+    moments = {f"{name}.{key}": value for name, kept in (state or {"optimizer": {}})["optimizer"].items() for key, value in kept.items()}
+    return weights["model"] | moments
+
+
 def save(run, step, weights, state=None):
     """Write checkpoints/step_… of `run`: weights alone, or with `state` all that a resume needs.
 
@@ -159,12 +165,6 @@ def save(run, step, weights, state=None):
         needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(run).free
         raise UserError(f"{final}: not saved ({error}); it needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free — make room, then run "
                         f"again with --resume", code=4) from error
-
-
-def named_tensors(weights, state):
-    """{name: tensor} of all weights and moments."""
-    moments = {f"{name}.{key}": value for name, kept in (state or {"optimizer": {}})["optimizer"].items() for key, value in kept.items()}
-    return weights["model"] | moments
 
 
 def check_room(run, model, keep_last):
@@ -264,15 +264,20 @@ def prune(run, now, keep_last, keep_every):
             meta = read_meta(folder)
         except Damaged:
             continue  # not ours to judge: `find` names it
-        if "train_state.pt" in meta["files"] and step <= now:
+        if "train_state.pt" not in meta["files"]:
+            (folder / "train_state.pt").unlink(missing_ok=True)  # a kill came before it could go
+        elif step <= now:
             full.append((step, folder, meta))
-    for step, folder, meta in full[:-keep_last]:
-        if step == 0 or power_of_two(step) or (keep_every and step % keep_every == 0):
-            del meta["files"]["train_state.pt"]
-            write_json(folder / "meta.json", meta)  # first the word that it is gone, so that no kill leaves a broken one
-            (folder / "train_state.pt").unlink()
-        else:
-            remove(folder)
+    try:
+        for step, folder, meta in full[:-keep_last]:
+            if step == 0 or power_of_two(step) or (keep_every and step % keep_every == 0):
+                del meta["files"]["train_state.pt"]
+                write_json(folder / "meta.json", meta)  # first the word that it is gone, so that no kill leaves a broken one
+                (folder / "train_state.pt").unlink()
+            else:
+                remove(folder)
+    except OSError as error:
+        raise UserError(f"{run}/checkpoints: an old state was not removed ({error}) — make room, then run again with --resume", code=4) from None
 
 
 def lock(run):

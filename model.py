@@ -370,9 +370,8 @@ def main(argv=None):
     total = sum(counts.values())
     print(f"{args.preset}: dim {config.dim}, {config.n_layers} layers, {config.n_heads} heads of {config.head_dim}, {config.n_kv_heads} key/value "
           f"heads, intermediate {config.intermediate_size}, vocabulary {config.vocab_size:,} padded to {config.padded_vocab_size:,}, window {T}")
-    for part, count in counts.items():
+    for part, count in {**counts, "total": total}.items():
         print(f"  {part:<14}{count:>16,}  {count / total:6.1%}")
-    print(f"  {'total':<14}{total:>16,}")
     print(f"training FLOPs per token at {T} tokens: {flops_per_token(config, T):,}")
     kv, mha = kv_bytes_per_token(config), kv_bytes_per_token(replace(config, n_kv_heads=config.n_heads))
     print(f"KV cache in bf16: {kv:,} bytes per token; grouped queries save {1 - kv / mha:.0%} of {mha:,}")

@@ -265,7 +265,7 @@ def main(argv=None):
     if settings["max_steps"] is not None and step >= settings["max_steps"]:
         if is_main:
             print(f"{run} is finished: {step} steps — try: python sample.py {run}, or a larger --max_steps")
-        return 0
+        return end_processes(0)
     compiled = settings["compile"] if settings["compile"] is not None else device.type == "cuda"
     for block in model.model.layers if compiled else []:
         block.compile()  # in place, so that the state_dict keeps its names
@@ -274,12 +274,11 @@ def main(argv=None):
     # ---- Log. Only here, with everything checked, is an earlier run given up.
     if is_main:
         checkpoint.check_room(run, model, settings["keep_last"])
+        checkpoint.write_json(run / "config.json", settings)
     log = Log(run, state["log_bytes"] if state else 0, is_main)
     env, reset = environment(device, dtype, world, settings["micro_batch"], compiled), given.get("reset_optimizer", False)
     peak = peak_flops(env)
     log.event("resume" if state else "start", step, time=time.time(), config=settings, env=env, restored_optimizer=bool(state) and not reset)
-    if is_main:
-        checkpoint.write_json(run / "config.json", settings)
     log.say(introduce(settings, model, world, accumulation, dtype, device))
     if state:
         log.say(introduce_resume(state, settings, env, reset))

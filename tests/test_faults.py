@@ -77,6 +77,8 @@ def killed_at(resume, folder, whole, n):
     assert resume(folder, *SHORT)["code"] == 0
     assert same(folder, whole, 8) and steps_once(folder, 8)
     assert not list((folder / "checkpoints").glob(".tmp*"))
+    for place in checkpoint.checkpoints(folder).values():  # nothing that its meta.json does not know of
+        assert {path.name for path in place.iterdir()} - {".meta.json.tmp"} == {"meta.json", *checkpoint.read_meta(place)["files"]}
     shutil.rmtree(folder)
 
 
