@@ -140,8 +140,8 @@ def named_tensors(weights, state):
 def save(run, step, weights, state=None):
     """Write checkpoints/step_… of `run`: weights alone, or with `state` all that a resume needs.
 
-    A folder of that step which is there already (damaged, or from before a resume) is replaced. Raises UserError, and
-    leaves what was there before: with exit code 3 if a number is not finite, with 4 if it cannot be written."""
+    A folder of that step which is there already (damaged, or from before a resume) is replaced. Raises UserError with exit
+    code 3 if a number is not finite, with 4 if it cannot be written; the checkpoints of other steps stay as they are."""
     tensors = named_tensors(weights, state)
     # One inf or NaN makes a sum inf or NaN; and a sum, unlike isfinite(tensor), needs no memory.
     bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.sum())]
@@ -151,12 +151,12 @@ def save(run, step, weights, state=None):
     folder = Path(run) / "checkpoints"
     final, temporary = folder / f"step_{step:08d}", folder / f".tmp_step_{step:08d}"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
         temporary.mkdir(parents=True)
         parts = {"model.pt": weights} | ({"train_state.pt": state} if state else {})
         files = {name: write_file(temporary / name, part) for name, part in parts.items()}
         write_json(temporary / "meta.json", {"step": step, "files": files})
-        if final.exists():
+        if final.exists() or final.is_symlink():
             remove(final)
         os.rename(temporary, final)
         fsync_folder(folder)
@@ -167,22 +167,29 @@ def save(run, step, weights, state=None):
                         f"again with --resume", code=4) from error
 
 
-def check_room(run, model, keep_last):
-    """Raise UserError if the disk cannot hold the full states that a run keeps, and the one that is being written."""
-    held = sum(file.stat().st_size for file in Path(run).rglob("*") if file.is_file())
-    full = 3 * sum(parameter.nbytes for parameter in model.parameters())  # weights and two moments
-    needed, free = max(full, (keep_last + 1) * full - held), shutil.disk_usage(run).free
-    if free < needed:
-        raise UserError(f"{run}: {keep_last + 1} full checkpoints of {full / 1e6:,.0f} MB do not fit, {free / 1e6:,.0f} MB are free — make room, "
-                        f"or choose a --run on another disk")
+def discard(path):
+    """Delete a folder, or a file or link in its place: of a link only itself."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def remove(folder):
-    """Remove a checkpoint so that it is never half there: out of sight first, then file by file."""
+    """Remove a checkpoint, or all of them, so that it is never half there: out of sight first, then file by file."""
     hidden = folder.with_name(f".tmp_removed_{folder.name}")
-    shutil.rmtree(hidden, ignore_errors=True)
+    discard(hidden)
     os.rename(folder, hidden)
-    shutil.rmtree(hidden)
+    fsync_folder(folder.parent)
+    discard(hidden)
+
+
+def clear(run):
+    """Give up what an earlier run left in the folder."""
+    if (run / "checkpoints").exists():
+        remove(run / "checkpoints")
+    for name in ("metrics.jsonl", "evaluations.jsonl"):
+        (run / name).unlink(missing_ok=True)
 
 
 def checkpoints(run):
@@ -291,8 +298,8 @@ def lock(run):
         raise UserError(f"{run} is in use by another process — wait for it, or choose another --run") from None
     except (ImportError, OSError):
         print(f"warning: {run} cannot be locked here; do not train twice into it", file=sys.stderr)
-    for left in Path(run).glob("checkpoints/.tmp_*"):
-        shutil.rmtree(left)
+    for left in [*Path(run).glob(".tmp_*"), *Path(run).glob("checkpoints/.tmp_*")]:
+        discard(left)
     return file
 
 

@@ -1,8 +1,11 @@
-"""devices.py — where a script runs: device, precision, one process or several, and what to do when memory is short."""
+"""devices.py — where a script runs: device, precision, one process or several; signals; memory and disk."""
 import os
 import platform
+import shutil
+import signal
 import sys
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -45,6 +48,23 @@ def peak_flops(env):
     return next((flops * env["world_size"] for name, flops in PEAK_FLOPS.items() if name in env["device"]), None)
 
 
+def listen_for_stops(log):
+    """(asked, stop_listening): Ctrl-C, SIGTERM and a closed terminal fill the list, so that the loop finishes the step and
+    saves. A second time they end the process at once. stop_listening() puts back what was there before."""
+    asked = []
+
+    def ask(signum, frame):
+        asked.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+        log.say("\nstopping after this step, to save; once more stops at once and goes back to the last checkpoint")
+
+    signals = [signal.SIGINT, signal.SIGTERM]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not on Windows; nohup ignores it
+        signals.append(signal.SIGHUP)
+    before = {signum: signal.signal(signum, ask) for signum in signals}
+    return asked, lambda: [signal.signal(signum, handler) for signum, handler in before.items()]
+
+
 @contextmanager
 def memory_advice(settings, accumulation):
     """Turn "out of memory" into the next smaller micro-batch that still divides the step."""
@@ -56,6 +76,18 @@ def memory_advice(settings, accumulation):
         B = settings["micro_batch"]
         advice = [f"--micro_batch {n}" for n in range(B - 1, 0, -1) if B * accumulation % n == 0] + ["a smaller --preset or --seq_len"]
         raise UserError(f"out of memory with micro_batch {B} x seq_len {settings['seq_len']} — use {advice[0]}") from None
+
+
+def check_room(run, model, settings):
+    """Raise UserError if the disk cannot hold what a run keeps: full states (weights and two moments), one more while it is
+    being written, and the weights of step 0, the powers of two and the multiples of keep_every."""
+    weights, steps, every = sum(parameter.nbytes for parameter in model.parameters()), settings["max_steps"] or 0, settings["keep_every"]
+    held = sum(file.stat().st_size for file in Path(run).rglob("*") if file.is_file())
+    whole = weights * (3 * (settings["keep_last"] + 1) + steps.bit_length() + 1 + (steps // every if every else 0))
+    free = shutil.disk_usage(run).free
+    if free < max(3 * weights, whole - held):
+        raise UserError(f"{run}: its checkpoints, {whole / 1e6:,.0f} MB in all, do not fit, {free / 1e6:,.0f} MB are free — make room, "
+                        f"lower --keep_last or raise --keep_every, or choose a --run on another disk")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

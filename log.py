@@ -1,7 +1,7 @@
 """log.py — what a run writes down, one JSON object per line: metrics.jsonl while it trains, evaluations.jsonl afterwards."""
 import json
+import math
 import os
-import shutil
 import sys
 import time
 
@@ -11,17 +11,21 @@ from errors import UserError
 class Log:
     """metrics.jsonl and the screen. Only rank 0 has either; on the others all this is silent."""
 
-    def __init__(self, run, log_bytes, is_main):
-        """Cut the log back to `log_bytes`, its length when the checkpoint was written. From 0, all else of a run goes too."""
+    def __init__(self, run, step, log_bytes, is_main):
+        """Cut the log back to `log_bytes`, its length when the checkpoint of `step` was written. Where someone has changed
+        it since, say so, and keep the whole rows up to that step."""
         self.file = None
         if is_main:
-            if log_bytes == 0:
-                shutil.rmtree(run / "checkpoints", ignore_errors=True)
-                (run / "evaluations.jsonl").unlink(missing_ok=True)
-            self.file = open(run / "metrics.jsonl", "ab", buffering=0)
-            if self.file.tell() < log_bytes:
-                print(f"warning: rows are missing from {self.file.name}", file=sys.stderr)
-            self.file.truncate(min(self.file.tell(), log_bytes))
+            self.file = open(run / "metrics.jsonl", "a+b", buffering=0)
+            self.file.seek(0)
+            kept = self.file.read(log_bytes)
+            if len(kept) < log_bytes or kept and kept[-1:] != b"\n":
+                print(f"warning: {self.file.name} is not as it was when step {step} was saved; its rows up to there are kept", file=sys.stderr)
+                self.file.seek(0)
+                kept = b"".join(line for line in self.file.read().splitlines(True) if step_of(line) <= step)
+                self.file.truncate(0)
+                self.file.write(kept)
+            self.file.truncate(len(kept))
 
     def event(self, event, step, **fields):
         """One JSON line, out of our hands at once. JSON has no NaN: it becomes null. Raises UserError with exit code 4 if
@@ -42,8 +46,20 @@ class Log:
         return os.fstat(self.file.fileno()).st_size
 
     def say(self, text):
+        """Print. A screen that is gone (a closed terminal, `| head`) is no reason to stop training."""
         if self.file:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except OSError:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def step_of(line):
+    """The step of a log's line; infinite if it is none."""
+    try:
+        return json.loads(line)["step"] if line.endswith(b"\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf
 
 
 def note(run, *events):

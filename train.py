@@ -10,7 +10,6 @@ Exit codes: 0 done, 2 bad usage or data, 3 the loss is no number, 4 a checkpoint
 import argparse
 import contextlib
 import math
-import signal
 import sys
 import time
 from dataclasses import replace
@@ -23,7 +22,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from data import DataFolder, Windows
-from devices import choose_dtype, end_processes, environment, from_rank_0, memory_advice, peak_flops, start_processes
+from devices import (check_room, choose_dtype, end_processes, environment, from_rank_0, listen_for_stops, memory_advice, peak_flops,
+                     start_processes)
 from errors import UserError, script
 from evaluate import Observer
 from log import Log
@@ -110,6 +110,7 @@ def resolve(given, saved=None):
             raise UserError(f"--{name} {value} is out of range — it can be {least} to {most}")
     if saved:
         differ = [f"{name} (saved {saved[name]}, given {flags[name]})" for name in EXPERIMENT if flags.get(name, saved[name]) != saved[name]]
+        differ += ["init_from (only a new run starts from another's weights)"] * ("init_from" in flags and flags["init_from"] != saved["init_from"])
         if differ:
             raise UserError(f"not the run that was saved: {', '.join(differ)} — leave these flags out, or choose another --run")
         if saved["max_steps"] is not None:
@@ -144,7 +145,10 @@ def claim(run, given):
     used = (run / "metrics.jsonl").exists() or (run / "checkpoints").exists()
     if used and not given.get("resume") and not given.get("overwrite"):
         raise UserError(f"{run} already holds a run — continue it with --resume, start over with --overwrite, or choose another --run")
-    return lock, checkpoint.find(run, full=True) if given.get("resume") else None
+    folder = checkpoint.find(run, full=True) if given.get("resume") else None
+    if given.get("resume") and not folder and (run / "metrics.jsonl").exists() and b'"train"' in (run / "metrics.jsonl").read_bytes():
+        raise UserError(f"{run} has a log of steps and no checkpoint — put its checkpoints back, or start over with --overwrite")
+    return lock, folder
 
 
 def open_run(run, given, folder):
@@ -187,19 +191,6 @@ def accumulation_steps(settings, world):
         raise UserError(f"--batch_tokens {total} is not divisible by micro_batch {B} x seq_len {T} x {world} "
                         f"process{'es' if world > 1 else ''} = {unit} — use --batch_tokens {near}, or another --micro_batch")
     return total // unit
-
-
-def ask_to_stop(log):
-    """(asked, handlers): Ctrl-C and SIGTERM fill the list, so that the loop finishes the step and saves. A second time
-    they end the process at once. handlers: what to put back at the end."""
-    asked = []
-
-    def ask(signum, frame):
-        asked.append(signum)
-        signal.signal(signum, signal.SIG_DFL)
-        log.say("\nstopping after this step, to save; once more stops at once and goes back to the last checkpoint")
-
-    return asked, {signum: signal.signal(signum, ask) for signum in (signal.SIGINT, signal.SIGTERM)}
 
 
 def steps_that_fit(settings, step, step_times, elapsed):
@@ -264,7 +255,7 @@ def main(argv=None):
         checkpoint.restore_weights(checkpoint.load_weights(settings["init_from"])[0], model)
     if settings["max_steps"] is not None and step >= settings["max_steps"]:
         if is_main:
-            print(f"{run} is finished: {step} steps — try: python sample.py {run}, or a larger --max_steps")
+            print(f"{run} is finished: {step} steps — try: python sample.py {run}, python plot_dynamics.py {run}, or a larger --max_steps")
         return end_processes(0)
     compiled = settings["compile"] if settings["compile"] is not None else device.type == "cuda"
     for block in model.model.layers if compiled else []:
@@ -273,9 +264,11 @@ def main(argv=None):
 
     # ---- Log. Only here, with everything checked, is an earlier run given up.
     if is_main:
-        checkpoint.check_room(run, model, settings["keep_last"])
+        check_room(run, model, settings)
         checkpoint.write_json(run / "config.json", settings)
-    log = Log(run, state["log_bytes"] if state else 0, is_main)
+        if not state:
+            checkpoint.clear(run)
+    log = Log(run, step, state["log_bytes"] if state else 0, is_main)
     env, reset = environment(device, dtype, world, settings["micro_batch"], compiled), given.get("reset_optimizer", False)
     peak = peak_flops(env)
     log.event("resume" if state else "start", step, time=time.time(), config=settings, env=env, restored_optimizer=bool(state) and not reset)
@@ -285,9 +278,9 @@ def main(argv=None):
     resumed_at, weights, state = step if state else None, None, None
 
     # ---- The loop
-    asked, handlers = ask_to_stop(log)
+    asked, stop_listening = listen_for_stops(log)
     batch, B, total = settings["batch_tokens"] // settings["seq_len"], settings["micro_batch"], settings["batch_tokens"]
-    stopping, step_times, loop_start, last_line = False, [], time.monotonic(), 0.0
+    stopping, timed, step_times, loop_start, last_line = False, False, [], time.monotonic(), 0.0
     while True:
         # Look at the model and save it, at the moments for that. An evaluation draws nothing at random, and samples have a
         # generator of their own: looking more often, or less, changes nothing in what is trained.
@@ -298,7 +291,7 @@ def main(argv=None):
                 observer.evaluate(step, log)
             if is_main and (every["sample"] or checkpoint.power_of_two(step) and step.bit_length() in range(3, 99, 2)):
                 observer.sample(step, log)
-            full = stopping or every["save"]
+            full, timed = stopping or timed or every["save"], False
             if is_main and (full or checkpoint.power_of_two(step)):
                 weights, state = checkpoint.capture(model, optimizer, scaler)
                 state |= {"step": step, "tokens": step * total, "seconds": seconds, "config": settings, "env": env, "data": fingerprint,
@@ -355,6 +348,7 @@ def main(argv=None):
                   **({"mfu": rate * flops_per_token(config, settings["seq_len"]) / peak} if peak else {}),
                   **({"skipped": True} if scaler.get_scale() < scale else {}))
         if settings["max_steps"] is None and step == 20:
+            timed = True  # saved at once: timed again, after a kill, it would be another horizon
             settings["max_steps"] = from_rank_0(steps_that_fit(settings, step, step_times, time.monotonic() - loop_start))
             log.event("horizon", step, max_steps=settings["max_steps"])
             log.say(f"  at this speed, {settings['max_steps']} steps make {settings['max_minutes']:g} minutes")
@@ -366,8 +360,7 @@ def main(argv=None):
                     f"{rate / 1000:.1f}k tok/s" + ("" if math.isnan(left) else f" | {left:.1f} min left"))
 
     # ---- The end
-    for signum in handlers:
-        signal.signal(signum, handlers[signum])
+    stop_listening()
     log.event("end", step, time=time.time(), reason="done" if at_end else "stopped")
     if is_main and at_end:
         import plot_dynamics

@@ -31,8 +31,9 @@ def server(tmp_path_factory):
     process = subprocess.Popen([sys.executable, str(HERE / "trials.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     stderr = str(tmp_path_factory.mktemp("trials") / "stderr")
 
-    def trial(*flags, fault=(), kill_after=None):
-        process.stdin.write(json.dumps({"argv": [*FLAGS, *map(str, flags)], "fault": fault, "kill_after": kill_after, "stderr": stderr}) + "\n")
+    def trial(*flags, fault=(), kill_after=None, base=FLAGS, max_minutes=None):
+        base = [*base, "--max_minutes", max_minutes] if max_minutes else base
+        process.stdin.write(json.dumps({"argv": [*map(str, base), *map(str, flags)], "fault": fault, "kill_after": kill_after, "stderr": stderr}) + "\n")
         process.stdin.flush()
         return json.loads(process.stdout.readline())
 
@@ -124,6 +125,32 @@ def test_what_a_kill_leaves_stays_in_the_way(resume, whole, tmp_path):
     assert not list((tmp_path / "r/checkpoints").glob(".tmp*"))
 
 
+def test_a_kill_while_starting_over_brings_the_old_run_back(server, data, stopped, tmp_path):
+    whole = tmp_path / "whole"
+    assert server("--data", data, "--run", whole, "--seed", 2, *SHORT)["code"] == 0
+    overwrite = ["--data", data, "--run", tmp_path / "r", "--seed", 2, *SHORT, "--overwrite"]
+    for n in range(1, 40, 3):
+        shutil.copytree(stopped, tmp_path / "r")
+        assert server(*overwrite, fault=["kill", n])["code"] == -signal.SIGKILL
+        found = server(*overwrite[:-1], "--resume")  # without --overwrite: goes on with the new run, or says why it cannot
+        assert found["code"] == 0 or found["code"] == 2 and ("not the run that was saved" in found["stderr"] or "start over with --overwrite" in found["stderr"])
+        assert found["code"] == 0 or server(*overwrite)["code"] == 0
+        assert same(tmp_path / "r", whole, 8) and steps_once(tmp_path / "r", 8)
+        shutil.rmtree(tmp_path / "r")
+
+
+def test_the_horizon_is_timed_again_after_a_kill(server, data, tmp_path):
+    flags = ["--data", data, "--run", tmp_path / "r", "--resume"]
+    base = FLAGS[:2] + FLAGS[4:]  # without --max_steps
+    horizon = lambda: rows(tmp_path / "r", "horizon", ("step", "max_steps"))
+    server("--data", data, "--run", tmp_path / "warm", base=base, max_minutes=0.01)
+    while server(*flags, "--save_every", 0, base=base, max_minutes=0.05, kill_after=1)["code"] == -signal.SIGKILL and not horizon():
+        pass
+    first = horizon()
+    assert first and server(*flags, base=base, max_minutes=0.05)["code"] == 0
+    assert horizon() == first and rows(tmp_path / "r")[-1][0] == first[0][1]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Damaged: rows 5, 6, 7, 8
 
@@ -184,6 +211,29 @@ def test_with_every_checkpoint_bad_it_starts_again_from_nothing(resume, stopped,
         with pytest.raises(SystemExit) as error:  # row 38
             command[0]([str(tmp_path / "r"), *command[1]])
         assert error.value.code == 2 and "no usable checkpoint (step" in messages(capsys)[-1]
+
+
+def test_with_its_checkpoints_gone_it_starts_again_from_nothing(resume, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "r")
+    (tmp_path / "r/checkpoints").rename(tmp_path / "r/elsewhere")
+    log = (tmp_path / "r/metrics.jsonl").read_bytes()
+    found = resume(tmp_path / "r")
+    assert found["code"] == 2 and "no checkpoint" in found["stderr"] and (tmp_path / "r/metrics.jsonl").read_bytes() == log
+    (tmp_path / "r/elsewhere").rename(tmp_path / "r/checkpoints")
+    assert resume(tmp_path / "r")["code"] == 0  # control
+
+
+def test_a_link_or_a_file_in_the_place_of_a_checkpoint_is_in_the_way(resume, stopped, whole, tmp_path):
+    shutil.copytree(stopped, tmp_path / "r")
+    (tmp_path / "r/checkpoints/step_00000016").write_text("a file")
+    (tmp_path / "far").mkdir()
+    (tmp_path / "r/checkpoints/step_00000010").rename(tmp_path / "far/step_00000010")
+    (tmp_path / "r/checkpoints/step_00000010").symlink_to(tmp_path / "far/step_00000010")
+    assert resume(tmp_path / "r")["code"] == 0 and same(tmp_path / "r", whole)
+    assert len(list((tmp_path / "far/step_00000010").iterdir())) == 3  # of a link only the link was removed
+    (tmp_path / "r/checkpoints").rename(tmp_path / "far/checkpoints")
+    (tmp_path / "r/checkpoints").symlink_to(tmp_path / "far/checkpoints")
+    assert resume(tmp_path / "r", "--max_steps", 30)["code"] == 0
 
 
 def test_readers_take_a_damaged_checkpoint(stopped, tmp_path, capsys):
@@ -279,9 +329,34 @@ def test_an_impossible_folder_is_found_out_after_the_first_step(data, tmp_path, 
     if os.getuid():  # root may write everywhere
         (tmp_path / "closed").mkdir(mode=0o500)
         assert run(data, tmp_path / "closed/r") == 2 and "check the path" in messages(capsys)[-1]
-    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10**5, 10**5))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10**5, 10**5))
     assert run(data, tmp_path / "r") == 2 and "do not fit" in messages(capsys)[-1]
     assert not (tmp_path / "r/metrics.jsonl").exists()
+
+
+def test_a_log_changed_by_hand_loses_or_doubles_rows(resume, stopped, whole, tmp_path):
+    for number, change in enumerate((lambda text: text.replace('{"event"', '{"note": "the best", "event"', 1), lambda text: text.replace(" ", ""), lambda text: "")):
+        folder = tmp_path / str(number)
+        shutil.copytree(stopped, folder)
+        assert resume(folder, "--stop_at", 18)["code"] == 75
+        flip(folder / "checkpoints/step_00000018/model.pt", 0.5)  # so that it goes back to step 15
+        (folder / "metrics.jsonl").write_text(change((folder / "metrics.jsonl").read_text()))
+        found = resume(folder)
+        assert found["code"] == 0 and "is not as it was when step 15 was saved" in found["stderr"]
+        assert [row[0] for row in rows(folder)] == (list(range(1, 21)) if number < 2 else list(range(16, 21)))
+
+
+def test_a_closed_screen_ends_the_training(data, whole, tmp_path):
+    process = start(data, tmp_path / "r", stdout=subprocess.PIPE)
+    process.stdout.close()
+    assert codes([process]) == [0] and same(tmp_path / "r", whole)
+
+
+def test_a_closed_terminal_loses_the_step(data, tmp_path):
+    process = start(data, tmp_path / "r", "--max_steps", 100_000)
+    wait_for(tmp_path / "r", 20)
+    process.send_signal(signal.SIGHUP)
+    assert codes([process]) == [75] and checkpoint.find(tmp_path / "r", full=True).name == f"step_{rows(tmp_path / 'r')[-1][0]:08d}"
 
 
 def test_a_log_longer_than_the_checkpoint_tells_steps_twice(resume, stopped, whole, tmp_path):
@@ -304,7 +379,7 @@ def test_a_signal_loses_the_step(resume, whole, tmp_path, where, name):
     assert resume(tmp_path / "r")["code"] == 0 and same(tmp_path / "r", whole)
 
 
-def start(data, folder, *flags, rank=None, port=None):
+def start(data, folder, *flags, rank=None, port=None, stdout=subprocess.DEVNULL):
     """train.py as a process of its own; of two, if `rank` is given."""
     folder.parent.mkdir(exist_ok=True)
     child = folder.parent / "child.py"
@@ -313,7 +388,7 @@ def start(data, folder, *flags, rank=None, port=None):
     env = {**os.environ, "OMP_NUM_THREADS": "1"} | (
         {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if port else {})
     return subprocess.Popen([sys.executable, str(child), *FLAGS, "--data", str(data), "--run", str(folder), "--resume", *map(str, flags)],
-                            env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+                            env=env, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 def two(data, folder, *flags):
@@ -513,4 +588,5 @@ def test_a_failed_update_is_saved(data, tmp_path, capsys, monkeypatch):
 
 
 def test_rows_and_losses_of_two_runs_are_equal_by_construction(whole):
-    assert len(set(rows(whole))) == 20 and len(set(map(str, evals(whole)))) == len(evals(whole))
+    losses = [row[1] for row in rows(whole, keys=("step", "loss"))]
+    assert len(set(losses)) == 20 and len({row[1] for row in evals(whole)}) == len(evals(whole))
