@@ -114,7 +114,10 @@ def from_rank_0(value=None):
     """The value that rank 0 has, on every rank; also a place where all wait for each other."""
     box = [value]
     if dist.is_initialized():
-        dist.broadcast_object_list(box, src=0)
+        try:
+            dist.broadcast_object_list(box, src=0)
+        except RuntimeError as error:
+            raise UserError(f"another process has ended, see what it said ({str(error).splitlines()[0][:100]})") from None
     return box[0]
 
 

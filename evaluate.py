@@ -144,12 +144,14 @@ class Benchmark:
                 try:
                     context, endings, label = self.parse(json.loads(line))
                 except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
-                    raise UserError(f"{path}:{number}: not a question in HellaSwag's format ({'ctx' if style == 'token' else 'activity_label, ctx_a, ctx_b'}, "
-                                    f"a list of endings, as many as in the first line, label) — mend the line or remove it") from None
+                    needed = "ctx" if style == "token" else "activity_label, ctx_a, ctx_b"
+                    raise UserError(f"{path}:{number}: not a question in HellaSwag's format ({needed}, a list of endings, as many as in the "
+                                    f"first line, label) — mend the line or remove it") from None
                 ids = [tokenizer.encode(" " + ending) for ending in endings]
                 room = window + 1 - max(map(len, ids))  # the last token of an ending is not read, only predicted
                 if room < 1:
-                    raise UserError(f"{path}:{number}: an ending of {window + 1 - room} tokens is longer than the window of {window} — remove the line, or use a longer --seq_len")
+                    raise UserError(f"{path}:{number}: an ending of {window + 1 - room} tokens is longer than the window of {window} — remove "
+                                    f"the line, or use a longer --seq_len")
                 self.texts.append((context, endings))
                 self.questions.append((tokenizer.encode(context)[-room:], ids))
                 labels.append(label)

@@ -265,7 +265,8 @@ class Page:
         return any(drawn) and (axes is None or self.finish(axes, "Loss", "nats per token"))
 
     def bits_per_byte(self, axes):
-        return self.every(axes, lambda run: run.eval, "val_bpb", "Bits per byte of validation text", "bits per byte", number=1, marker="o", markersize=3)
+        return self.every(axes, lambda run: run.eval, "val_bpb", "Bits per byte of validation text", "bits per byte",
+                          number=1, marker="o", markersize=3)
 
     def band(self, axes, run, rows, key, error, number):
         y, spread = column(rows, key), column(rows, error)
@@ -298,7 +299,8 @@ class Page:
     def context_gain(self, axes):
         for run in self.runs:
             self.band(axes, run, run.eval, "context_gain", "context_gain_stderr", 2)
-        return self.every(axes, lambda run: run.eval, "context_gain", "Context gain: loss of the first eighth − of the last", "nats", number=2, marker="o", markersize=3)
+        return self.every(axes, lambda run: run.eval, "context_gain", "Context gain: loss of the first eighth − of the last", "nats",
+                          number=2, marker="o", markersize=3)
 
     def position_loss(self, axes):
         found = [(run, [row for row in run.eval if row.get("position_loss")]) for run in self.runs]
@@ -336,14 +338,16 @@ class Page:
         return self.every(axes, lambda run: run.train, "grad_norm", "Gradient norm, before clipping", "L2 norm", number=6, smoothed=True)
 
     def throughput(self, axes):
-        drawn = self.every(axes, lambda run: run.train, "tok_per_s", "Throughput, without evaluating and saving", "tokens per second", number=7, smoothed=True)
+        drawn = self.every(axes, lambda run: run.train, "tok_per_s", "Throughput, without evaluating and saving", "tokens per second",
+                           number=7, smoothed=True)
         if axes and drawn:
             rates = np.concatenate([column(run.train, "tok_per_s") for run in self.runs])
             axes.set_ylim(0, 1.1 * np.percentile(rates[np.isfinite(rates)], 99))
             for run in self.runs:
                 for step, kind, text in run.marks:
                     if kind != "resume":
-                        axes.text(run.x(step, self.in_tokens), 0, f" {speed_change(run, step, text)}", rotation=90, fontsize=7, va="bottom", ha="right")
+                        axes.text(run.x(step, self.in_tokens), 0, f" {speed_change(run, step, text)}", rotation=90, fontsize=7,
+                                  va="bottom", ha="right")
         return drawn
 
 
@@ -373,7 +377,8 @@ def trajectory(runs):
         title = f"accuracy on {name} in %: {' / '.join(ACCURACIES)}" if name else "accuracy"
         parts.append(f"# {run.name}\n")
         for (prompt, drawn), rows in run.samples.items():
-            parts.append(f"“{escape(prompt)}” goes on with{f' ({escape(drawn)})' if drawn else ''}:\n\n| step | tokens | val loss | {title} | sample |\n|---:|---:|---:|---:|---|")
+            parts.append(f"“{escape(prompt)}” goes on with{f' ({escape(drawn)})' if drawn else ''}:\n\n"
+                         f"| step | tokens | val loss | {title} | sample |\n|---:|---:|---:|---:|---|")
             for row in rows:
                 step, loss = row["step"], losses.get(row["step"])
                 tokens = f"{step * run.batch_tokens:,}" if run.batch_tokens else ""

@@ -34,7 +34,7 @@ def stream(model, tokenizer, ids, args, generator, device):
 
 def trajectory(run, prompts, args, device):
     """What the run said to each prompt at every checkpoint that it kept: on the screen and in its evaluations.jsonl."""
-    drawn, used = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}, 0
+    drawn, used = {name: getattr(args, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}, 0
     for step in checkpoints(run):
         try:
             model, tokenizer, _ = load_model(run, step, device)
@@ -68,7 +68,8 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.max_new_tokens = (80 if args.trajectory else 200) if args.max_new_tokens is None else args.max_new_tokens
     for name, fine in (("temperature", args.temperature == 0 or 0.01 <= args.temperature <= 100), ("top_k", args.top_k is None or args.top_k >= 1),
-                       ("top_p", 0 < args.top_p <= 1), ("samples", args.samples >= 1), ("seed", 0 <= args.seed < 2**63), ("max_new_tokens", args.max_new_tokens >= 1)):
+                       ("top_p", 0 < args.top_p <= 1), ("samples", args.samples >= 1), ("seed", 0 <= args.seed < 2**63),
+                       ("max_new_tokens", args.max_new_tokens >= 1)):
         if not fine:
             raise UserError(f"--{name} {getattr(args, name)} makes no sense — see python sample.py --help")
     if args.trajectory and (args.step is not None or args.samples > 1):

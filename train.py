@@ -5,7 +5,7 @@
     python train.py --preset 1.7b --data data/fineweb-edu   # the paper's run (arXiv 2412.13335)
     torchrun --standalone --nproc_per_node=8 -- train.py --preset 1.7b    # after --: torchrun takes --run for its own
 
-Exit codes: 0 done, 2 bad usage or data, 3 the loss is no number, 4 a checkpoint not written, 75 stopped: use --resume.
+Exit codes: 0 done, 2 bad usage or data, 3 the loss is no number, 4 checkpoint or log not written, 75 stopped: use --resume.
 """
 import argparse
 import contextlib

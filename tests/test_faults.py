@@ -420,6 +420,16 @@ def test_a_second_ctrl_c_is_not_heard(data, tmp_path):
     assert process.wait(10) == -signal.SIGINT
 
 
+def test_a_mistake_is_a_traceback_on_other_processes(data, stopped, tmp_path):
+    shutil.copytree(stopped, tmp_path / "r")
+    processes = two(data, tmp_path / "r", "--seed", 5)
+    found = [process.wait(60) for process in processes]
+    said = [process.stderr.read().strip().splitlines()[-1] for process in processes]
+    assert found == [2, 2] and "not the run that was saved: seed" in said[0]
+    processes = two(data / "nowhere", tmp_path / "r")
+    assert [process.wait(60) for process in processes] == [2, 2] and not any("Traceback" in process.stderr.read() for process in processes)
+
+
 def test_one_of_two_processes_goes_on_alone(data, tmp_path):
     processes = two(data, tmp_path / "r", "--max_steps", 2000)
     wait_for(tmp_path / "r", 20)
