@@ -64,13 +64,13 @@ def read_events(path):
     """All events of one log file. Lines that are broken, or half written, are left out with a warning."""
     events, broken = [], []
     with open(path, encoding="utf-8", errors="replace") as file:
-        for number, line in enumerate(file, 1):
+        for line_number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 events.append((parse_json if path.suffix == ".jsonl" or line[0] in "{[" else parse_plain)(line))
             except (ValueError, KeyError, TypeError, RecursionError):
-                broken.append(number)
+                broken.append(line_number)
     if broken:
         print(f"warning: {path}: {len(broken)} broken line{'s' * (len(broken) > 1)} left out (line {', '.join(map(str, broken[:5]))}"
               f"{' …' * (len(broken) > 5)})", file=sys.stderr)

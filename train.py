@@ -146,8 +146,8 @@ def claim(run, given):
     if used and not given.get("resume") and not given.get("overwrite"):
         raise UserError(f"{run} already holds a run — continue it with --resume, start over with --overwrite, or choose another --run")
     folder = checkpoint.find(run, full=True) if given.get("resume") else None
-    if given.get("resume") and not folder and (run / "metrics.jsonl").exists() and b'"train"' in (run / "metrics.jsonl").read_bytes():
-        raise UserError(f"{run} has a log of steps and no checkpoint — put its checkpoints back, or start over with --overwrite")
+    if given.get("resume") and not folder and (any(run.glob("checkpoints/*")) or any(b'"train"' in log.read_bytes() for log in run.glob("metrics.jsonl"))):
+        raise UserError(f"{run} holds a run and no checkpoint of it — put its checkpoints back, or start over with --overwrite")
     return lock, folder
 
 

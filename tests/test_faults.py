@@ -144,10 +144,12 @@ def test_the_horizon_is_timed_again_after_a_kill(server, data, tmp_path):
     base = FLAGS[:2] + FLAGS[4:]  # without --max_steps
     horizon = lambda: rows(tmp_path / "r", "horizon", ("step", "max_steps"))
     server("--data", data, "--run", tmp_path / "warm", base=base, max_minutes=0.01)
-    while server(*flags, "--save_every", 0, base=base, max_minutes=0.05, kill_after=1)["code"] == -signal.SIGKILL and not horizon():
-        pass
+    for attempt in range(10):
+        assert server(*flags, "--save_every", 0, base=base, max_minutes=0.1, kill_after=1 + 0.4 * attempt)["code"] == -signal.SIGKILL
+        if (tmp_path / "r/checkpoints/step_00000020").exists():  # the step at which it is fixed
+            break
     first = horizon()
-    assert first and server(*flags, base=base, max_minutes=0.05)["code"] == 0
+    assert first and server(*flags, base=base, max_minutes=0.1)["code"] == 0
     assert horizon() == first and rows(tmp_path / "r")[-1][0] == first[0][1]
 
 
@@ -219,7 +221,14 @@ def test_with_its_checkpoints_gone_it_starts_again_from_nothing(resume, stopped,
     log = (tmp_path / "r/metrics.jsonl").read_bytes()
     found = resume(tmp_path / "r")
     assert found["code"] == 2 and "no checkpoint" in found["stderr"] and (tmp_path / "r/metrics.jsonl").read_bytes() == log
+    (tmp_path / "r/checkpoints").mkdir()  # put aside by hand, and the log with them
+    (tmp_path / "r/elsewhere").rename(tmp_path / "r/checkpoints/backup")
+    (tmp_path / "r/metrics.jsonl").rename(tmp_path / "log")
+    assert resume(tmp_path / "r")["code"] == 2 and len(list((tmp_path / "r/checkpoints/backup").iterdir())) > 2
+    (tmp_path / "r/checkpoints/backup").rename(tmp_path / "r/elsewhere")
+    (tmp_path / "r/checkpoints").rmdir()
     (tmp_path / "r/elsewhere").rename(tmp_path / "r/checkpoints")
+    (tmp_path / "log").rename(tmp_path / "r/metrics.jsonl")
     assert resume(tmp_path / "r")["code"] == 0  # control
 
 

@@ -4,7 +4,7 @@ A fork after a multi-threaded torch operation hangs, so this process makes none:
 {"argv", "fault", "kill_after"}; the answer {"code", "operations", "stderr"}: the exit code (negative: the signal), the
 number of file operations that the child made, what it said.
 
-Faults, all counted from the child's first file operation of each kind in `run`:
+Faults, all counted from where the child starts:
   ["kill", n]          SIGKILL in place of the n-th operation; of a write, after half of it
   ["full", n]          from the n-th write into a checkpoint on, the disk is full
   ["log full", n]      the n-th write to the log writes half a line, then the disk is full
