@@ -21,6 +21,7 @@ import torch
 
 from data import Tokenizer
 from errors import UserError
+from lora import merge
 from model import Llama, ModelConfig
 
 
@@ -30,7 +31,8 @@ from model import Llama, ModelConfig
 def capture(model, optimizer, scaler):
     """(weights, state): two plain dicts. Everything is kept by parameter name, so that the order in which the code
     makes its parameters, or the number of processes, may change."""
-    weights = {"config": asdict(model.config), "model": model.state_dict()}
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}  # of LoRA: the base
+    weights = {"config": asdict(model.config), "model": {name: t for name, t in model.state_dict().items() if name not in frozen}}
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = {"optimizer": {names[parameter]: moments for parameter, moments in optimizer.state.items()},
              "scaler": scaler.state_dict(),
@@ -56,12 +58,12 @@ def restore(weights, state, model, optimizer, scaler, reset_optimizer=False):
 
 def restore_weights(weights, model):
     check_names(weights["model"], model, "weights")
-    model.load_state_dict(weights["model"])
+    model.load_state_dict({**model.state_dict(), **weights["model"]})  # what is frozen stays
 
 
 def check_names(saved, model, what, of=lambda tensor: tensor):
-    """Raise UserError unless `saved` (before the first step: nothing) has the model's parameters, name by name."""
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+    """Raise UserError unless `saved` (before the first step: nothing) has the parameters that are trained, name by name."""
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
     if model.config.tie_embeddings and "lm_head.weight" in saved:
         expected["lm_head.weight"] = expected["model.embed_tokens.weight"]
     found = {name: tuple(of(value).shape) for name, value in saved.items()}
@@ -184,14 +186,6 @@ def remove(folder):
     discard(hidden)
 
 
-def clear(run):
-    """Give up what an earlier run left in the folder."""
-    if (run / "checkpoints").exists():
-        remove(run / "checkpoints")
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
-        (run / name).unlink(missing_ok=True)
-
-
 def checkpoints(run):
     """{step: folder} of what looks like a checkpoint of `run`, oldest first."""
     folders = {int(f.name[5:]): f for f in Path(run).glob("checkpoints/step_*") if re.fullmatch(r"step_\d{8}", f.name)}
@@ -262,9 +256,13 @@ def power_of_two(step):
     return step > 0 and step & (step - 1) == 0
 
 
+NEEDED = "needed_by_adapters"  # sft.py --lora leaves an empty file of this name beside the weights that it adapts
+
+
 def prune(run, now, keep_last, keep_every):
     """Keep the newest `keep_last` full states up to step `now` (what is newer was left damaged). Older ones shrink to their
-    weights if they belong to the trajectory (step 0, powers of two, multiples of keep_every), else they go."""
+    weights if they belong to the trajectory (step 0, powers of two, multiples of keep_every) or adapters need them (they hold
+    a file NEEDED), else they go."""
     full = []
     for step, folder in checkpoints(run).items():
         try:
@@ -277,7 +275,7 @@ def prune(run, now, keep_last, keep_every):
             full.append((step, folder, meta))
     try:
         for step, folder, meta in full[:-keep_last]:
-            if step == 0 or power_of_two(step) or (keep_every and step % keep_every == 0):
+            if step == 0 or power_of_two(step) or (keep_every and step % keep_every == 0) or (folder / NEEDED).exists():
                 del meta["files"]["train_state.pt"]
                 write_json(folder / "meta.json", meta)  # first the word that it is gone, so that no kill leaves a broken one
                 (folder / "train_state.pt").unlink()
@@ -287,39 +285,37 @@ def prune(run, now, keep_last, keep_every):
         raise UserError(f"{run}/checkpoints: an old state was not removed ({error}) — make room, then run again with --resume", code=4) from None
 
 
-def lock(run):
-    """Hold `run` for this process until it ends (however it ends); returns the open file. Also sweeps temporaries that
-    a killed process left. Raises UserError if another process holds it. A system without locks: a warning."""
-    file = open(Path(run) / ".lock", "w")
-    try:
-        import fcntl  # not on Windows
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{run} is in use by another process — wait for it, or choose another --run") from None
-    except (ImportError, OSError):
-        print(f"warning: {run} cannot be locked here; do not train twice into it", file=sys.stderr)
-    for left in [*Path(run).glob(".tmp_*"), *Path(run).glob("checkpoints/.tmp_*")]:
-        discard(left)
-    return file
-
-
 # ---------------------------------------------------------------------------------------------------------------------
-# For readers of a run
+# Loading, verified
 
-def newest_run(root="runs"):
-    """The run folder whose checkpoints changed last. Raises UserError if there is none."""
-    runs = [folder.parent for folder in Path(root).glob("*/checkpoints")]
-    if runs:
-        return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
-    raise UserError(f"no runs in {root} — train one first: python train.py")
+def load_full(folder):
+    """(weights, state) in the folder of a full checkpoint; (None, None) where there is no folder."""
+    return tuple(load_file(folder / name) for name in ("model.pt", "train_state.pt")) if folder else (None, None)
 
 
-def load_weights(run, step=None):
-    """(weights, step): verified content of model.pt. Raises UserError if there is none that can be used."""
+def load_weights(run, step=None, sha256=None):
+    """(weights, step) of a run's newest valid checkpoint, or of `step`; of a LoRA run, its base with the adapters merged in.
+    Raises UserError if there is none that can be used, or if its model.pt has not the hash that is asked for."""
     folder = find(run, step)
     if folder is None:
         raise UserError(f"{run}: no such run, or one without checkpoints — train it first: python train.py --run {run}")
-    return load_file(folder / "model.pt"), int(folder.name[5:])
+    if sha256 not in (None, read_meta(folder)["files"]["model.pt"]["sha256"]):
+        raise UserError(f"{folder} holds other weights now")
+    weights = load_file(folder / "model.pt")
+    if "lora" in weights:
+        base = load_base(run, weights["lora"]["base"])
+        merge(base["model"], weights["model"], weights["lora"]["scale"])
+        weights = base
+    return weights, int(folder.name[5:])
+
+
+def load_base(run, base):
+    """Weights that the adapters of `run` are for; base: {"run": path from the run's folder, "step", "sha256" of its model.pt}."""
+    path = Path(os.path.normpath(Path(run) / base["run"]))
+    try:
+        return load_weights(path, base["step"], base["sha256"])[0]
+    except UserError as why:
+        raise UserError(f"{run} holds adapters of {path} step {base['step']}, and is nothing without these: {why}") from None
 
 
 def load_model(run, step=None, device="cpu"):

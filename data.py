@@ -68,6 +68,41 @@ class Tokenizer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Chat: a conversation as one row of tokens, in the template of Vicuna 1.1 (as FastChat renders it):
+#     SYSTEM USER: question ASSISTANT: answer<eot>USER: question ASSISTANT: answer<eot>
+
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+
+
+def chat_pieces(messages, system=SYSTEM):
+    """A conversation as pieces, [(text, is_answer), …], that are encoded one by one. messages: [{"role", "content"}, …], maybe
+    a "system" first, then "user" and "assistant" in turn. After a "user" as the last it is a prompt: it ends at "ASSISTANT:",
+    without a space, for the space is part of the answer's first token."""
+    if messages[0]["role"] == "system":
+        system, messages = messages[0]["content"], messages[1:]
+    pieces, before = [], f"{system} " if system else ""
+    for message in messages:
+        if message["role"] == "user":
+            pieces.append((f"{before}USER: {message['content']} ASSISTANT:", False))
+            before = ""
+        else:
+            pieces.append((f" {message['content']}", True))
+    return pieces
+
+
+def encode_chat(tokenizer, messages, system=SYSTEM):
+    """(ids, is_answer): the tokens of a conversation, and for each of them whether it belongs to an answer, as the end-of-text
+    after it does. All text is plain text: a literal "<|endoftext|>" ends nothing."""
+    ids, is_answer = [], []
+    for text, answer in chat_pieces(messages, system):
+        piece = tokenizer.encode(text) + [tokenizer.eot] * answer
+        ids += piece
+        is_answer += [answer] * len(piece)
+    return ids, is_answer
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Shards: files of uint16 token ids, memory-mapped. Ours, and those of three other projects.
 
 LLMC_MAGIC, LLMC_VERSION, LLMC_HEADER = 20240520, 1, 256 * 4  # llm.c: int32[256] = magic, version, number of tokens, …

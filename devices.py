@@ -81,7 +81,8 @@ def memory_advice(settings, accumulation):
 def check_room(run, model, settings):
     """Raise UserError if the disk cannot hold what a run keeps: full states (weights and two moments), one more while it is
     being written, and the weights of step 0, the powers of two and the multiples of keep_every."""
-    weights, steps, every = sum(parameter.nbytes for parameter in model.parameters()), settings["max_steps"] or 0, settings["keep_every"]
+    weights = sum(parameter.nbytes for parameter in model.parameters() if parameter.requires_grad)
+    steps, every = settings["max_steps"] or 0, settings["keep_every"]
     held = sum(file.stat().st_size for file in Path(run).rglob("*") if file.is_file())
     whole = weights * (3 * (settings["keep_last"] + 1) + steps.bit_length() + 1 + (steps // every if every else 0))
     free = shutil.disk_usage(run).free

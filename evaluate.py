@@ -22,12 +22,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from checkpoint import load_model, newest_run
+from checkpoint import load_model
 from data import DataFolder, Windows
 from devices import add_up, choose_device, processes
 from errors import UserError, script
 from log import note
 from model import KVCache
+from runs import newest_run, settings_of
 
 
 BATCH_TOKENS = 4096  # tokens per forward; fixed, so that a score does not depend on a flag
@@ -268,17 +269,6 @@ class Observer:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The command line: everything in fp32, so that a score does not depend on the machine.
-
-def settings_of(run):
-    """The settings that `run` was trained with. Raises UserError if its config.json cannot be used."""
-    try:
-        settings = json.loads((run / "config.json").read_text())
-        if [type(settings[name]) for name in ("data", "seq_len", "sample_prompt")] != [str, int, str]:
-            raise TypeError
-        return settings
-    except (OSError, ValueError, TypeError, KeyError):
-        raise UserError(f"{run}/config.json is missing or damaged — train with --resume writes it again") from None
-
 
 def score_text(model, tokenizer, folder, seq_len, eval_tokens, autocast):
     """Print and return the scores on the validation text of a data folder."""

@@ -28,7 +28,7 @@ def fail(message):
 # Reading. Whatever wrote the log, it becomes a list of events: {"event": …, "step": …, …}.
 
 NUMBERS = set("""tokens loss lr grad_norm dt_ms tok_per_s val_loss val_bpb context_gain context_gain_stderr acc acc_norm acc_pmi
-    stderr stderr_norm stderr_pmi n n_choices distinct_2 repetition seconds time""".split())
+    stderr stderr_norm stderr_pmi heldout_loss token_acc ended frequent_share n n_choices distinct_2 repetition seconds time""".split())
 
 
 def number(value):
@@ -93,7 +93,9 @@ class Run:
     eval: list
     benchmarks: dict                            # (name, style, number of questions): rows; the one with the most rows first
     samples: dict                               # (prompt, how it was drawn): rows
-    batch_tokens: int | None                    # None: unknown, the x axis shows steps
+    batch_tokens: int | None                    # None: unknown or not the same each step; the x axis shows steps
+    tuning: list = field(default_factory=list)  # of sft.py: rows about held-out answers
+    asked: dict = field(default_factory=dict)   # of sft.py: its "instructions" event
     marks: list = field(default_factory=list)   # (step, kind, text): resumes and changes
     seconds: float | None = None                # from the start to the end, if nothing came between
     looking: float = 0.0                        # of them, seconds of evaluations and benchmarks
@@ -138,12 +140,12 @@ def read_run(path, batch_tokens=None):
     events, extra = read_events(log), []
     if log.name == "metrics.jsonl" and log.with_name("evaluations.jsonl").is_file():
         extra = read_events(log.with_name("evaluations.jsonl"))
-    of = {kind: [e for e in events if e["event"] == kind] for kind in ("train", "eval", "start", "resume", "end")}
-    if not of["train"] and not of["eval"]:
+    of = {kind: [e for e in events if e["event"] == kind] for kind in ("train", "eval", "sft_eval", "instructions", "start", "resume", "end")}
+    if not of["train"] and not of["eval"] and not of["sft_eval"]:
         fail(f"{log}: nothing to draw, no train or eval line in it — is it a log of train.py, or lines of \"step train|val|hella value\"?")
     scores = [e for e in extra + events if e["event"] == "benchmark"]  # the last of a step wins: the run's own
     said = [e for e in events + extra if e["event"] == "sample"]
-    known = [e["tokens"] / e["step"] for e in of["train"] if e["step"] and e.get("tokens", 0) > 0]
+    known = [e["tokens"] / e["step"] for e in of["train"] if e["step"] and e.get("tokens", 0) > 0 and not of["sft_eval"]]
     whole = len(of["start"]) == len(of["end"]) == 1 and not of["resume"]
     seconds = of["end"][0].get("time", math.nan) - of["start"][0].get("time", math.nan) if whole else math.nan
     benchmarks = latest(scores, lambda e: (str(e.get("name", "benchmark")), str(e.get("style", "token")), number(e.get("n"))))
@@ -152,7 +154,8 @@ def read_run(path, batch_tokens=None):
                benchmarks=dict(sorted(benchmarks.items(), key=lambda item: -len(item[1]))),
                samples=latest(said, lambda e: (str(e.get("prompt", "")), ", ".join(f"{k} {e[k]}" for k in DRAWN if e.get(k) is not None))),
                batch_tokens=round(np.median(known)) if known else batch_tokens, marks=find_marks(events),
-               looking=sum(e.get("seconds", 0) for e in events if e["event"] in ("eval", "benchmark")),
+               tuning=latest(of["sft_eval"]).get(None, []), asked=(of["instructions"] or [{}])[-1],
+               looking=sum(e.get("seconds", 0) for e in events if e["event"] in ("eval", "sft_eval", "benchmark")),
                seconds=seconds if math.isfinite(seconds) else None)
 
 
@@ -193,7 +196,7 @@ class Page:
         self.number = {id(run): number for number, run in enumerate(runs)}
         self.names = {id(run): run.name.lstrip("_").replace("$", r"\$") for run in runs}  # _ would hide, $ starts a formula
         self.in_tokens = all(run.batch_tokens for run in runs)
-        panels = [self.loss, self.bits_per_byte, self.accuracy, self.context_gain, self.position_loss, self.samples,
+        panels = [self.loss, self.bits_per_byte, self.answers, self.accuracy, self.context_gain, self.position_loss, self.samples,
                   self.learning_rate, self.grad_norm, self.throughput]
         panels = [panel for panel in panels if panel(None)]
         if not panels:
@@ -203,7 +206,7 @@ class Page:
         self.figure = Figure(figsize=(5.2 * columns, 3.6 * rows + 0.5), layout="constrained", dpi=110)
         for number, panel in enumerate(panels, 1):
             panel(self.figure.add_subplot(rows, columns, number))
-        last = {self.names[id(run)]: (run.train or run.eval)[-1]["step"] for run in runs}
+        last = {self.names[id(run)]: (run.train or run.eval or run.tuning)[-1]["step"] for run in runs}
         self.figure.suptitle("Training dynamics: " + ", ".join(f"{name} ({step:,} steps)" for name, step in last.items()), fontsize=13)
 
     def color(self, run, number=0):
@@ -231,7 +234,7 @@ class Page:
 
     def finish(self, axes, title, ylabel):
         """Title, scale, and a vertical line for each resume and change; the same in every panel over tokens."""
-        drawn = [x for run in self.runs for rows in (run.train, run.eval) for x in self.run_x(run, rows[:2])]
+        drawn = [x for run in self.runs for rows in (run.train, run.eval, run.tuning) for x in self.run_x(run, rows[:2])]
         first = min((x for x in drawn if x > 0), default=1)
         if self.scale == "log":
             axes.set_xscale("symlog", linthresh=first, linscale=0.3)  # symlog: step 0 has a place too
@@ -260,13 +263,23 @@ class Page:
         for run in self.runs:
             drawn.append(self.curve(axes, run, run.train, "loss", 0, "training", smoothed=True, alpha=1 if self.alone else 0.4))
             if drawn[-1] and not self.alone and axes:
-                axes.lines[-1].set_label("_" if run.eval else self.names[id(run)])
+                axes.lines[-1].set_label("_" if run.eval or run.tuning else self.names[id(run)])
             drawn.append(self.curve(axes, run, run.eval, "val_loss", 1, "validation", marker="o", markersize=3))
+            drawn.append(self.curve(axes, run, run.tuning, "heldout_loss", 1, "held-out answers", marker="o", markersize=3))
         return any(drawn) and (axes is None or self.finish(axes, "Loss", "nats per token"))
 
     def bits_per_byte(self, axes):
         return self.every(axes, lambda run: run.eval, "val_bpb", "Bits per byte of validation text", "bits per byte",
                           number=1, marker="o", markersize=3)
+
+    def answers(self, axes):
+        drawn = []
+        for run in self.runs:
+            drawn.append(self.curve(axes, run, run.tuning, "token_acc", 8, "tokens right, given those before", marker="o", markersize=3))
+            drawn.append(self.curve(axes, run, run.tuning, "ended", 9, "answers that end", marker="o", markersize=3, linestyle=":"))
+            if drawn[-1] and axes and not self.alone:
+                axes.lines[-1].set_label("_")
+        return any(drawn) and (axes is None or self.finish(axes, "Held-out answers" if self.alone else "Held-out answers: tokens right; dotted: that end", "share"))
 
     def band(self, axes, run, rows, key, error, number):
         y, spread = column(rows, key), column(rows, error)
@@ -371,14 +384,15 @@ def trajectory(runs):
     """What each run said, and how good it was, step by step: Markdown."""
     parts = []
     for run in runs:
-        losses = {row["step"]: row.get("val_loss") for row in run.eval}
+        losses = {row["step"]: row["heldout_loss" if run.tuning else "val_loss"] for row in run.tuning or run.eval if row.keys() & {"val_loss", "heldout_loss"}}
         (name, *_), scored = next(iter(run.benchmarks.items()), ([""], []))  # the one scored most often
         accuracies = {row["step"]: percent(row) for row in scored}
         title = f"accuracy on {name} in %: {' / '.join(ACCURACIES)}" if name else "accuracy"
         parts.append(f"# {run.name}\n")
+        parts += side_by_side(run) if run.tuning else []
         for (prompt, drawn), rows in run.samples.items():
-            parts.append(f"“{escape(prompt)}” goes on with{f' ({escape(drawn)})' if drawn else ''}:\n\n"
-                         f"| step | tokens | val loss | {title} | sample |\n|---:|---:|---:|---:|---|")
+            parts.append(f"“{escape(prompt)}” {'is answered' if run.tuning else 'goes on with'}{f' ({escape(drawn)})' if drawn else ''}:\n\n"
+                         f"| step | tokens | {'held-out' if run.tuning else 'val'} loss | {title} | {'answer' if run.tuning else 'sample'} |\n|---:|---:|---:|---:|---|")
             for row in rows:
                 step, loss = row["step"], losses.get(row["step"])
                 tokens = f"{step * run.batch_tokens:,}" if run.batch_tokens else ""
@@ -390,6 +404,17 @@ def trajectory(runs):
     return "\n".join(parts)
 
 
+def side_by_side(run):
+    """Questions that were held out, their answers by the base and by the tuned model, and what training showed most often."""
+    said = {prompt: {row["step"]: escape(str(row.get("text", ""))) for row in rows} for (prompt, _), rows in run.samples.items()}
+    answers = {str(q.get("question")): escape(str(q.get("answer", ""))) for q in run.asked.get("questions") or [] if isinstance(q, dict)}
+    last = max((max(steps) for steps in said.values()), default=0)
+    habit, share = escape(str(run.asked.get("frequent_answer", ""))), number(run.asked.get("frequent_share"))
+    lines = [f"| question, held out | base (step 0) | tuned (step {last:,}) | the most frequent training answer ({share:.2%}) | its own answer |", "|---|---|---|---|---|"]
+    lines += [f"| {escape(q)} | {said.get(q, {}).get(0, '')} | {said.get(q, {}).get(last, '')} | {habit} | {answer} |" for q, answer in answers.items()]
+    return [*lines, "\nWhat a model says to every question is a habit of its training, not knowledge.\n"]
+
+
 def escape(text):
     """Text that Markdown shows as it is, on one line."""
     return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", " ".join(text.split()))
@@ -397,12 +422,13 @@ def escape(text):
 
 def summary(run):
     """What one wants to know of a run, as {name: text}."""
-    step = max(rows[-1]["step"] for rows in (run.train, run.eval) if rows)
+    step = max(rows[-1]["step"] for rows in (run.train, run.eval, run.tuning) if rows)
     words = {"steps": f"{step:,}"}
     if run.batch_tokens:
         words["tokens"] = f"{step * run.batch_tokens:,}"
     for name, rows, key in (("loss", run.train, "loss"), ("val loss", run.eval, "val_loss"), ("bits/byte", run.eval, "val_bpb"),
-                            ("context gain", run.eval, "context_gain")):
+                            ("context gain", run.eval, "context_gain"), ("held-out answers: loss", run.tuning, "heldout_loss"),
+                            ("tokens right", run.tuning, "token_acc"), ("that end", run.tuning, "ended")):
         known = [row[key] for row in rows if math.isfinite(row.get(key, math.nan))]
         if known:
             words[name] = f"{known[-1]:.3f}"

@@ -7,7 +7,6 @@
 
 Exit codes: 0 done, 2 bad usage or data, 3 the loss is no number, 4 checkpoint or log not written, 75 stopped: use --resume.
 """
-import argparse
 import contextlib
 import math
 import sys
@@ -28,6 +27,8 @@ from errors import UserError, script
 from evaluate import Observer
 from log import Log
 from model import PRESETS, Llama, ModelConfig, flops_per_token, kv_bytes_per_token
+from runs import claim, clear
+from settings import check, continued, flags_of
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings: what every run starts from, what a preset changes, and what the command line says, in this order.
@@ -72,50 +73,27 @@ BY_PRESET = {  # 978m and 1.7b: the paper's batch, rate, warm-up and 20B tokens
                  eval_tokens=24_576, benchmark_items=320, sample_prompt="The function returns", sample_every=0, save_every=500, keep_every=0),
     "124m": dict(max_steps=19_073), "978m": dict(max_steps=38_147), "1.7b": dict(max_steps=38_147)}
 # What makes a run this run and not another: a resume may not change these. All else is speed, paths and intervals.
-EXPERIMENT = ("preset", "seed", "batch_tokens", "seq_len", "lr", "min_lr", "warmup_steps", "schedule", "weight_decay",
-              "beta1", "beta2", "grad_clip", "shuffle")
-ONCE = ("resume", "overwrite", "reset_optimizer", "stop_at")  # flags about this command, not about the run
-LEAST = dict(max_steps=1, batch_tokens=1, micro_batch=1, seq_len=1, eval_tokens=1, benchmark_items=1, keep_last=2, threads=1)  # others: 0
-MOST = dict(beta1=0.9999, beta2=0.999999, threads=1024, seed=2**32 - 1)  # others: 2^40
+EXPERIMENT = ("preset", "init_from", "seed", "batch_tokens", "seq_len", "lr", "min_lr", "warmup_steps", "schedule",
+              "weight_decay", "beta1", "beta2", "grad_clip", "shuffle")
 
 
 def parse(argv):
     """The flags that were given, and only those: {name: value}."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], argument_default=argparse.SUPPRESS)
+    parser = flags_of(SETTINGS, __doc__.split("\n")[0], BY_PRESET)
     parser.add_argument("--preset", choices=PRESETS, help="size of the model, and its settings (default tiny)")
-    for name, (default, kind, meaning) in SETTINGS.items():
-        how = ({"action": argparse.BooleanOptionalAction} if kind is bool else
-               {"choices": kind} if isinstance(kind, tuple) else {"type": kind, "metavar": kind.__name__.upper()})
-        defaults = [] if default is None else [str(default)]
-        defaults += [f"{row[name]} for {preset}" for preset, row in BY_PRESET.items() if name in row]
-        parser.add_argument(f"--{name}", help=meaning + (f" (default {', '.join(defaults)})" if defaults else ""), **how)
-    parser.add_argument("--stop_at", type=int, metavar="STEP", help="stop and save there, as Ctrl-C would")
-    parser.add_argument("--resume", action="store_true", help="continue the run in --run; start it if there is nothing to continue")
-    parser.add_argument("--overwrite", action="store_true", help="delete the run in --run and start over")
-    parser.add_argument("--reset_optimizer", action="store_true", help="on resume, forget the optimizer's state, to see what it was for")
     return vars(parser.parse_args(argv))
 
 
 def resolve(given, saved=None):
     """All settings of a run, one dict: defaults, preset, flags; on resume the `saved` ones and harmless flags.
-    Raises UserError for values that make no sense, and names each flag that would make of the run another experiment."""
-    flags = {name: value for name, value in given.items() if name not in ONCE}
+    Raises UserError for values that make no sense, and for flags that would make of the run another experiment."""
+    flags = check(given)
     if {"max_steps", "max_minutes"} <= flags.keys():
         raise UserError("--max_steps and --max_minutes both say when to end — give one")
-    if given.get("overwrite") and given.get("resume") or given.get("reset_optimizer") and not given.get("resume"):
-        raise UserError("--resume goes on, --overwrite starts over, --reset_optimizer needs --resume — choose")
-    for name, value in given.items():
-        least, most = LEAST.get(name, 0), MOST.get(name, 2**40)
-        if isinstance(value, (int, float)) and not least <= value <= most:  # says no to NaN as well
-            raise UserError(f"--{name} {value} is out of range — it can be {least} to {most}")
     if saved:
-        differ = [f"{name} (saved {saved[name]}, given {flags[name]})" for name in EXPERIMENT if flags.get(name, saved[name]) != saved[name]]
-        differ += ["init_from (only a new run starts from another's weights)"] * ("init_from" in flags and flags["init_from"] != saved["init_from"])
-        if differ:
-            raise UserError(f"not the run that was saved: {', '.join(differ)} — leave these flags out, or choose another --run")
-        if saved["max_steps"] is not None:
+        if saved.get("max_steps") is not None:
             flags.pop("max_minutes", None)  # the horizon was fixed; only --max_steps moves it
-        return {**saved, **flags}
+        return continued(saved, flags, EXPERIMENT)
     preset = flags.get("preset", "tiny")
     settings = {"preset": preset, **{name: row[0] for name, row in SETTINGS.items()}, **BY_PRESET[preset], **flags}
     if "max_steps" in flags or "max_minutes" in flags:  # the one that was given replaces the preset's
@@ -138,25 +116,6 @@ def lr_at(step, settings):
 # ---------------------------------------------------------------------------------------------------------------------
 # What the loop is made of
 
-def claim(run, given):
-    """Hold the run folder; returns (lock, folder of the checkpoint to resume or None). Deletes nothing yet."""
-    run.mkdir(parents=True, exist_ok=True)
-    lock = checkpoint.lock(run)
-    used = (run / "metrics.jsonl").exists() or (run / "checkpoints").exists()
-    if used and not given.get("resume") and not given.get("overwrite"):
-        raise UserError(f"{run} already holds a run — continue it with --resume, start over with --overwrite, or choose another --run")
-    folder = checkpoint.find(run, full=True) if given.get("resume") else None
-    if given.get("resume") and not folder and (any(run.glob("checkpoints/*")) or any(b'"train"' in log.read_bytes() for log in run.glob("metrics.jsonl"))):
-        raise UserError(f"{run} holds a run and no checkpoint of it — put its checkpoints back, or start over with --overwrite")
-    return lock, folder
-
-
-def open_run(run, given, folder):
-    """(settings, weights, state) of checkpoint `folder`, verified by rank 0, or of a new run. Saved settings rule."""
-    weights, state = [checkpoint.load_file(folder / name) for name in ("model.pt", "train_state.pt")] if folder else (None, None)
-    return {**resolve(given, state and state["config"]), "run": str(run)}, weights, state
-
-
 def open_data(settings, state, is_main):
     """(DataFolder, fingerprint). Prepares the embedded text if it is absent. Raises UserError if a run's data has changed."""
     if is_main and settings["data"] == EMBEDDED and not Path(EMBEDDED).exists():
@@ -176,8 +135,9 @@ def make_optimizer(model, settings, device):
     # AdamW keeps two running means for every weight, of its gradient and of the gradient's square: twice the size of the
     # model, and the memory of the run. Zeroed, the next update is a fresh gradient divided by its own size: about lr on
     # every weight at once, whatever was known of how far each should move.
-    groups = [{"params": [p for p in model.parameters() if p.dim() >= 2], "weight_decay": settings["weight_decay"]},
-              {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings["weight_decay"]},
+              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=settings["lr"], betas=(settings["beta1"], settings["beta2"]), eps=1e-8,
                              fused=device.type in ("cuda", "cpu"))
 
@@ -229,7 +189,8 @@ def main(argv=None):
     is_main = rank == 0
     run = Path(settings["run"] or f"runs/{settings['preset']}")
     lock, folder = claim(run, given) if is_main else (None, None)  # held as long as `lock` lives
-    settings, weights, state = open_run(run, given, from_rank_0(folder))
+    weights, state = checkpoint.load_full(from_rank_0(folder))
+    settings = {**resolve(given, state and state["config"]), "run": str(run)}  # saved settings rule
     data, fingerprint = open_data(settings, state, is_main)
     windows = Windows(data.train, settings["seq_len"], data.vocab_size, settings["seed"], settings["shuffle"])
     # ---- Model, optimizer, precision. The weights are fp32: in bf16, with 8 bits, most small updates would round away.
@@ -267,7 +228,7 @@ def main(argv=None):
         check_room(run, model, settings)
         checkpoint.write_json(run / "config.json", settings)
         if not state:
-            checkpoint.clear(run)
+            clear(run)
     log = Log(run, step, state["log_bytes"] if state else 0, is_main)
     env, reset = environment(device, dtype, world, settings["micro_batch"], compiled), given.get("reset_optimizer", False)
     peak = peak_flops(env)

@@ -1,5 +1,7 @@
 """What several test files share: a preset small enough for a test, data for it, and a run that nothing happened to."""
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,11 +9,12 @@ import pytest
 import torch
 
 import plot_dynamics
+import sft
 import train
 from model import PRESETS, ModelConfig
 
 ROOT = Path(__file__).parent.parent
-TEST = ModelConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, intermediate_size=64, vocab_size=300, max_seq_len=32)
+TEST = ModelConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, intermediate_size=64, vocab_size=300, max_seq_len=64)
 # What a child process runs: train.py, with a preset small enough for a test.
 CHILD = f"""import sys; sys.path.insert(0, {str(ROOT)!r})
 import model, train
@@ -65,6 +68,61 @@ def whole(data, tmp_path_factory):
     return folder
 
 
+# A conversation in 64 tokens of a vocabulary of 300: nearly one a letter.
+INSTRUCTIONS = [{"instruction": f"{word}{n}?", "input": "in" * (n % 3 == 0), "output": f"It is {word}{' no' * (n % 4)}."} for n in range(6)
+                for word in ("a", "be", "sea", "tea", "ideas")]
+INSTRUCTIONS += [{"messages": [{"role": "user", "content": "a?"}, {"role": "assistant", "content": "b."},
+                               {"role": "user", "content": "c?"}, {"role": "assistant", "content": "d."}]}]
+TUNE = ("--max_steps 12 --batch_size 6 --micro_batch 3 --lr 0.01 --warmup_steps 2 --dtype fp32 --threads 1 --eval_every 4 --save_every 5 "
+        "--held_out 0.2 --system S.").split()
+
+
+@pytest.fixture(scope="session")
+def instructions(tmp_path_factory):
+    file = tmp_path_factory.mktemp("instructions") / "rows.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in INSTRUCTIONS))
+    return file
+
+
+def tune(base, file, folder, *flags):
+    """sft.main with the test's settings; a later flag wins. Returns its exit code."""
+    try:
+        return sft.main([*([str(base)] if base else []), *TUNE, "--instructions", str(file), "--run", str(folder), *map(str, flags)])
+    except SystemExit as error:
+        return error.code
+
+
+@pytest.fixture(scope="session", params=[[], ["--lora", 4]], ids=["full", "lora"])
+def method(request):
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def tuned(whole, instructions, method, tmp_path_factory):
+    """The tuning that nothing happened to."""
+    folder = tmp_path_factory.mktemp("tuned") / "r"
+    assert tune(whole, instructions, folder, *method) == 0
+    return folder
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """Calls that run a trial in a process forked from a fresh one: see trials.py."""
+    process = subprocess.Popen([sys.executable, str(ROOT / "tests/trials.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    stderr = str(tmp_path_factory.mktemp("trials") / "stderr")
+
+    def trial(*flags, fault=(), kill_after=None, base=FLAGS, max_minutes=None, script="train"):
+        base = [*base, "--max_minutes", max_minutes] if max_minutes else base
+        process.stdin.write(json.dumps({"script": script, "argv": [*map(str, base), *map(str, flags)], "fault": fault, "kill_after": kill_after,
+                                        "stderr": stderr}) + "\n")
+        process.stdin.flush()
+        return json.loads(process.stdout.readline())
+
+    yield trial
+    process.stdin.close()
+    process.wait(10)
+
+
 def rows(folder, event="train", keys=("step", "tokens", "loss", "lr", "grad_norm")):
     events = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     return [tuple(row[key] for key in keys) for row in events if row["event"] == event]
@@ -72,6 +130,10 @@ def rows(folder, event="train", keys=("step", "tokens", "loss", "lr", "grad_norm
 
 def evals(folder):
     return rows(folder, "eval", ("step", "val_loss", "val_bpb", "position_loss"))
+
+
+def tuning(folder):
+    return rows(folder, "sft_eval", ("step", "heldout_loss", "token_acc", "ended")) + rows(folder, "sample", ("step", "prompt", "text"))
 
 
 def state(folder, step=20):
@@ -86,7 +148,7 @@ def state(folder, step=20):
 def same(a, b, step=20):
     """Equal to the bit: losses, rates, norms, evaluations, weights, moments."""
     first, second = state(a, step), state(b, step)
-    return (rows(a) == rows(b) and evals(a) == evals(b) and first.keys() == second.keys()
+    return (rows(a) == rows(b) and evals(a) == evals(b) and tuning(a) == tuning(b) and first.keys() == second.keys()
             and all(torch.equal(first[name], second[name]) for name in first))
 
 

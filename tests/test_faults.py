@@ -18,28 +18,12 @@ import torch
 
 import checkpoint
 import evaluate
+import runs
 import sample
 import train
 from conftest import CHILD, FLAGS, evals, messages, rows, run, same, state
 
 HERE = Path(__file__).parent
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory):
-    """Calls that run a trial in a process forked from a fresh one: see trials.py."""
-    process = subprocess.Popen([sys.executable, str(HERE / "trials.py")], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    stderr = str(tmp_path_factory.mktemp("trials") / "stderr")
-
-    def trial(*flags, fault=(), kill_after=None, base=FLAGS, max_minutes=None):
-        base = [*base, "--max_minutes", max_minutes] if max_minutes else base
-        process.stdin.write(json.dumps({"argv": [*map(str, base), *map(str, flags)], "fault": fault, "kill_after": kill_after, "stderr": stderr}) + "\n")
-        process.stdin.flush()
-        return json.loads(process.stdout.readline())
-
-    yield trial
-    process.stdin.close()
-    process.wait(10)
 
 
 @pytest.fixture
@@ -116,7 +100,7 @@ def test_what_a_kill_leaves_stays_in_the_way(resume, whole, tmp_path):
     shutil.copytree(whole, tmp_path / "r")
     (tmp_path / "r/checkpoints/.tmp_step_00000030").mkdir()
     (tmp_path / "r/checkpoints/.tmp_step_00000030/model.pt").write_bytes(b"half")
-    held = checkpoint.lock(tmp_path / "r")  # in a run that is going on, they are its own: only the holder sweeps
+    held = runs.lock(tmp_path / "r")  # in a run that is going on, they are its own: only the holder sweeps
     (tmp_path / "r/checkpoints/.tmp_step_00000031").mkdir()
     assert resume(tmp_path / "r", "--max_steps", 30)["code"] == 2
     assert (tmp_path / "r/checkpoints/.tmp_step_00000031").exists()
@@ -473,7 +457,7 @@ def test_torchrun_hides_the_stop(data, tmp_path):
 CHANGES = {"preset": ["--preset", "tiny"], "seed": ["--seed", 1], "batch_tokens": ["--batch_tokens", 64], "seq_len": ["--seq_len", 32],
            "lr": ["--lr", 0.02], "min_lr": ["--min_lr", 0.002], "warmup_steps": ["--warmup_steps", 7], "schedule": ["--schedule", "linear"],
            "weight_decay": ["--weight_decay", 0], "beta1": ["--beta1", 0.8], "beta2": ["--beta2", 0.9], "grad_clip": ["--grad_clip", 2],
-           "shuffle": ["--no-shuffle"]}
+           "shuffle": ["--no-shuffle"], "init_from": ["--init_from", "runs/tiny"]}
 
 
 def test_a_resume_becomes_another_experiment(stopped, data, tmp_path, capsys):

@@ -17,6 +17,7 @@ import pytest
 import torch
 
 import checkpoint
+import runs
 import sample
 import train
 from conftest import CHILD, FLAGS, evals, messages, rows, run, same
@@ -60,7 +61,7 @@ def test_a_second_process_or_a_used_folder_mixes_two_runs(data, whole, tmp_path,
     before = (whole / "metrics.jsonl").read_bytes()
     assert run(data, whole) == 2
     assert "--resume" in messages(capsys)[-1]
-    held = checkpoint.lock(whole)
+    held = runs.lock(whole)
     assert run(data, whole, "--overwrite") == 2 and "in use" in messages(capsys)[-1]
     held.close()
     assert run(data, whole, "--resume") == 0  # finished: one line, nothing changes

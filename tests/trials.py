@@ -1,7 +1,7 @@
-"""Forks runs of train.py, each with a fault of its own: started by test_faults.py, talks JSON lines.
+"""Forks runs of train.py and sft.py, each with a fault of its own: started by test_faults.py, talks JSON lines.
 
 A fork after a multi-threaded torch operation hangs, so this process makes none: it imports, forks and waits. A request is
-{"argv", "fault", "kill_after"}; the answer {"code", "operations", "stderr"}: the exit code (negative: the signal), the
+{"script", "argv", "fault", "kill_after"}; the answer {"code", "operations", "stderr"}: the exit code (negative: the signal), the
 number of file operations that the child made, what it said.
 
 Faults, all counted from where the child starts:
@@ -31,6 +31,7 @@ import checkpoint
 import conftest
 import evaluate
 import plot_dynamics
+import sft
 import train
 
 WRITES = 20  # torch.save writes a file in a hundred pieces: each 20th counts as an operation
@@ -65,7 +66,8 @@ class Watched:
 class Faults:
     """Counts file operations by wrapping what makes them, and strikes at its moment."""
 
-    def __init__(self, kind=None, *how):
+    def __init__(self, script, kind=None, *how):
+        self.observer = sft.Examiner if script is sft else train.Observer
         self.kind, self.how, self.count, self.written = kind, how, 0, {"log full": 0, "full": 0}
 
     def install(self):
@@ -77,7 +79,7 @@ class Faults:
             resource.setrlimit(resource.RLIMIT_FSIZE, (self.how[0], resource.RLIM_INFINITY))
         if self.kind == "signal":
             where, step, name = self.how
-            owner, method, at = {"step": (train.Llama, "forward", None), "evaluate": (train.Observer, "evaluate", 1),
+            owner, method, at = {"step": (train.Llama, "forward", None), "evaluate": (self.observer, "evaluate", 1),
                                  "save": (checkpoint, "save", 1)}[where]
             original, calls = getattr(owner, method), [0]
 
@@ -115,14 +117,14 @@ class Faults:
         return kind is not None and self.kind == kind and self.written[kind] >= self.how[0]
 
 
-def trial(argv, fault, stderr, counted):
+def trial(script, argv, fault, stderr, counted):
     """The child: never returns."""
     for number in (1, 2):
         os.dup2(os.open(stderr if number == 2 else os.devnull, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    faults = Faults(*fault)
+    faults = Faults(script, *fault)
     faults.install()
     try:
-        code = train.main(argv)
+        code = script.main(argv)
     except SystemExit as error:
         code = error.code
     os.write(counted, str(faults.count).encode())
@@ -133,6 +135,7 @@ def serve():
     torch.set_num_threads(1)
     train.PRESETS["test"], train.BY_PRESET["test"] = conftest.TEST, {}
     plot_dynamics.main = lambda argv: 0
+    sft.Examiner.LONGEST = 4
     evaluate.continue_prompt = functools.partial(evaluate.continue_prompt, max_new_tokens=4)  # the time goes into what is tested
     for line in sys.stdin:
         request = json.loads(line)
@@ -140,7 +143,7 @@ def serve():
         stderr = request["stderr"]
         child = os.fork()
         if not child:
-            trial(request["argv"], request.get("fault") or [], stderr, writing)
+            trial({"train": train, "sft": sft}[request["script"]], request["argv"], request.get("fault") or [], stderr, writing)
         os.close(writing)
         end = time.monotonic() + (request.get("kill_after") or math.inf)
         while not (waited := os.waitpid(child, os.WNOHANG))[0]:
