@@ -133,7 +133,7 @@ def evals(folder):
 
 
 def tuning(folder):
-    return rows(folder, "sft_eval", ("step", "heldout_loss", "token_acc", "ended")) + rows(folder, "sample", ("step", "prompt", "text"))
+    return rows(folder, "sft_eval", ("step", "heldout_loss", "token_acc"))
 
 
 def state(folder, step=20):

@@ -503,8 +503,7 @@ def test_two_processes_or_one_go_on_differently(data, tmp_path, whole):
         folder = tmp_path / f"r{counts[0]}"
         for count, stop in zip(counts, (25, 50)):
             flags = ["--max_steps", 50, "--save_every", 0, *(["--stop_at", 25] if stop == 25 else [])]
-            processes = two(data, folder, *flags) if count == 2 else [start(data, folder, *flags)]
-            assert codes(processes) == [75 if stop == 25 else 0] * count
+            assert (codes(two(data, folder, *flags)) if count == 2 else [run(data, folder, *flags, "--resume")]) == [75 if stop == 25 else 0] * count
         losses, wanted = (np.array([row[2] for row in rows(place)]) for place in (folder, straight))
         assert len(losses) == 50 and np.abs(losses / wanted - 1).max() < 1e-5
         assert [row[1] for row in rows(folder)] == [row[1] for row in rows(straight)]

@@ -85,12 +85,15 @@ def test_a_live_or_broken_log_stops_the_drawing(whole, tmp_path, capsys):
         assert draw(*arguments) == 2 and message in messages(capsys)[-1]
 
 
-@pytest.mark.parametrize("odd", ['"loss": 1e999', '"loss": 1' + "0" * 400, '"tokens": "x", "loss": true', '"seconds": null', '"n_choices": [4]', '"position_loss": 3.0',
-                                 '"step": -1', '"step": true', '"step": 1' + "0" * 400, '"prompt": "\\ud800", "text": ["$x^{"]', '"name": "$x^{"'])
-def test_an_odd_event_stops_the_drawing(whole, tmp_path, odd):
+ODD = ['"loss": 1e999', '"loss": 1' + "0" * 400, '"tokens": "x", "loss": true', '"seconds": null', '"n_choices": [4]', '"position_loss": 3.0', '"step": -1',
+       '"step": true', '"step": 1' + "0" * 400, '"prompt": "\\ud800", "text": ["$x^{"]', '"name": "$x^{"', '"question": 3, "heldout_loss": "x"', '"questions": [3, {}]']
+
+
+def test_an_odd_event_stops_the_drawing(whole, tmp_path):
     folder = tmp_path / "_a$x^{$b"  # as a name in a figure: hidden, and a formula
     folder.mkdir()
-    odd_ones = [f'{{"event": "{event}", "step": 20, {odd}}}' for event in ("train", "eval", "benchmark", "sample", "end", "resume")]
+    odd_ones = [f'{{"event": "{event}", "step": 20, {odd}}}' for odd in ODD
+                for event in ("train", "eval", "benchmark", "sample", "end", "resume", "sft_eval", "instructions")]
     (folder / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text() + "\n".join(odd_ones) + "\n" + "[" * 100_000 + "\n")
     assert draw(folder, "--out", tmp_path / "out") == 0 and draw(folder, whole, "--out", tmp_path / "out") == 0
 

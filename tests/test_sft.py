@@ -431,14 +431,12 @@ def test_a_kill_changes_the_tuning(resume, tuned, tmp_path):
         shutil.rmtree(folder)
 
 
-@pytest.mark.parametrize("where", ["step", "evaluate", "save"])
-def test_a_signal_loses_the_step_of_a_tuning(resume, tuned, tmp_path, where):
-    for name in ("SIGINT", "SIGTERM"):
-        found = resume(tmp_path / name, fault=["signal", where, 4, name])
-        assert found["code"] == 75 and rows(tmp_path / name, "end", ("reason",)) == [("stopped",)]
-        assert checkpoint.find(tmp_path / name, full=True).name == f"step_{rows(tmp_path / name)[-1][0]:08d}"
-        assert resume(tmp_path / name)["code"] == 0
-        assert rows(tmp_path / name) == rows(tuned) and all(torch.equal(value, state(tuned, 12)[key]) for key, value in state(tmp_path / name, 12).items())
+@pytest.mark.parametrize("where, name", [("step", "SIGINT"), ("evaluate", "SIGTERM"), ("save", "SIGINT")])
+def test_a_signal_loses_the_step_of_a_tuning(resume, tuned, tmp_path, where, name):
+    found = resume(tmp_path / "r", fault=["signal", where, 4, name])
+    assert found["code"] == 75 and rows(tmp_path / "r", "end", ("reason",)) == [("stopped",)]
+    assert checkpoint.find(tmp_path / "r", full=True).name == f"step_{rows(tmp_path / 'r')[-1][0]:08d}"
+    assert resume(tmp_path / "r")["code"] == 0 and same(tmp_path / "r", tuned, 12)
 
 
 @pytest.mark.parametrize("name, length", [("model.pt", 0), ("train_state.pt", 100), ("model.pt", None), ("meta.json", 3)])

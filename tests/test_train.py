@@ -68,20 +68,19 @@ def test_a_second_process_or_a_used_folder_mixes_two_runs(data, whole, tmp_path,
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
-@pytest.mark.parametrize("signum, code", [(signal.SIGINT, 75), (signal.SIGTERM, 75)])
-def test_a_signal_at_a_random_moment_changes_the_run(data, whole, tmp_path, signum, code):
+def test_a_signal_at_a_random_moment_changes_the_run(data, whole, tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
-    command = [sys.executable, tmp_path / "child.py", *FLAGS, "--data", data, "--run", tmp_path / "r", "--max_steps", "400"]
-    command = list(map(str, command))
+    length = ["--max_steps", "150", "--eval_every", "50"]
+    command = list(map(str, [sys.executable, tmp_path / "child.py", *FLAGS, "--data", data, "--run", tmp_path / "r", *length]))
     child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
     log = tmp_path / "r" / "metrics.jsonl"
     while child.poll() is None and not (log.exists() and log.read_text().count('"train"') > 20):
         time.sleep(0.01)
     time.sleep(0.2 * np.random.RandomState(os.getpid()).rand())
-    child.send_signal(signum)
-    assert child.wait(60) == code
-    assert subprocess.run([*command, "--resume"], stdout=subprocess.DEVNULL).returncode == 0
-    assert run(data, tmp_path / "straight", "--max_steps", 400) == 0
+    child.send_signal(signal.SIGINT)
+    assert child.wait(60) == 75
+    assert run(data, tmp_path / "r", *length, "--resume") == 0
+    assert run(data, tmp_path / "straight", *length) == 0
     assert rows(tmp_path / "r") == rows(tmp_path / "straight") and evals(tmp_path / "r") == evals(tmp_path / "straight")
     assert rows(tmp_path / "r")[:20] != rows(whole)  # control: another horizon is another schedule
 
@@ -172,7 +171,7 @@ def test_a_loss_that_is_no_number_reaches_the_weights(data, tmp_path, capsys):
 
 
 def test_minutes_do_not_become_a_fixed_horizon(data, tmp_path, monkeypatch):
-    monkeypatch.setitem(train.BY_PRESET, "test", {"max_minutes": 0.02})
+    monkeypatch.setitem(train.BY_PRESET, "test", {"max_minutes": 0.2})
     flags = [flag for flag in FLAGS if flag not in ("--max_steps", "20")]
     assert run(data, tmp_path / "r", "--stop_at", 25, base=flags) == 75
     (step, horizon), = rows(tmp_path / "r", "horizon", ("step", "max_steps"))
