@@ -43,6 +43,8 @@ def parse_json(line):
     event = json.loads(line)
     if not isinstance(event["event"], str) or type(event["step"]) is not int or not 0 <= event["step"] < 2**53:
         raise ValueError("no event")
+    if not isinstance(event.get("questions", []), list):
+        raise ValueError("no list")
     event |= {key: number(value) for key, value in event.items() if key in NUMBERS}
     if "position_loss" in event:
         event["position_loss"] = [number(loss) for loss in event["position_loss"] or []]
@@ -391,13 +393,15 @@ def trajectory(runs):
         parts.append(f"# {run.name}\n")
         parts += side_by_side(run) if run.tuning else []
         for (prompt, drawn), rows in run.samples.items():
+            of_tokens = bool(run.batch_tokens)
             parts.append(f"“{escape(prompt)}” {'is answered' if run.tuning else 'goes on with'}{f' ({escape(drawn)})' if drawn else ''}:\n\n"
-                         f"| step | tokens | {'held-out' if run.tuning else 'val'} loss | {title} | {'answer' if run.tuning else 'sample'} |\n|---:|---:|---:|---:|---|")
+                         f"| step | {'tokens | ' * of_tokens}{'held-out' if run.tuning else 'val'} loss | {title} | {'answer' if run.tuning else 'sample'} |\n"
+                         f"|---:|{'---:|' * of_tokens}---:|---:|---|")
             for row in rows:
                 step, loss = row["step"], losses.get(row["step"])
-                tokens = f"{step * run.batch_tokens:,}" if run.batch_tokens else ""
+                tokens = f"{step * run.batch_tokens:,} | " if of_tokens else ""
                 loss = "" if loss is None else f"{loss:.4f}"
-                parts.append(f"| {step:,} | {tokens} | {loss} | {accuracies.get(step, '')} | {escape(str(row.get('text', '')))} |")
+                parts.append(f"| {step:,} | {tokens}{loss} | {accuracies.get(step, '')} | {escape(str(row.get('text', '')))} |")
             parts.append("")
         if not run.samples:
             parts.append("No samples in this log.\n")
@@ -407,7 +411,7 @@ def trajectory(runs):
 def side_by_side(run):
     """Questions that were held out, their answers by the base and by the tuned model, and what training showed most often."""
     said = {prompt: {row["step"]: escape(str(row.get("text", ""))) for row in rows} for (prompt, _), rows in run.samples.items()}
-    answers = {str(q.get("question")): escape(str(q.get("answer", ""))) for q in run.asked.get("questions") or [] if isinstance(q, dict)}
+    answers = {str(q.get("question")): escape(str(q.get("answer", ""))) for q in run.asked.get("questions", []) if isinstance(q, dict)}
     last = max((max(steps) for steps in said.values()), default=0)
     habit, share = escape(str(run.asked.get("frequent_answer", ""))), number(run.asked.get("frequent_share"))
     lines = [f"| question, held out | base (step 0) | tuned (step {last:,}) | the most frequent training answer ({share:.2%}) | its own answer |", "|---|---|---|---|---|"]

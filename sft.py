@@ -126,7 +126,7 @@ def open_instructions(settings, tokenizer, window, is_main):
 class Examiner:
     """What is looked at while tuning, the same at every moment: the loss on held-out answers, some of their questions put to
     the model, and the base's benchmark, to see what tuning costs."""
-    ASKED, SHOWN, LONGEST = 32, 5, 128  # questions, those of them that are shown, tokens of an answer
+    ASKED, SHOWN, LONGEST = 32, 5, 64  # questions, those of them that are shown, tokens of an answer
 
     def __init__(self, model, tokenizer, examples, chats, settings, autocast):
         self.model, self.tokenizer, self.examples, self.autocast = model, tokenizer, examples, autocast
@@ -157,7 +157,7 @@ class Examiner:
             sample = {"prompt": question["question"], "text": self.tokenizer.decode(ids).strip(), **text_statistics(ids)}
             log.event("sample", step, **sample)
             if not number:
-                log.say(f"  {sample['prompt']} | {sample['text']}{'' if ended else ' …'}")
+                log.say(f"  {sample['prompt']} | {' '.join(sample['text'].split())}{'' if ended else ' …'}")
 
     def score(self):
         """{"heldout_loss": nats per counted token, "token_acc": share of them that is the likeliest}; exact over all processes."""

@@ -86,7 +86,7 @@ def test_a_live_or_broken_log_stops_the_drawing(whole, tmp_path, capsys):
 
 
 ODD = ['"loss": 1e999', '"loss": 1' + "0" * 400, '"tokens": "x", "loss": true', '"seconds": null', '"n_choices": [4]', '"position_loss": 3.0', '"step": -1',
-       '"step": true', '"step": 1' + "0" * 400, '"prompt": "\\ud800", "text": ["$x^{"]', '"name": "$x^{"', '"question": 3, "heldout_loss": "x"', '"questions": [3, {}]']
+       '"step": true', '"step": 1' + "0" * 400, '"prompt": "\\ud800", "text": ["$x^{"]', '"name": "$x^{"', '"question": 3, "heldout_loss": "x"', '"questions": [3, {}]', '"questions": null']
 
 
 def test_an_odd_event_stops_the_drawing(whole, tmp_path):
@@ -134,6 +134,7 @@ def test_several_runs_take_each_others_place(whole, tmp_path, capsys):
     assert [text.get_text() for text in page.figure.axes[0].get_legend().get_texts()] == ["a", "b"]
 
 
+@pytest.mark.slow
 def test_long_logs_take_minutes(tmp_path):
     noise = np.random.RandomState(0).rand(50_000)
     (tmp_path / "long.jsonl").write_text("".join(

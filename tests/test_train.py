@@ -68,6 +68,7 @@ def test_a_second_process_or_a_used_folder_mixes_two_runs(data, whole, tmp_path,
     assert (whole / "metrics.jsonl").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_a_signal_at_a_random_moment_changes_the_run(data, whole, tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
     length = ["--max_steps", "150", "--eval_every", "50"]
@@ -109,6 +110,7 @@ def test_events_come_in_another_order(whole):
 # ---------------------------------------------------------------------------------------------------------------------
 # The step
 
+@pytest.mark.slow
 def test_two_processes_train_another_run(data, tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
     flags = [*FLAGS, "--data", str(data), "--max_steps", "50", "--micro_batch", "2"]
