@@ -22,6 +22,37 @@ def claims(run):
               if row["step"] in (0, 64, 1024, run.train[-1]["step"]))]
 
 
+def claims_of_tuning(full, lora):
+    """The same of the two tunings."""
+    answers = {run.name: {prompt: plot_dynamics.escape(rows[-1]["text"]) for (prompt, _), rows in run.samples.items()} for run in (full, lora)}
+    bases = {prompt: plot_dynamics.escape(rows[0]["text"])[:58].rstrip() for (prompt, _), rows in full.samples.items()}
+    moments = (full, 0), (full, -1), (lora, -1)
+
+    def row(name, text):
+        return f"| {name} | " + " | ".join(text(run, i) for run, i in moments) + " |"
+    return [row("loss on held-out answers", lambda run, i: f"{run.tuning[i]['heldout_loss']:.3f}"),
+            row("their tokens right, given those before", lambda run, i: f"{run.tuning[i]['token_acc']:.1%}"),
+            row("answers that end, of 32", lambda run, i: f"{run.tuning[i]['ended']:.0%}"),
+            row("cloze: acc / acc_norm / acc_pmi, ± 2.8 %", lambda run, i: plot_dynamics.percent(next(iter(run.benchmarks.values()))[i])),
+            *(f"| {plot_dynamics.escape(q)} | {bases[q]} … | {answers[full.name][q]} | {answers[lora.name][q]} | {plot_dynamics.escape(question['answer'])} |"
+              for question in full.asked["questions"] for q in [question["question"]]),
+            f"{full.train[-1]['step']} steps, took {full.seconds:.0f} seconds, with adapters {lora.seconds:.0f}",
+            f"“{full.asked['frequent_answer']}” ({full.asked['frequent_share']:.2%})", f"{full.asked['rows']:,} questions",
+            f"{full.asked['useful']:.1%} of the tokens in a batch are useful"]
+
+
+def test_the_readme_tells_of_another_tuning():
+    full, lora = (plot_dynamics.read_run(ROOT / "logs" / name) for name in ("sft", "lora8"))
+    text = " ".join(README.split())
+    assert [claim for claim in claims_of_tuning(full, lora) if claim not in text] == []
+    other = copy.deepcopy(lora)  # control: an answer and a loss that are a little different
+    other.tuning[-1]["heldout_loss"] += 0.01
+    next(iter(other.samples.values()))[-1]["text"] += " Or not."
+    assert sum(claim not in text for claim in claims_of_tuning(full, other)) == 2
+    for run in (full, lora):
+        assert plot_dynamics.trajectory([run]) == (ROOT / "logs" / run.name / "trajectory.md").read_text(encoding="utf-8")
+
+
 def test_the_readme_tells_of_another_run():
     run = plot_dynamics.read_run(ROOT / "logs/default")
     assert [claim for claim in claims(run) if claim not in README] == []
