@@ -412,6 +412,8 @@ def side_by_side(run):
     """Questions that were held out, their answers by the base and by the tuned model, and what training showed most often."""
     said = {prompt: {row["step"]: escape(str(row.get("text", ""))) for row in rows} for (prompt, _), rows in run.samples.items()}
     answers = {str(q.get("question")): escape(str(q.get("answer", ""))) for q in run.asked.get("questions", []) if isinstance(q, dict)}
+    if not answers:
+        return ["No rows were held out to ask questions from.\n"]
     last = max((max(steps) for steps in said.values()), default=0)
     habit, share = escape(str(run.asked.get("frequent_answer", ""))), number(run.asked.get("frequent_share"))
     lines = [f"| question, held out | base (step 0) | tuned (step {last:,}) | the most frequent training answer ({share:.2%}) | its own answer |", "|---|---|---|---|---|"]

@@ -360,7 +360,7 @@ def main(argv=None):
         import plot_dynamics
         with contextlib.suppress(SystemExit):  # it says what is wrong; the run is done and saved all the same
             plot_dynamics.main([str(run), "--out", str(run)])
-    log.say(f"done: {step} steps, {seconds / 60:.1f} minutes of training; the answers of base and tuned model side by side: {run}/trajectory.md\n"
+    log.say(f"done: {step} steps, {seconds / 60:.1f} minutes of training{f'; base and tuned model side by side: {run}/trajectory.md' if examiner.shown else ''}\n"
             f"Two things to try next:\n  python sample.py {run} --chat\n  python evaluate.py {run}" if at_end else
             f"stopped and saved at step {step} — go on with the same command and --resume")
     return end_processes(0 if at_end else 75)
