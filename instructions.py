@@ -105,8 +105,11 @@ def read_instructions(path, skip_bad=False):
         try:
             if isinstance(row, ValueError):
                 raise row
-            chats.append(messages_of(row))
-            splits.append(row.get("split"))
+            messages, split = messages_of(row), row.get("split")
+            if not isinstance(split, str | None):
+                raise ValueError('"split" is no text')
+            chats.append(messages)
+            splits.append(split)
         except ValueError as why:
             if not skip_bad:
                 raise UserError(f"{place}: {why.args[0]} — mend the row, or leave out all bad ones with --skip_bad") from None
@@ -120,7 +123,7 @@ def hold_out(splits, share, seed):
     """(rows to train on, rows to hold out): as their "split" says if any row has one, else a random share of them, at least
     one of two or more."""
     if any(splits):
-        held = np.array([split not in (None, "train") for split in splits])
+        held = np.array([bool(split) and split != "train" for split in splits])
         return np.flatnonzero(~held), np.flatnonzero(held)
     n = len(splits)
     held = min(n - 1, max(1, round(share * n))) if share else 0

@@ -188,8 +188,8 @@ def test_a_row_is_left_out_or_comes_twice(examples):
 
 
 def test_held_out_rows_are_trained_on(whole, instructions):
-    splits = ["train", "val", None, "test"]
-    assert [part.tolist() for part in hold_out(splits, 0.5, 0)] == [[0, 2], [1, 3]]
+    splits = ["train", "val", None, "test", ""]
+    assert [part.tolist() for part in hold_out(splits, 0.5, 0)] == [[0, 2, 4], [1, 3]]
     trained, held = hold_out([None] * 50, 0.1, 0)
     assert len(held) == 5 and sorted([*trained, *held]) == list(range(50)) and hold_out([None] * 50, 0.1, 1)[1].tolist() != held.tolist()
     assert [len(part) for part in hold_out([None], 0.5, 0)] == [1, 0] and [len(part) for part in hold_out([None] * 2, 0.01, 0)] == [1, 1]
@@ -259,6 +259,7 @@ BAD = {"no JSON": ('{"instruction": "a?", "output"', "no JSON"), "an array": ("[
        "no role": ('{"messages": [{"content": "a"}]}', "role"), "another role": ('{"messages": [{"role": "bot", "content": "a"}]}', "roles"),
        "no answer": ('{"messages": [{"role": "user", "content": "a"}]}', "ending with an answer"),
        "two questions": (json.dumps({"messages": [user("a"), user("b")]}), "in turn"),
+       "a split that is none": ('{"instruction": "a?", "output": "b", "split": ["val"]}', '"split" is no text'),
        "a giant": (json.dumps({"instruction": "a?", "output": "b" * 1_000_001}), "1,000,001 characters"),
        "deep": ("[" * 100_000 + "]" * 100_000, "too deep"), "long number": ('{"instruction": "a", "output": ' + "9" * 5000 + "}", "number too long")}
 
