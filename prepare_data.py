@@ -6,8 +6,8 @@
 
 `pydocs` needs no network: its text is on every computer that has Python (see pydocs.py). Beside the shards it writes
 `cloze.jsonl`, a multiple-choice test from the validation text, and `instruct.json`, questions and answers in Alpaca's
-format. The same sources give the same bytes, whatever the number of processes; and a folder is
-written under a temporary name and renamed once, when all of it is on the disk: there is never half a folder.
+format. The same sources give the same bytes, whatever the number of cores; and a folder is written
+under a temporary name and renamed once, when all of it is on the disk: there is never half a folder.
 """
 import argparse
 import array

@@ -157,7 +157,7 @@ def test_instructions_are_marked_with_the_wrong_split(corpus):
     assert any(row["output"] in train for row in rows if row["split"] == "train")  # control
 
 
-def test_number_of_processes_changes_the_bytes(tmp_path, monkeypatch):
+def test_number_of_cores_changes_the_bytes(tmp_path, monkeypatch):
     files = source_files()
     chosen = [file for file in files if file[1].startswith(("json", "logging", "unittest", "tqdm", "email"))]
     monkeypatch.setattr(pydocs, "source_files", lambda: chosen)
