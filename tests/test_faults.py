@@ -109,6 +109,7 @@ def test_what_a_kill_leaves_stays_in_the_way(resume, whole, tmp_path):
     assert not list((tmp_path / "r/checkpoints").glob(".tmp*"))
 
 
+@pytest.mark.slow
 def test_a_kill_while_starting_over_brings_the_old_run_back(server, data, stopped, tmp_path):
     whole = tmp_path / "whole"
     assert server("--data", data, "--run", whole, "--seed", 2, *SHORT)["code"] == 0
@@ -123,6 +124,7 @@ def test_a_kill_while_starting_over_brings_the_old_run_back(server, data, stoppe
         shutil.rmtree(tmp_path / "r")
 
 
+@pytest.mark.slow
 def test_the_horizon_is_timed_again_after_a_kill(server, data, tmp_path):
     flags = ["--data", data, "--run", tmp_path / "r", "--resume"]
     base = FLAGS[:2] + FLAGS[4:]  # without --max_steps
@@ -339,6 +341,7 @@ def test_a_log_changed_by_hand_loses_or_doubles_rows(resume, stopped, whole, tmp
         assert [row[0] for row in rows(folder)] == (list(range(1, 21)) if number < 2 else list(range(16, 21)))
 
 
+@pytest.mark.slow
 def test_a_closed_screen_ends_the_training(data, whole, tmp_path):
     process = start(data, tmp_path / "r", stdout=subprocess.PIPE)
     process.stdout.close()
@@ -404,6 +407,7 @@ def wait_for(folder, steps):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_a_second_ctrl_c_is_not_heard(data, tmp_path):
     process = start(data, tmp_path / "r", "--max_steps", 100_000, "--batch_tokens", 128 * 512)  # long steps
     wait_for(tmp_path / "r", 1)
@@ -413,6 +417,7 @@ def test_a_second_ctrl_c_is_not_heard(data, tmp_path):
     assert process.wait(10) == -signal.SIGINT
 
 
+@pytest.mark.slow
 def test_a_mistake_is_a_traceback_on_other_processes(data, stopped, tmp_path):
     shutil.copytree(stopped, tmp_path / "r")
     processes = two(data, tmp_path / "r", "--seed", 5)
@@ -423,6 +428,7 @@ def test_a_mistake_is_a_traceback_on_other_processes(data, stopped, tmp_path):
     assert [process.wait(60) for process in processes] == [2, 2] and not any("Traceback" in process.stderr.read() for process in processes)
 
 
+@pytest.mark.slow
 def test_one_of_two_processes_goes_on_alone(data, tmp_path):
     processes = two(data, tmp_path / "r", "--max_steps", 2000)
     wait_for(tmp_path / "r", 20)
@@ -438,6 +444,7 @@ def test_one_of_two_processes_goes_on_alone(data, tmp_path):
     assert run(data, tmp_path / "r", "--max_steps", rows(tmp_path / "r")[-1][0] + 5, "--resume") == 0
 
 
+@pytest.mark.slow
 def test_torchrun_hides_the_stop(data, tmp_path):
     (tmp_path / "child.py").write_text(CHILD)
     launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", str(tmp_path / "child.py"), *FLAGS,
