@@ -62,4 +62,6 @@ def settings_of(run):
             raise TypeError
         return settings
     except (OSError, ValueError, TypeError, KeyError):
+        if not run.is_dir():
+            raise UserError(f"{run}: no such run — train it first: python train.py --run {run}") from None
         raise UserError(f"{run}/config.json is missing or damaged — train with --resume writes it again") from None

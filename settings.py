@@ -5,7 +5,7 @@ from errors import UserError
 
 ONCE = ("resume", "overwrite", "reset_optimizer", "stop_at")  # flags about this command, not about the run
 LEAST = dict.fromkeys(("max_steps", "batch_tokens", "micro_batch", "seq_len", "eval_tokens", "benchmark_items", "threads", "lora", "batch_size",
-                       "max_length", "eval_items"), 1) | {"keep_last": 2}  # others: 0
+                       "max_length", "eval_items"), 1) | {"keep_last": 2, "epochs": 0.001, "lora_alpha": 0.001}  # others: 0
 MOST = dict(beta1=0.9999, beta2=0.999999, threads=1024, seed=2**32 - 1, held_out=0.9)  # others: 2^40
 
 

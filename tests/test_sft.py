@@ -305,12 +305,13 @@ def test_mistakes_end_in_a_traceback_or_lose_something(whole, instructions, tmp_
             (None, [], "no such file"), ([GOOD, {}], [], f"{file}, row 1: neither"), ([GOOD], ["--max_length", 5], "nothing left to train on"),
             ([{**GOOD, "split": "val"}], [], "nothing left to train on"), ([GOOD, {}], ["--max_length", 65], "model's window of 64"),
             ([GOOD], ["--lora", 33], "more than the model's dim"), ([GOOD], ["--lora", 0], "out of range"), ([GOOD], ["--epochs", 2], "give one"),
-            ([GOOD], ["--held_out", 1], "out of range"), ([GOOD], ["--step", 3], "no checkpoint of step 3")):
+            ([GOOD], ["--held_out", 1], "out of range"), ([GOOD], ["--step", 3], "no checkpoint of step 3"),
+            ([GOOD], ["--lora", 2, "--lora_alpha", 0], "out of range")):
         if content is not None:
             file.write_text(json.dumps(content))
         assert tune(whole, file, tmp_path / "r", *flags) == 2 and why in messages(capsys)[-1], why
         assert not (tmp_path / "r/metrics.jsonl").exists()
-    assert tune(tmp_path / "nowhere", instructions, tmp_path / "r") == 2
+    assert tune(tmp_path / "nowhere", instructions, tmp_path / "r") == 2 and "nowhere: no such run" in messages(capsys)[-1]
     file.write_text(json.dumps([GOOD, {}, GOOD]))
     assert tune(whole, file, tmp_path / "r", "--skip_bad") == 0 and "1 bad" in capsys.readouterr().out
 
