@@ -191,7 +191,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, targets, with_grad):  # with_grad: in here grad mode is always off, so it is passed
         loss = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.empty_like(hidden) if with_grad else None
-        grad_weight = torch.zeros_like(weight) if with_grad else None
+        grad_weight = torch.zeros_like(weight) if with_grad and ctx.needs_input_grad[1] else None  # None: frozen, beside adapters
         for start in range(0, len(hidden), ChunkedCrossEntropy.CHUNK):
             rows = slice(start, start + ChunkedCrossEntropy.CHUNK)
             h, counted = hidden[rows], (targets[rows] != -100)[:, None]         # (n, dim), (n, 1)
@@ -203,14 +203,15 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad = logits.sub_(log_z).exp_()                                # softmax, (n, V)
                 grad.scatter_add_(1, target, -torch.ones_like(log_z)).mul_(counted)  # softmax − one-hot
                 grad_hidden[rows] = grad.type_as(h) @ weight                    # under autocast these products, too, are
-                grad_weight += grad.type_as(h).T @ h                            # made in its dtype
+                if grad_weight is not None:                                     # made in its dtype
+                    grad_weight += grad.type_as(h).T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None
+        return grad_hidden * grad_loss, None if grad_weight is None else grad_weight * grad_loss, None, None
 
 
 class Decoder(nn.Module):

@@ -62,10 +62,9 @@ def chat(model, tokenizer, system, args, generator, device):
         elif question.startswith("/") and " " not in question:
             print(f"no command {question} — there are /reset and /exit", file=sys.stderr)
         elif question:
-            messages, ids = fit(tokenizer, [*messages, {"role": "user", "content": question}], system, room)
+            asked, ids = fit(tokenizer, [*messages, {"role": "user", "content": question}], system, room)
             if len(ids) > room:
                 print(f"the question makes {len(ids)} tokens with the system prompt, and the window has room for {room} — ask a shorter one", file=sys.stderr)
-                messages = []
                 continue
             answer = ""
             for piece in stream(model, tokenizer, ids, min(args.max_new_tokens, window - len(ids)), args, generator, device):
@@ -73,7 +72,7 @@ def chat(model, tokenizer, system, args, generator, device):
                 print(piece, end="", flush=True)
                 answer += piece
             print()
-            messages.append({"role": "assistant", "content": answer})
+            messages = [*asked, {"role": "assistant", "content": answer}]
 
 
 def trajectory(run, prompts, args, device):

@@ -493,9 +493,13 @@ def test_all_logits_are_held_or_made_twice_or_gradients_made_without_need(monkey
         loss = ChunkedCrossEntropy.apply(hidden, weight, targets, True)
     with Recorder() as backward:
         loss.backward()
+    adapted, fixed, wanted = hidden.detach().requires_grad_(), weight.detach(), hidden.grad.clone()
+    with Recorder() as frozen:  # as beside adapters: no gradient of the weight, the same one of what comes before it
+        ChunkedCrossEntropy.apply(adapted, fixed, targets, True).backward()
     with Recorder() as control:
         F.cross_entropy(hidden @ weight.T, targets).backward()
     assert forward.calls["mm"] == 3 * 5 and backward.calls["mm"] == 0  # five chunks: logits and two gradients, each once
+    assert frozen.calls["mm"] == 2 * 5 and frozen.calls["zeros_like"] == 0 < forward.calls["zeros_like"] and torch.equal(adapted.grad, wanted)
     assert forward.largest == backward.largest == 500 * 16 < 500 * 48 == control.largest  # the gradient of weight
     llama, tokens = build(), batch()
     with torch.no_grad(), Recorder() as without:
