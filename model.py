@@ -202,9 +202,10 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             if with_grad:
                 grad = logits.sub_(log_z).exp_()                                # softmax, (n, V)
                 grad.scatter_add_(1, target, -torch.ones_like(log_z)).mul_(counted)  # softmax − one-hot
-                grad_hidden[rows] = grad.type_as(h) @ weight                    # under autocast these products, too, are
-                if grad_weight is not None:                                     # made in its dtype
-                    grad_weight += grad.type_as(h).T @ h
+                grad = grad.type_as(h)  # under autocast these products, too, are made in its dtype
+                grad_hidden[rows] = grad @ weight                               # (n, dim)
+                if grad_weight is not None:
+                    grad_weight += grad.T @ h                                   # (V, dim)
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 
