@@ -1,6 +1,7 @@
 """README.md and EXERCISES.md say what the log and the code say."""
 import copy
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def claims(run):
 def claims_of_tuning(full, lora):
     """The same of the two tunings."""
     answers = {run.name: {prompt: plot_dynamics.escape(rows[-1]["text"]) for (prompt, _), rows in run.samples.items()} for run in (full, lora)}
-    bases = {prompt: plot_dynamics.escape(rows[0]["text"])[:58].rstrip() for (prompt, _), rows in full.samples.items()}
+    bases = {prompt: textwrap.shorten(plot_dynamics.escape(rows[0]["text"]), 64, placeholder=" …") for (prompt, _), rows in full.samples.items()}
     moments = (full, 0), (full, -1), (lora, -1)
 
     def row(name, text):
@@ -34,7 +35,7 @@ def claims_of_tuning(full, lora):
             row("their tokens right, given those before", lambda run, i: f"{run.tuning[i]['token_acc']:.1%}"),
             row("answers that end, of 32", lambda run, i: f"{run.tuning[i]['ended']:.0%}"),
             row("cloze: acc / acc_norm / acc_pmi, ± 2.8 %", lambda run, i: plot_dynamics.percent(next(iter(run.benchmarks.values()))[i])),
-            *(f"| {plot_dynamics.escape(q)} | {bases[q]} … | {answers[full.name][q]} | {answers[lora.name][q]} | {plot_dynamics.escape(question['answer'])} |"
+            *(f"| {plot_dynamics.escape(q)} | {bases[q]} | {answers[full.name][q]} | {answers[lora.name][q]} | {plot_dynamics.escape(question['answer'])} |"
               for question in full.asked["questions"] for q in [question["question"]]),
             f"{full.train[-1]['step']} steps, took {full.seconds:.0f} seconds, with adapters {lora.seconds:.0f}",
             f"“{full.asked['frequent_answer']}” ({full.asked['frequent_share']:.2%})", f"{full.asked['rows']:,} questions",
