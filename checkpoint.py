@@ -231,8 +231,10 @@ def find(run, step=None, full=False):
     Damaged ones are named on stderr and passed over. None if there is no checkpoint at all. Raises UserError if there
     are some but none can be used, or if `step` is absent or damaged."""
     every, damaged = checkpoints(run), {}
+    if not every:
+        return None
     if step is not None and step not in every:
-        raise UserError(f"{run} has no checkpoint of step {step} — choose one of {', '.join(map(str, every)) or '(none)'}")
+        raise UserError(f"{run} has no checkpoint of step {step} — choose one of {', '.join(map(str, every))}")
     for number, folder in reversed(every.items()) if step is None else [(step, every[step])]:
         try:
             meta = read_meta(folder)
@@ -245,18 +247,16 @@ def find(run, step=None, full=False):
             print(f"checkpoint {folder} is damaged: {why}", file=sys.stderr)
         else:
             return folder
-    if every:
-        listed = "; ".join(f"step {number}: {why}" for number, why in damaged.items()) or "they hold weights alone"
-        raise UserError(f"{run}: no usable checkpoint ({listed}) — " + (
-            "choose another --step" if step is not None else "start over with --overwrite, or in another --run"))
-    return None
+    listed = "; ".join(f"step {number}: {why}" for number, why in damaged.items()) or "they hold weights alone"
+    raise UserError(f"{run}: no usable checkpoint ({listed}) — " + (
+        "choose another --step" if step is not None else "start over with --overwrite, or in another --run"))
 
 
 def power_of_two(step):
     return step > 0 and step & (step - 1) == 0
 
 
-NEEDED = "needed_by_adapters"  # sft.py --lora leaves an empty file of this name beside the weights that it adapts
+NEEDED = "needed_by_adapters"  # sft.py --lora leaves a file of this name beside the weights that it adapts
 
 
 def prune(run, now, keep_last, keep_every):
@@ -312,6 +312,8 @@ def load_weights(run, step=None, sha256=None):
 def load_base(run, base):
     """Weights that the adapters of `run` are for; base: {"run": path from the run's folder, "step", "sha256" of its model.pt}."""
     path = Path(os.path.normpath(Path(run) / base["run"]))
+    if not checkpoints(path):
+        raise UserError(f"{run} holds adapters of {path} step {base['step']}, and there is no such run — put it back; the two move together")
     try:
         return load_weights(path, base["step"], base["sha256"])[0]
     except UserError as why:

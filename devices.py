@@ -66,15 +66,15 @@ def listen_for_stops(log):
 
 
 @contextmanager
-def memory_advice(settings, accumulation):
-    """Turn "out of memory" into the next smaller micro-batch that still divides the step."""
+def memory_advice(settings, accumulation, else_smaller="--preset or --seq_len"):
+    """Turn "out of memory" into the next smaller micro-batch that still divides the step; where there is none, into another flag."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError; on the CPU it is a plain one
         if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "can't allocate memory" not in str(error):
             raise
         B = settings["micro_batch"]
-        advice = [f"--micro_batch {n}" for n in range(B - 1, 0, -1) if B * accumulation % n == 0] + ["a smaller --preset or --seq_len"]
+        advice = [f"--micro_batch {n}" for n in range(B - 1, 0, -1) if B * accumulation % n == 0] + [f"a smaller {else_smaller}"]
         raise UserError(f"out of memory with micro_batch {B} x seq_len {settings['seq_len']} — use {advice[0]}") from None
 
 

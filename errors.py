@@ -18,7 +18,8 @@ def script(main):
     @functools.wraps(main)
     def wrapped(argv=None):
         name = Path(sys.modules[main.__module__].__file__).name
-        sys.stdout.reconfigure(errors="replace")  # a terminal that knows fewer characters than the model shows "?"
+        if sys.stdout:  # None where it was closed
+            sys.stdout.reconfigure(errors="replace")  # a terminal that knows fewer characters than the model shows "?"
         try:
             return main(argv)
         except UserError as error:

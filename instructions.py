@@ -38,7 +38,7 @@ def messages_of(row):
         missing = [name for name in ("instruction", "output") if name not in row]
         if missing:
             raise ValueError(f'"{missing[0]}" is missing' if len(missing) == 1 else 'neither "messages" nor "instruction" and "output"')
-        question, more = row["instruction"], row.get("input") or ""
+        question, more = row["instruction"], "" if row.get("input") is None else row["input"]
         if not isinstance(question, str) or not isinstance(more, str):
             raise ValueError('"instruction" or "input" is no text')
         if not question.strip():
@@ -67,6 +67,8 @@ def read_rows(path):
     not read as JSON the row is the ValueError. Raises UserError where an array does not read."""
     data, mend = Path(path).read_bytes(), "mend it (--skip_bad cannot help: the file is one JSON array)"
     if not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        if is_one_object(data):
+            raise UserError(f"{path}:1: one JSON object over several lines — give an array of rows, or a row on each line")
         for number, line in enumerate(data.split(b"\n"), 1):
             if line.strip():
                 try:
@@ -95,6 +97,14 @@ def read_json(data):
         raise ValueError(f"no JSON ({error.msg} at column {error.colno})", f":{error.lineno}") from None
     except (ValueError, RecursionError):
         raise ValueError("no JSON that can be read (too deep, or with a number too long)", "") from None
+
+
+def is_one_object(data):
+    """Whether the bytes are a single JSON object, written over several lines."""
+    try:
+        return b"\n" in data.strip() and isinstance(read_json(data), dict)
+    except ValueError:
+        return False
 
 
 def read_instructions(path, skip_bad=False):
@@ -132,9 +142,9 @@ def hold_out(splits, share, seed):
 
 
 def file_mark(path):
-    """What the file is, for the checkpoint: [[name, bytes, SHA-256]]."""
+    """What the file is, for the checkpoint: [bytes, SHA-256]. It may go by another name."""
     data = Path(path).read_bytes()
-    return [[Path(path).name, len(data), hashlib.sha256(data).hexdigest()]]
+    return [len(data), hashlib.sha256(data).hexdigest()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

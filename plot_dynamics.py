@@ -401,7 +401,7 @@ def trajectory(runs):
                 step, loss = row["step"], losses.get(row["step"])
                 tokens = f"{step * run.batch_tokens:,} | " if of_tokens else ""
                 loss = "" if loss is None else f"{loss:.4f}"
-                parts.append(f"| {step:,} | {tokens}{loss} | {accuracies.get(step, '')} | {escape(str(row.get('text', '')))} |")
+                parts.append(f"| {step:,} | {tokens}{loss} | {accuracies.get(step, '')} | {said_in(row)} |")
             parts.append("")
         if not run.samples:
             parts.append("No samples in this log.\n")
@@ -410,15 +410,20 @@ def trajectory(runs):
 
 def side_by_side(run):
     """Questions that were held out, their answers by the base and by the tuned model, and what training showed most often."""
-    said = {prompt: {row["step"]: escape(str(row.get("text", ""))) for row in rows} for (prompt, _), rows in run.samples.items()}
+    said = {prompt: {row["step"]: said_in(row) for row in rows} for (prompt, _), rows in run.samples.items()}
     answers = {str(q.get("question")): escape(str(q.get("answer", ""))) for q in run.asked.get("questions", []) if isinstance(q, dict)}
     if not answers:
-        return ["No rows were held out to ask questions from.\n"]
+        return ["No held-out row to ask a question from: none was held out, or none fits into the window.\n"]
     last = max((max(steps) for steps in said.values()), default=0)
     habit, share = escape(str(run.asked.get("frequent_answer", ""))), number(run.asked.get("frequent_share"))
-    lines = [f"| question, held out | base (step 0) | tuned (step {last:,}) | the most frequent training answer ({share:.2%}) | its own answer |", "|---|---|---|---|---|"]
+    lines = [f"| question, held out | base (step 0) | tuned (step {last:,}) | the most frequent training answer ({share:.2%}) | right answer |", "|---|---|---|---|---|"]
     lines += [f"| {escape(q)} | {said.get(q, {}).get(0, '')} | {said.get(q, {}).get(last, '')} | {habit} | {answer} |" for q, answer in answers.items()]
     return [*lines, "\nWhat a model says to every question is a habit of its training, not knowledge.\n"]
+
+
+def said_in(row):
+    """The text of a sample; with " …" where it is known to have been cut short."""
+    return escape(str(row.get("text", ""))) + " …" * (row.get("cut") is True)
 
 
 def escape(text):

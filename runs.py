@@ -1,9 +1,10 @@
 """runs.py — the folder of a run: held by one process at a time, given up, found again, and the settings in it."""
 import json
+import os
 import sys
 from pathlib import Path
 
-from checkpoint import discard, find, remove
+from checkpoint import NEEDED, discard, find, remove
 from errors import UserError
 
 
@@ -30,6 +31,8 @@ def claim(run, given):
     used = (run / "metrics.jsonl").exists() or (run / "checkpoints").exists()
     if used and not given.get("resume") and not given.get("overwrite"):
         raise UserError(f"{run} already holds a run — continue it with --resume, start over with --overwrite, or choose another --run")
+    if given.get("overwrite") and (others := needing(run)):
+        raise UserError(f"{run} holds the weights that the adapters in {', '.join(others)} are for — choose another --run, or delete those first")
     folder = find(run, full=True) if given.get("resume") else None
     if given.get("resume") and not folder and (any(run.glob("checkpoints/*")) or any(b'"train"' in log.read_bytes() for log in run.glob("metrics.jsonl"))):
         raise UserError(f"{run} holds a run and no checkpoint of it — put its checkpoints back, or start over with --overwrite")
@@ -40,8 +43,23 @@ def clear(run):
     """Give up what an earlier run left in the folder."""
     if (run / "checkpoints").exists():
         remove(run / "checkpoints")
-    for name in ("metrics.jsonl", "evaluations.jsonl"):
+    for name in ("metrics.jsonl", "evaluations.jsonl", "trajectory.md", "dynamics.png", "non_finite.json"):
         (run / name).unlink(missing_ok=True)
+
+
+def need(folder, run):
+    """Note in the folder of a checkpoint that the adapters in `run` are for its weights, so that these stay."""
+    try:
+        with open(folder / NEEDED, "a") as file:
+            file.write(os.path.relpath(run, folder) + "\n")
+    except OSError as error:
+        print(f"warning: {folder} cannot be marked as needed ({error.strerror}); if it is removed, the adapters in {run} are lost", file=sys.stderr)
+
+
+def needing(run):
+    """Other runs, those that still exist, whose adapters are for weights in `run`."""
+    noted = {os.path.normpath(mark.parent / line) for mark in run.glob(f"checkpoints/step_*/{NEEDED}") for line in mark.read_text().splitlines()}
+    return sorted(os.path.relpath(path) for path in noted if Path(path, "checkpoints").exists())
 
 
 def newest_run(root="runs", pretrained=False):

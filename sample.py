@@ -22,6 +22,7 @@ from errors import UserError, script
 from evaluate import continue_prompt
 from log import note
 from runs import newest_run, settings_of
+from settings import whole_text
 
 
 def stream(model, tokenizer, ids, max_new_tokens, args, generator, device):
@@ -49,6 +50,8 @@ def chat(model, tokenizer, system, args, generator, device):
     """Answer the lines of stdin, one after another, remembering what was said as far as the window goes."""
     window, messages, prompt = model.config.max_seq_len, [], "\nyou: " if sys.stdin.isatty() else ""
     room = window - min(args.max_new_tokens, window // 4)  # the rest is for the answer
+    if (n := len(encode_chat(tokenizer, [{"role": "user", "content": ""}], system)[0])) >= room:
+        raise UserError(f"the system prompt makes {n} tokens, and the window has room for {room} — give a shorter --system")
     if prompt:
         with contextlib.suppress(ImportError):
             import readline  # noqa: F401  lines can be edited and called back; not on Windows
@@ -123,8 +126,7 @@ def main(argv=None):
         raise UserError("--chat asks you for the questions — leave out --prompt, --samples and --trajectory; --system is for --chat alone")
 
     device, run = choose_device(args.device), Path(args.run or newest_run())
-    # What is no UTF-8 on the command line arrives as lone surrogates, which no text holds: they become "?".
-    prompts = [prompt.encode("utf-8", errors="replace").decode() for prompt in args.prompt or []]
+    prompts = [whole_text(prompt) for prompt in args.prompt or []]
     if args.trajectory and checkpoints(run):
         return trajectory(run, prompts or [settings_of(run)["sample_prompt"]], args, device)
     model, tokenizer, step = load_model(run, args.step, device)
@@ -133,9 +135,11 @@ def main(argv=None):
         tuned = settings_of(run).get("system")
         if tuned is None:
             print(f"note: {run} was never tuned to answer; it will only go on with the text — tune it: python sft.py {run}", file=sys.stderr)
+        if not sys.stdin:
+            raise UserError("--chat reads questions from standard input, which is closed — open it, or give a --prompt")
         sys.stdin.reconfigure(errors="replace")
         with contextlib.suppress(EOFError, KeyboardInterrupt):  # Ctrl-D, the end of a pipe, Ctrl-C
-            chat(model, tokenizer, next(text for text in (args.system, tuned, SYSTEM) if text is not None), args, generator, device)
+            chat(model, tokenizer, next(whole_text(text) for text in (args.system, tuned, SYSTEM) if text is not None), args, generator, device)
         if sys.stdin.isatty():
             print()
         return 0

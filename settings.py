@@ -37,6 +37,11 @@ def check(given):
     return {name: value for name, value in given.items() if name not in ONCE}
 
 
+def whole_text(text):
+    """What is no UTF-8 on the command line arrives as lone surrogates, which no text holds: they become "?"."""
+    return text.encode("utf-8", errors="replace").decode()
+
+
 def continued(saved, flags, experiment):
     """The settings of a run that goes on: the saved ones, and the flags where they are harmless. Raises UserError naming each
     flag that would make of it another experiment."""

@@ -1,4 +1,4 @@
-"""sft.py — instruction tuning: teach a pretrained model to answer. Read it beside train.py: `diff train.py sft.py`.
+"""sft.py — instruction tuning: teach a pretrained model to answer. Read it beside train.py: the loop is the same, step for step.
 
     python sft.py                                   # the newest pretrained run, on questions about its own documentation
     python sft.py runs/tiny --run runs/tiny-sft     # all weights
@@ -13,6 +13,7 @@ import itertools
 import math
 import os
 import sys
+import textwrap
 import time
 from collections import Counter
 from pathlib import Path
@@ -34,8 +35,8 @@ from instructions import IGNORE, Batches, Examples, file_mark, hold_out, read_in
 from log import Log
 from lora import add_adapters
 from model import Llama, ModelConfig
-from runs import claim, clear, newest_run, settings_of
-from settings import check, continued, flags_of
+from runs import claim, clear, need, newest_run, settings_of
+from settings import check, continued, flags_of, whole_text
 from train import SETTINGS as PRETRAINING, introduce_resume, lr_at, make_optimizer
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,9 +55,10 @@ SETTINGS = {  # name: (default, type or choices, meaning)
     "epochs": (3.0, float, "how often each row is read"),
     "max_steps": (None, int, "length of the run, instead of --epochs"),
     "batch_size": (128, int, "examples per step, over all processes; a step's batch may have one less"),
-    **{name: PRETRAINING[name] for name in ("seed", "device", "dtype", "deterministic", "threads", "micro_batch", "min_lr", "schedule",
+    "seed": (1337, int, "of the adapters, of the rows that are held out, and of the order of the others"),
+    **{name: PRETRAINING[name] for name in ("device", "dtype", "deterministic", "threads", "micro_batch", "min_lr", "schedule",
                                                "beta1", "beta2", "grad_clip", "keep_last", "save_every")},
-    "lr": (2e-5, float, "peak learning rate; ten times that for --lora"),
+    "lr": (2e-5, float, "peak learning rate; with --lora the default is ten times this"),
     "warmup_steps": (20, int, "linear rise to the peak"),
     "weight_decay": (0.0, float, "of matrices; vectors are not decayed"),
     "eval_every": (250, int, "steps between evaluations; also at 0, 4, 16, 64 … and the end; 0: only those"),
@@ -73,7 +75,9 @@ def parse(argv):
     """The flags that were given, and only those: {name: value}."""
     parser = flags_of(SETTINGS, __doc__.split("\n")[0], BY_PRESET)
     parser.add_argument("base", nargs="?", metavar="RUN", help="run folder to start from (default: the newest that train.py made)")
-    return vars(parser.parse_args(argv))
+    given = vars(parser.parse_args(argv))
+    # Spelled one way, so that a resume knows them again.
+    return {name: os.path.relpath(value or ".") if name == "base" else whole_text(value) if name == "system" else value for name, value in given.items()}
 
 
 def resolve(given, saved=None):
@@ -81,6 +85,8 @@ def resolve(given, saved=None):
     flags = check(given)
     if {"max_steps", "epochs"} <= flags.keys():
         raise UserError("--max_steps and --epochs both say when to end — give one")
+    if "lora_alpha" in flags and not (saved or flags).get("lora"):
+        raise UserError("--lora_alpha is about adapters, and this run has none — leave it out, or give --lora too")
     if saved:
         return continued({**saved, "max_steps": None} if "epochs" in flags else saved, flags, EXPERIMENT)
     of_base = settings_of(Path(flags["base"])) if "base" in flags else {}
@@ -92,7 +98,7 @@ def resolve(given, saved=None):
 
 
 def find_base(given):
-    return str(Path(given["base"])) if "base" in given else str(newest_run(pretrained=True))
+    return given["base"] if "base" in given else str(newest_run(pretrained=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -109,18 +115,24 @@ def open_base(run, settings, weights):
     return base, {"run": os.path.relpath(settings["base"], run), "step": step, "sha256": meta["files"]["model.pt"]["sha256"]}
 
 
-def open_instructions(settings, tokenizer, window, is_main):
-    """(file's mark, rows to train on, rows held out, the conversations of both, bad): the last but one as two lists, row by row."""
+def open_instructions(settings, state, tokenizer, window, is_main):
+    """(file's mark, rows to train on, rows held out, conversations of the first, of the second, number of bad rows). Raises
+    UserError if there is nothing to train on, or if a run's file has changed."""
     file = Path(settings["instructions"] or Path(settings["data"], "instruct.json"))
     if not file.is_file():
-        raise UserError(f"{file}: no such file — give one with --instructions, or prepare the embedded one: python prepare_data.py pydocs")
+        raise UserError(f"{file}: no such file — " + ("give another --instructions" if settings["instructions"] else
+                        "give one with --instructions, or that of the embedded text: python prepare_data.py pydocs makes data/pydocs/instruct.json"))
     chats, splits, bad = read_instructions(file, settings["skip_bad"])
     parts = [[chats[i] for i in part] for part in hold_out(splits, settings["held_out"], settings["seed"])]
     examples = [Examples(part, tokenizer, settings["system"], window, progress=is_main) for part in parts]
     if not len(examples[0]):
-        raise UserError(f"{file}: nothing left to train on ({len(parts[0])} rows, {examples[0].skipped} of them with a question that fills the window "
-                        f"of {window} tokens, {bad} bad, {len(parts[1])} held out) — give more rows, or a longer --max_length")
-    return file_mark(file), *examples, *([part[i] for i in rows.kept] for part, rows in zip(parts, examples)), bad
+        by_split = ' by their "split", which is not "train"' if any(splits) else ""
+        raise UserError(f"{file}: nothing left to train on ({len(parts[0])} rows, {examples[0].skipped} of them with a question that alone is longer "
+                        f"than {window} tokens; {bad} bad; {len(parts[1])} held out{by_split}) — give more or shorter rows")
+    mark = file_mark(file)
+    if state and state["data"] != mark:
+        raise UserError(f"{file} is not the file that this run was tuned on — restore it, or choose another --run")
+    return mark, *examples, *([part[i] for i in rows.kept] for part, rows in zip(parts, examples)), bad
 
 
 class Examiner:
@@ -154,10 +166,10 @@ class Examiner:
             log.say(f"  {scores_in_words(scores)}")
         for number, (place, question) in enumerate(self.shown.items() if answers else []):
             ids, ended = answers[place]
-            sample = {"prompt": question["question"], "text": self.tokenizer.decode(ids).strip(), **text_statistics(ids)}
-            log.event("sample", step, **sample)
+            text = self.tokenizer.decode(ids).strip()
+            log.event("sample", step, prompt=question["question"], text=text, cut=not ended, **text_statistics(ids))
             if not number:
-                log.say(f"  {sample['prompt']} | {' '.join(sample['text'].split())}{'' if ended else ' …'}")
+                log.say(f"  {on_a_line(question['question'])} | {on_a_line(text, 240)}{'' if ended else ' …'}")
 
     def score(self):
         """{"heldout_loss": nats per counted token, "token_acc": share of them that is the likeliest}; exact over all processes."""
@@ -197,6 +209,10 @@ def spread(items, n):
     return [items[i] for i in np.unique(np.linspace(0, len(items) - 1, min(n, len(items))).astype(int))]
 
 
+def on_a_line(text, most=120):
+    return textwrap.shorten(text, most, placeholder=" …")
+
+
 def most_frequent_answer(chats):
     """(the answer that training shows most often, its share)."""
     counts = Counter(message["content"] for messages in chats for message in messages if message["role"] == "assistant")
@@ -210,7 +226,7 @@ def introduce(settings, model, examples, held_out, bad, batches, frequent, world
     counts = f"{examples.cut} cut at {examples.max_length} tokens, {examples.skipped} skipped whose question alone is longer, {bad} bad"
     return (f"base    {settings['base']} step {settings['step']}: {trained:,} of {all_:,} parameters are trained"
             + (f" (LoRA of rank {settings['lora']})" if settings["lora"] else "") + "\n"
-            f"rows    {len(examples):,} to train on ({counts}), {len(held_out):,} held out; most frequent answer ({frequent[1]:.2%}): {frequent[0]}\n"
+            f"rows    {len(examples):,} to train on ({counts}), {len(held_out):,} held out; most frequent answer ({frequent[1]:.2%}): {on_a_line(frequent[0])}\n"
             f"batch   up to {settings['batch_size']} rows/step in micro-batches of {settings['micro_batch']} on {world} process{'es' if world > 1 else ''}; "
             f"{batches.useful(settings['micro_batch']):.1%} of the tokens useful, the rest padding; "
             f"{examples.targets.sum() / examples.lengths.sum():.1%} of the useful ones belong to answers and count\n"
@@ -220,29 +236,31 @@ def introduce(settings, model, examples, held_out, bad, batches, frequent, world
 @script
 def main(argv=None):
     given = parse(argv)
-    rank, world, device = start_processes(resolve({name: value for name, value in given.items() if name != "base"}))  # and checks the flags
+    fresh, method = not given.get("resume"), f"lora{given['lora']}" if "lora" in given else "sft"
+    base = find_base(given) if fresh or not given.get("run") else None  # a run that is resumed knows its base
+    run = Path(given.get("run") or f"runs/{Path(base).resolve().name}-{method}")
+    if fresh and run.resolve() == Path(base).resolve():
+        raise UserError(f"{run} is the run to start from — choose another --run for what becomes of it")
+    first = {**given, "base": base} if fresh else {name: value for name, value in given.items() if name != "base"}
+    rank, world, device = start_processes(resolve(first))  # a first time, so that a mistake touches nothing
     is_main = rank == 0
-    method = f"lora{given['lora']}" if "lora" in given else "sft"
-    run = Path(given["run"] if "run" in given else f"runs/{Path(find_base(given)).name}-{method}")
     lock, folder = claim(run, given) if is_main else (None, None)  # held as long as `lock` lives
     weights, state = checkpoint.load_full(from_rank_0(folder))
     settings = {**(resolve(given, state["config"]) if state else resolve({**given, "base": find_base(given)})), "run": str(run)}
     # ---- Data, model, optimizer, precision
-    base, reference = open_base(run, settings, weights)
+    pretrained, reference = open_base(run, settings, weights)
     settings["step"] = reference["step"] if reference else settings["step"]
-    config, lora = ModelConfig(**base["config"]), settings["lora"]
+    config, lora = ModelConfig(**pretrained["config"]), settings["lora"]
     tokenizer, window = Tokenizer(config.vocab_size), settings["max_length"] or config.max_seq_len
     if window > config.max_seq_len or lora and lora > config.dim:
-        raise UserError(f"--max_length {window} is more than the model's window of {config.max_seq_len} tokens" if window > config.max_seq_len else
+        raise UserError(f"--max_length {window} is more than the model's window of {config.max_seq_len} tokens — give at most that" if window > config.max_seq_len else
                         f"--lora {lora} is more than the model's dim {config.dim}: that would be no low rank — choose a smaller one")
-    mark, examples, held_out, chats, held_chats, bad = open_instructions(settings, tokenizer, window, is_main)
-    if state and state["data"] != mark:
-        raise UserError(f"{mark[0][0]} is not the file that this run was tuned on — restore it, or choose another --run")
+    mark, examples, held_out, chats, held_chats, bad = open_instructions(settings, state, tokenizer, window, is_main)
     batches, frequent = Batches(examples, settings["batch_size"], settings["seed"]), most_frequent_answer(chats)
     settings["max_steps"] = settings["max_steps"] or max(1, round(settings["epochs"] * batches.per_epoch))
     torch.manual_seed(settings["seed"])
     model = Llama(config)
-    checkpoint.restore_weights(base, model)
+    checkpoint.restore_weights(pretrained, model)
     if lora:
         add_adapters(model, lora, settings["lora_alpha"])
     model.to(device)
@@ -265,8 +283,7 @@ def main(argv=None):
         check_room(run, model, settings)
         checkpoint.write_json(run / "config.json", settings)
         if lora and not state:  # so that train.py, going on with the base, does not remove what these adapters are for
-            with contextlib.suppress(OSError):
-                (checkpoint.checkpoints(settings["base"])[settings["step"]] / checkpoint.NEEDED).touch()
+            need(checkpoint.checkpoints(settings["base"])[settings["step"]], run)
         if not state:
             clear(run)
     log = Log(run, step, state["log_bytes"] if state else 0, is_main)
@@ -279,7 +296,7 @@ def main(argv=None):
     log.say(introduce(settings, model, examples, held_out, bad, batches, frequent, world, dtype, device))
     if state:
         log.say(introduce_resume(state, settings, env, reset))
-    resumed_at, weights, state, base = step if state else None, None, None, None
+    resumed_at, weights, state, pretrained = step if state else None, None, None, None
 
     # ---- The loop
     asked, stop_listening = listen_for_stops(log)
@@ -307,7 +324,7 @@ def main(argv=None):
         # they have, so a mean of the micro-batches' means would count a token of a short answer more than one of a long answer.
         total, accumulation = int(examples.targets[rows].sum()), -(-len(rows) // (B * world))
         report = torch.zeros(2, device=device)  # summed loss, wishes to stop
-        with memory_advice({**settings, "seq_len": window}, accumulation):
+        with memory_advice({**settings, "seq_len": window}, accumulation, "--max_length"):
             for micro in range(accumulation):
                 mine = rows[(micro * world + rank) * B:][:B]
                 tokens, targets = examples.read(mine if len(mine) else rows[:1])

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # not amid the first run: an exception in this import keeps alive the frames it came through, and the run's lock with them
 
 import plot_dynamics
 import sft

@@ -12,6 +12,8 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +27,7 @@ import plot_dynamics
 import runs
 import sample
 import sft
-from conftest import CHILD, INSTRUCTIONS, TUNE, messages, rows, run, same, state, tune
+from conftest import CHILD, INSTRUCTIONS, ROOT, TUNE, messages, rows, run, same, state, tune
 from data import SYSTEM, Tokenizer, chat_pieces, encode_chat
 from instructions import IGNORE, Batches, Examples, hold_out, read_instructions
 from model import Llama, ModelConfig
@@ -95,17 +97,17 @@ def test_alpacas_input_is_lost():
 # The loss: on answers alone, each token the same weight, whatever stands beside it
 
 def by_hand(model, ids, is_answer):
-    """(nats, tokens) of the answers in one conversation: one row, no padding, the formula."""
+    """(nats, tokens, likeliest ones) of the answers in one conversation: one row, no padding, the formula."""
     logp = F.log_softmax(model(torch.tensor([ids]))[0][0].double(), -1)
     counted = [(i, ids[i + 1]) for i in range(len(ids) - 1) if is_answer[i + 1]]
-    return -sum(logp[i, target] for i, target in counted).item(), len(counted)
+    return -sum(logp[i, target] for i, target in counted).item(), len(counted), sum(logp[i].argmax().item() == target for i, target in counted)
 
 
 def test_questions_or_padding_count(examples):
     model, chats = small(), [rows_module.messages_of(row) for row in INSTRUCTIONS]
     order = [0, 17, 30, 5]  # of different lengths, one with two answers
     encoded = [encode_chat(Tokenizer(300), chats[i], "S.") for i in order]
-    nats, n = map(sum, zip(*(by_hand(model, *row) for row in encoded)))
+    nats, n, _ = map(sum, zip(*(by_hand(model, *row) for row in encoded)))
     tokens, targets = map(torch.from_numpy, examples.read(np.array(order)))
     assert tokens.shape[1] % 32 == 0 and len({len(ids) for ids, _ in encoded}) > 1
     loss = model(tokens, targets, reduction="sum")[1].item()
@@ -142,6 +144,9 @@ def test_micro_batches_change_the_run(whole, instructions, tuned, method, tmp_pa
         assert tune(whole, instructions, tmp_path / name, *method, *flags) == 0
     assert np.abs(losses(tmp_path / "one") / losses(tuned) - 1).max() < 1e-5 and np.abs(losses(tmp_path / "all") / losses(tuned) - 1).max() < 1e-5
     assert np.abs(losses(tmp_path / "other") / losses(tuned) - 1).max() > 1e-3  # control
+    first = [checkpoint.load_file(folder / "checkpoints/step_00000000/model.pt")["model"] for folder in (tuned, tmp_path / "one", tmp_path / "other")]
+    for name in first[0]:  # the seed draws the adapters, and nothing else
+        assert torch.equal(first[0][name], first[1][name]) and torch.equal(first[0][name], first[2][name]) != name.endswith("lora_A")
 
 
 CHILD_SFT = CHILD.replace("train.main()", "sft.main()").replace("import model, train", "import model, train, sft")
@@ -165,12 +170,13 @@ def test_the_losses_that_are_logged_are_others(tuned, instructions, method):
     trained, held = hold_out(splits, 0.2, 1337)
     examples = Examples([chats[i] for i in trained], tokenizer, "S.", 64)
     first = Batches(examples, 6, 1337).of_step(0)
-    nats, n = map(sum, zip(*(by_hand(model, *encode_chat(tokenizer, chats[trained[i]], "S.")) for i in first)))
+    nats, n, _ = map(sum, zip(*(by_hand(model, *encode_chat(tokenizer, chats[trained[i]], "S.")) for i in first)))
     assert abs(nats / n / losses(tuned)[0] - 1) < 1e-5
-    for step, found, right, _ in rows(tuned, "sft_eval", ("step", "heldout_loss", "token_acc", "ended"))[::2]:
+    assert rows(tuned)[0][1] == sum(len(encode_chat(tokenizer, chats[trained[i]], "S.")[0]) - 1 for i in first)  # tokens
+    for step, found, share in rows(tuned, "sft_eval", ("step", "heldout_loss", "token_acc"))[::2]:
         model, _, _ = checkpoint.load_model(tuned, step)
-        nats, n = map(sum, zip(*(by_hand(model, *encode_chat(tokenizer, chats[i], "S.")) for i in held)))
-        assert abs(nats / n / found - 1) < 1e-5 and 0 <= right <= 1
+        nats, n, right = map(sum, zip(*(by_hand(model, *encode_chat(tokenizer, chats[i], "S.")) for i in held)))
+        assert abs(nats / n / found - 1) < 1e-5 and share == right / n and 0 < right < n
     assert abs(nats / n / rows(tuned, "sft_eval", ("heldout_loss",))[0][0] - 1) > 1e-3  # control: the last against the first
 
 
@@ -181,13 +187,15 @@ def test_a_row_is_left_out_or_comes_twice(examples):
     batches = Batches(examples, 4, seed=3)
     epochs = [[batches.of_step(step) for step in range(e * batches.per_epoch, (e + 1) * batches.per_epoch)] for e in (0, 1)]
     for epoch in epochs:
+        costs = [examples.padded[batch].mean() for batch in epoch]
+        assert costs not in (sorted(costs), sorted(costs, reverse=True))  # the batches come in random order
         assert sorted(np.concatenate(epoch)) == list(range(len(examples))) and {len(batch) for batch in epoch} <= {3, 4}
     assert [b.tolist() for b in epochs[0]] != [b.tolist() for b in epochs[1]]
     assert [b.tolist() for b in epochs[0]] == [Batches(examples, 4, seed=3).of_step(step).tolist() for step in range(batches.per_epoch)]
     assert [b.tolist() for b in epochs[0]] != [Batches(examples, 4, seed=4).of_step(step).tolist() for step in range(batches.per_epoch)]
 
 
-def test_held_out_rows_are_trained_on(whole, instructions):
+def test_rows_are_held_out_for_no_reason():
     splits = ["train", "val", None, "test", ""]
     assert [part.tolist() for part in hold_out(splits, 0.5, 0)] == [[0, 2, 4], [1, 3]]
     trained, held = hold_out([None] * 50, 0.1, 0)
@@ -254,7 +262,7 @@ BAD = {"no JSON": ('{"instruction": "a?", "output"', "no JSON"), "an array": ("[
        "no output": ('{"instruction": "a?"}', '"output" is missing'), "nothing known": ('{"q": 1}', "neither"),
        "an empty answer": ('{"instruction": "a?", "output": " "}', "an answer is empty"), "no question": ('{"instruction": "", "output": "b"}', "empty"),
        "an answer that is none": ('{"instruction": "a?", "output": 3}', "an answer is no text"), "a list": ('{"instruction": ["a"], "output": "b"}', "no text"),
-       "NaN": ('{"instruction": "a", "input": NaN, "output": "b"}', "no text"), "half a character": ('{"instruction": "a", "output": "\\ud800"}', "lone surrogate"),
+       "NaN": ('{"instruction": "a", "input": NaN, "output": "b"}', "no text"), "false": ('{"instruction": "a", "input": false, "output": "b"}', "no text"), "half a character": ('{"instruction": "a", "output": "\\ud800"}', "lone surrogate"),
        "no list": ('{"messages": "hi"}', "no list"), "empty messages": ('{"messages": []}', "roles"),
        "no role": ('{"messages": [{"content": "a"}]}', "role"), "another role": ('{"messages": [{"role": "bot", "content": "a"}]}', "roles"),
        "no answer": ('{"messages": [{"role": "user", "content": "a"}]}', "ending with an answer"),
@@ -290,6 +298,7 @@ def test_a_bad_row_is_a_traceback_or_is_not_named(what, tmp_path):
     (b'{"instruction": "a?", "output": "b"}\n{"instruction": "\xff", "output": "b"}\n', ":2: ", "no UTF-8"),
     (b'[{"instruction": "a?",\n"output": "\xff"}]', ":2: ", "no UTF-8"), (b'[{"instruction": "a?"},\n{]', ":2: ", "no JSON"),
     (b'[{"instruction": "a?", "output": "b"}', ":1: ", "no JSON"), (b"", ": ", "no conversation"), (b"[]", ": ", "no conversation"), (b"\n \n", ": ", "no conversation"),
+    (json.dumps({"data": [GOOD]}, indent=1).encode(), ":1: ", "over several lines"),
     ("[1]".encode("utf-16"), ":1: ", "no UTF-8")])
 def test_a_bad_file_is_a_traceback(content, place, why, tmp_path):
     file = tmp_path / "rows.json"
@@ -303,17 +312,48 @@ def test_mistakes_end_in_a_traceback_or_lose_something(whole, instructions, tmp_
     file = tmp_path / "rows.json"
     for content, flags, why in (
             (None, [], "no such file"), ([GOOD, {}], [], f"{file}, row 1: neither"), ([GOOD], ["--max_length", 5], "nothing left to train on"),
-            ([{**GOOD, "split": "val"}], [], "nothing left to train on"), ([GOOD, {}], ["--max_length", 65], "model's window of 64"),
+            ([{**GOOD, "split": "val"}], [], 'by their "split"'), ([GOOD, {}], ["--max_length", 65], "model's window of 64"),
             ([GOOD], ["--lora", 33], "more than the model's dim"), ([GOOD], ["--lora", 0], "out of range"), ([GOOD], ["--epochs", 2], "give one"),
             ([GOOD], ["--held_out", 1], "out of range"), ([GOOD], ["--step", 3], "no checkpoint of step 3"),
-            ([GOOD], ["--lora", 2, "--lora_alpha", 0], "out of range")):
+            ([GOOD], ["--lora", 2, "--lora_alpha", 0], "out of range"), ([GOOD], ["--lora_alpha", 2], "about adapters")):
         if content is not None:
             file.write_text(json.dumps(content))
         assert tune(whole, file, tmp_path / "r", *flags) == 2 and why in messages(capsys)[-1], why
         assert not (tmp_path / "r/metrics.jsonl").exists()
-    assert tune(tmp_path / "nowhere", instructions, tmp_path / "r") == 2 and "nowhere: no such run" in messages(capsys)[-1]
+    assert tune(tmp_path / "nowhere", instructions, tmp_path / "s") == 2 and "nowhere: no such run" in messages(capsys)[-1]
+    assert not (tmp_path / "s").exists()
     file.write_text(json.dumps([GOOD, {}, GOOD]))
-    assert tune(whole, file, tmp_path / "r", "--skip_bad") == 0 and "1 bad" in capsys.readouterr().out
+    assert tune(whole, file, tmp_path / "r", "--skip_bad", "--system", "\udcff") == 0 and "1 bad" in capsys.readouterr().out
+    assert json.loads((tmp_path / "r/config.json").read_text())["system"] == "?"
+
+
+def test_a_setting_is_another_than_it_says(whole, instructions, method, tmp_path, monkeypatch):
+    def of(log):
+        return json.loads((ROOT / "logs" / log / "metrics.jsonl").read_text().splitlines()[0])["config"]
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "tiny/config.json").write_text(json.dumps(of("default")))
+    for log, flags in (("sft", {}), ("lora8", {"lora": 8})):  # README's tunings had the defaults of today
+        found = sft.resolve({"base": str(tmp_path / "tiny"), **flags}) | {name: of(log)[name] for name in ("base", "run", "step", "max_steps")}
+        assert found == of(log) and found != of("lora8" if log == "sft" else "sft")
+    base = {"base": str(whole)}
+    assert [sft.resolve(base | flags)["lr"] for flags in ({}, {"lora": 4}, {"lora": 4, "lr": 0.5})] == [2e-5, 10 * 2e-5, 0.5]
+    shutil.copytree(whole, tmp_path / "runs/base")
+    monkeypatch.chdir(tmp_path)
+    flags = [*TUNE[2:], "--epochs", "1.2", "--instructions", str(instructions)]  # 1.2 times 5 steps
+    assert sft.main(["runs/base/", *flags, *map(str, method)]) == 0
+    folder = Path("runs/base-lora4" if method else "runs/base-sft")
+    assert len(rows(folder)) == 6
+    for again in ("runs/base", "runs/base/", str(tmp_path / "runs/base")):  # the same folder, spelled in another way
+        assert sft.main([again, *flags, *map(str, method), "--run", str(folder), "--resume"]) == 0
+
+
+def test_out_of_memory_names_a_flag_that_is_none(whole, instructions, tmp_path, capsys, monkeypatch):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    monkeypatch.setattr(sft.Llama, "forward", full)
+    monkeypatch.setattr(sft.Examiner, "evaluate", lambda *args: None)
+    for micro_batch, advice in ((2, "use --micro_batch 1"), (1, "use a smaller --max_length")):
+        assert tune(whole, instructions, tmp_path / str(micro_batch), "--micro_batch", micro_batch) == 2 and advice in messages(capsys)[-1]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,6 +420,27 @@ def test_adapters_meet_another_base(whole, instructions, data, tmp_path, capsys)
             checkpoint.load_model(folder)
         checkpoint.remove(base / "checkpoints/step_00000020") if mistake.startswith("holds") else None
     assert tune(None, instructions, folder, "--resume", "--max_steps", 20) == 2 and "holds adapters of" in messages(capsys)[-1]
+
+
+def test_starting_over_takes_the_weights_that_adapters_need(whole, data, instructions, tmp_path, capsys):
+    base, folder, more = (tmp_path / name for name in ("base", "r", "more"))
+    shutil.copytree(whole, base)
+    assert tune(base, instructions, folder, "--lora", 4) == 0 and tune(folder, instructions, more, "--lora", 2) == 0
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    for flags in ((), ("--lora", 4)):
+        assert tune(base, instructions, base, "--overwrite", *flags) == 2 and "is the run to start from" in messages(capsys)[-1]
+        assert tune(more, instructions, base, "--overwrite", *flags) == 2 and os.path.relpath(folder) in messages(capsys)[-1]
+    assert run(data, base, "--overwrite") == 2 and "adapters in" in messages(capsys)[-1]
+    assert tune(base, instructions, folder, "--overwrite") == 2 and "adapters in" in messages(capsys)[-1]
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
+    base.rename(tmp_path / "elsewhere")
+    assert tune(folder, instructions, tmp_path / "s", "--lora", 2) == 2 and "there is no such run — put it back" in messages(capsys)[-1]
+    with pytest.raises(checkpoint.UserError, match="no such run"):
+        checkpoint.load_model(base, 3)
+    (tmp_path / "elsewhere").rename(base)
+    shutil.rmtree(more)
+    (folder / "trajectory.md").write_text("old")
+    assert tune(base, instructions, folder, "--overwrite", "--stop_at", 1) == 75 and not (folder / "trajectory.md").exists()  # control: no one needs it now
 
 
 def test_a_tuned_run_cannot_be_tuned(whole, tuned, instructions, tmp_path):
@@ -459,27 +520,34 @@ def test_a_tuning_saves_numbers_that_are_none(whole, instructions, tuned, method
     def broken(parameters, *args):
         parameters = [p for p in parameters if p.grad is not None]
         calls.append(1)
+        assert args == (1.0,)  # --grad_clip
         if len(calls) == 7:
             parameters[0].grad[0, 0] = float("nan")
         return clip(parameters, *args)
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
     assert tune(whole, instructions, tmp_path / "r", *method) == 3
     report = json.loads((tmp_path / "r/non_finite.json").read_text())
-    assert report["step"] == 7 and len(report["questions"]) in (5, 6) and rows(tmp_path / "r") == rows(tuned)[:6]
+    chats, splits, _ = read_instructions(instructions)
+    trained = [chats[i] for i in hold_out(splits, 0.2, 1337)[0]]
+    batch = Batches(Examples(trained, Tokenizer(300), "S.", 64), 6, 1337).of_step(6)
+    assert report["step"] == 7 and report["questions"] == [trained[i][-2]["content"] for i in batch] and rows(tmp_path / "r") == rows(tuned)[:6]
     assert all(tensor.isfinite().all() for tensor in state(tmp_path / "r", 5).values())
 
 
 def test_a_tuning_becomes_another(whole, data, instructions, tuned, method, tmp_path, capsys):
     shutil.copytree(tuned, tmp_path / "r")
+    shutil.copytree(whole, tmp_path / "pretrained")
     for name, value in {"lr": 0.5, "batch_size": 3, "system": "T.", "lora": 2, "max_length": 32, "seed": 1, "held_out": 0.1, "step": 16}.items():
         assert tune(None, instructions, tmp_path / "r", "--resume", f"--{name}", value) == 2 and f"{name} (saved" in messages(capsys)[-1]
     assert tune(tuned, instructions, tmp_path / "r", "--resume") == 2 and "base (saved" in messages(capsys)[-1]
     other = tmp_path / "rows.jsonl"
+    other.write_text(instructions.read_text())
+    assert tune(None, other, tmp_path / "r", "--resume", "--max_steps", 13) == 0  # the same rows by another name
     other.write_text(instructions.read_text() + json.dumps(GOOD) + "\n")
     assert tune(None, other, tmp_path / "r", "--resume", "--max_steps", 20) == 2 and "not the file" in messages(capsys)[-1]
     assert tune(whole, instructions, tmp_path / "r", *method) == 2 and "--resume" in messages(capsys)[-1]
     assert run(data, tmp_path / "r", "--resume") == 2 and "another script" in messages(capsys)[-1]
-    assert tune(whole, instructions, whole, "--resume") == 2 and "another script" in messages(capsys)[-1]
+    assert tune(whole, instructions, tmp_path / "pretrained", "--resume") == 2 and "another script" in messages(capsys)[-1]
     assert tune(None, instructions, tmp_path / "r", "--resume") == 0 and "is finished" in capsys.readouterr().out
     assert tune(None, instructions, tmp_path / "r", "--resume", "--max_steps", 14) == 0 and len(rows(tmp_path / "r")) == 14
 
@@ -492,14 +560,18 @@ def test_what_a_habit_is_goes_unseen(tuned, instructions):
     chats, splits, _ = read_instructions(instructions)
     trained, held = hold_out(splits, 0.2, 1337)
     answer, n = Counter(m["content"] for i in trained for m in chats[i] if m["role"] == "assistant").most_common(1)[0]
+    total = sum(m["role"] == "assistant" for i in trained for m in chats[i])
     assert report["event"] == "instructions" and report["frequent_answer"] == answer and len(report["questions"]) == 5
+    assert report["frequent_share"] == n / total < 1
     asked = {chats[i][-2]["content"]: chats[i][-1]["content"] for i in held}
     assert all(asked[q["question"]] == q["answer"] for q in report["questions"])
     table = plot_dynamics.trajectory([plot_dynamics.read_run(tuned)])
-    said = {(step, prompt): text for step, prompt, text in rows(tuned, "sample", ("step", "prompt", "text"))}
+    said = {(step, prompt): (text, cut) for step, prompt, text, cut in rows(tuned, "sample", ("step", "prompt", "text", "cut"))}
+    assert {cut for _, cut in said.values()} <= {True, False}
     for question in report["questions"]:
         line, = [line for line in table.splitlines() if line.startswith(f"| {plot_dynamics.escape(question['question'])} |")]
-        cells = [plot_dynamics.escape(text) for text in (said[0, question["question"]], said[12, question["question"]], answer, question["answer"])]
+        cells = [plot_dynamics.escape(text) + " …" * cut for text, cut in
+                 (said[0, question["question"]], said[12, question["question"]], (answer, False), (question["answer"], False))]
         assert line == f"| {plot_dynamics.escape(question['question'])} | " + " | ".join(cells) + " |"
 
 
@@ -514,6 +586,22 @@ def test_answers_are_those_of_another_search(tuned):
         while len(ids) + len(new) < 64 and (not new or new[-1] != tokenizer.eot):  # the likeliest, one at a time, with no cache
             new.append(int(model(torch.tensor([ids + new]))[0][0, -1, :300].argmax()))
         assert (found, ended) == ((new[:-1], True) if new[-1] == tokenizer.eot else (new, False))
+    events = []
+    log = SimpleNamespace(event=lambda kind, step, **fields: events.append({"event": kind, **fields}), say=lambda text: None)
+    examiner.answer = lambda: [([1], True), ([2], False), ([3], True), ([4], True)]
+    examiner.evaluate(0, log, True)
+    assert [e["ended"] for e in events if e["event"] == "sft_eval"] == [0.75]
+    assert [(e["text"], e["cut"]) for e in events if e["event"] == "sample"] == [(tokenizer.decode([1 + i]).strip(), i == 1) for i in range(4)]
+
+
+def test_questions_that_were_cut_are_asked(tuned):
+    model, tokenizer, _ = checkpoint.load_model(tuned)
+    settings = json.loads((tuned / "config.json").read_text())
+    chats = [[user(f"{i}?"), assistant("no " * (40 if i % 2 else 1))] for i in range(50)]  # every other one is longer than the window
+    held = Examples(chats, tokenizer, "S.", 64)
+    examiner = sft.Examiner(model, tokenizer, held, chats, settings, torch.autocast("cpu", enabled=False))
+    assert held.cut == 25 and [q["question"] for q in examiner.shown.values()] == ["0?", "12?", "24?", "36?", "48?"] and len(examiner.prompts) == 25
+    assert sft.spread(range(100), 5) == [0, 24, 49, 74, 99] and sft.spread([7, 8], 5) == [7, 8] and sft.spread([], 5) == []
 
 
 def test_tuning_costs_go_unseen(tuned, whole):
@@ -547,6 +635,24 @@ def test_a_chat_forgets_or_goes_on(tuned, whole, monkeypatch, capsys):
     assert code == 0 and said[1:] == [one, two] and "no command /what" in err and "ask a shorter one" in err  # what was said before stays
     assert "was never tuned" in talk(whole, monkeypatch, capsys, b"")[2] and "was never tuned" not in talk(tuned, monkeypatch, capsys, b"")[2]
     assert talk(tuned, monkeypatch, capsys, b"", "--prompt", "x")[0] == 2
+
+
+def test_an_answer_has_no_room(tuned, monkeypatch, capsys):
+    asked = []
+    monkeypatch.setattr(sample, "stream", lambda model, tokenizer, ids, most, *args: asked.append((len(ids), most)) or ["x"])
+    for most, room in ((6, 58), (200, 48)):  # a quarter of the window of 64, or less if less is wanted
+        asked.clear()
+        empty = len(encode_chat(Tokenizer(300), [user("")], "S.")[0])
+        lines = b"".join(b"y" * n + b"\n/reset\n" for n in range(1, 70))
+        code, _, err = talk(tuned, monkeypatch, capsys, lines, "--max_new_tokens", str(most))
+        assert code == 0 and max(n for n, _ in asked) == room and all(limit == min(most, 64 - n) for n, limit in asked)
+        assert len(asked) + err.count(f"room for {room} — ask a shorter one") == 69 > len(asked)
+    code, _, err = talk(tuned, monkeypatch, capsys, b"a?", "--system", "long " * 30)
+    assert code == 2 and "give a shorter --system" in err and empty < 48
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(SystemExit) as error:
+        sample.main([str(tuned), "--chat"])
+    assert error.value.code == 2 and "standard input, which is closed" in capsys.readouterr().err
 
 
 def test_history_is_cut_amid_a_turn():
