@@ -12,6 +12,7 @@ import json
 import math
 import re
 import sys
+import textwrap
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -361,8 +362,8 @@ class Page:
             for run in self.runs:
                 for step, kind, text in run.marks:
                     if kind != "resume":
-                        axes.text(run.x(step, self.in_tokens), 0, f" {speed_change(run, step, text)}", rotation=90, fontsize=7,
-                                  va="bottom", ha="right")
+                        axes.text(run.x(step, self.in_tokens), 0, textwrap.fill(f" {speed_change(run, step, text)}", 40), rotation=90, fontsize=7,
+                                  va="bottom", ha="right", clip_on=True, in_layout=False)
         return drawn
 
 
