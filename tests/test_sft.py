@@ -153,8 +153,8 @@ CHILD_SFT = CHILD.replace("train.main()", "sft.main()").replace("import model, t
 
 
 def test_two_processes_change_the_run(whole, instructions, tuned, method, tmp_path):
-    (tmp_path / "child.py").write_text(CHILD_SFT)  # 6 rows in micro-batches of 4: for the second pass one process has no row
-    flags = [str(whole), *TUNE, "--instructions", str(instructions), "--run", str(tmp_path / "two"), "--micro_batch", "4", *map(str, method)]
+    (tmp_path / "child.py").write_text(CHILD_SFT)  # 5 rows in micro-batches of 2: in the second pass one process has none
+    flags = [str(whole), *TUNE, "--instructions", str(instructions), "--run", str(tmp_path / "two"), "--micro_batch", "2", *map(str, method)]
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", str(tmp_path / "child.py"), *flags],
                    check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert len(losses(tmp_path / "two")) == 12 and np.abs(losses(tmp_path / "two") / losses(tuned) - 1).max() < 1e-5
@@ -215,6 +215,8 @@ def test_a_long_row_loses_its_answer_unseen():
         if fits:
             tokens, targets = examples.read(np.array([0]))
             assert tokens.shape[1] <= window and (targets != IGNORE).sum() == min(window, len(ids) - 1) - first + 1
+    two = Examples([[*chat, *chat]], Tokenizer(257), "", len(ids) + 3)  # cut amid the second question, which is not read for nothing
+    assert two.cut == 1 and two.lengths.tolist() == [len(ids) - 1] and two.targets.tolist() == [sum(is_answer)]
 
 
 def alpaca_like(n):
