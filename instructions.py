@@ -64,7 +64,7 @@ def messages_of(row):
 
 def read_rows(path):
     """Yields (place, row) for each row of the file, place being "FILE:LINE" or "FILE, row INDEX" (from 0); where a line does
-    not read as JSON the row is the ValueError. Raises UserError where an array does not read."""
+    not read as JSON the row is the ValueError. Raises UserError where an array does not read, or where the file is one object."""
     data, mend = Path(path).read_bytes(), "mend it (--skip_bad cannot help: the file is one JSON array)"
     if not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
         if is_one_object(data):

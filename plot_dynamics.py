@@ -252,7 +252,7 @@ class Page:
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.25)
         if axes.get_legend_handles_labels()[1]:
-            axes.legend(fontsize=8, frameon=False)
+            axes.legend(fontsize=8, edgecolor="none")
         return True
 
     # Each panel: without axes it says whether there is anything to draw; with them it draws.
@@ -333,7 +333,7 @@ class Page:
         axes.set(xlabel="eighth of the window", ylabel="nats per token")
         axes.set_title("Loss by position, minus that of the first eighth", fontsize=11)
         axes.grid(alpha=0.25)
-        axes.legend(fontsize=8, frameon=False)
+        axes.legend(fontsize=8, edgecolor="none")
         return True
 
     def samples(self, axes):
