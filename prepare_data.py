@@ -1,13 +1,15 @@
 """prepare_data.py — turn text into shards of tokens that train.py reads.
 
-    python prepare_data.py pydocs                                   # the manuals on this computer, into data/pydocs
-    python prepare_data.py text book.txt notes/ --out data/mine     # .txt, .md, .jsonl, .jsonl.gz, or folders of these
+    python prepare_data.py pydocs                # the manuals on this computer, to data/pydocs
+    python prepare_data.py text book.txt notes/  # .txt, .md, .jsonl, .jsonl.gz, folders; data/book
     python prepare_data.py show "The tokenizer at work." --vocab_size 512
 
-`pydocs` needs no network: its text is on every computer that has Python (see pydocs.py). Beside the shards it writes
-`cloze.jsonl`, a multiple-choice test from the validation text, and `instruct.json`, questions and answers in Alpaca's
-format. The same sources give the same bytes, whatever the number of cores; and a folder is written
-under a temporary name and renamed once, when all of it is on the disk: there is never half a folder.
+`pydocs` needs no network: its text comes with Python and the required packages (see
+support/pydocs.py). Beside the shards it writes `cloze.jsonl`, a multiple-choice test made from the
+validation text, and `instruct.json`, questions and answers in Alpaca's format.
+
+The same sources give the same bytes, with any number of cores. A folder is written under a
+temporary name and renamed when all of it is on the disk, so an incomplete folder is never visible.
 """
 import argparse
 import array
@@ -28,283 +30,469 @@ import numpy as np
 from tqdm import tqdm
 
 from data import GPT2_VOCAB_SIZE, Tokenizer
-from errors import UserError, script
-from pydocs import PACKAGES, VAL_SHARE, build_corpus, cloze_items, instruct_rows, shuffle_sentences, stable_hash
+from support.flags import Parser, number, text as valid_text
+from support.pydocs import (
+    PACKAGES, VAL_SHARE, build_corpus, cloze_items, instruct_rows, shuffle_sentences, stable_hash)
+from support.runs import UserError, script
 
-# With 4,096 pieces a tiny model spends its arithmetic on the network, not on the output layer (see data.Tokenizer).
+# With 4,096 ids a tiny model spends its arithmetic on its layers, not on the output layer (see
+# data.Tokenizer).
 DEFAULT_VOCAB_SIZE = 4096
 SHARD_TOKENS = 100_000_000
-MIN_TOKENS = 64  # in a split; fewer are no measure of anything
+MIN_TOKENS = 64  # in each split; the loss on fewer tokens measures nothing
+# Characters. Long documents are read in pieces of about this size, so that any file fits in memory.
+PIECE_SIZE = 1 << 20
 
 
+# -------------------------------------------------------------------------------------------------
+# Encode text into shards. Text arrives in pieces, (text, starts): a document, or a part of a long
+# one. `starts` is True if a document begins with this piece.
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Writing: one folder, one rename.
+class ShardWriter:
+    """Writes the tokens of one split to `{split}_0000.npy`, `{split}_0001.npy` and so on.
+
+    It holds one shard in memory, 200 MB, however long the text is."""
+
+    def __init__(self, folder, split, tokenizer):
+        self.folder = folder
+        self.split = split
+        self.tokenizer = tokenizer
+        self.waiting = []  # pieces to encode
+        self.waiting_size = 0
+        self.buffer = np.empty(SHARD_TOKENS, dtype=np.uint16)  # uses memory only as it is filled
+        self.used = 0
+        self.shards = []  # their rows in meta.json
+        self.bytes = 0
+        self.documents = 0
+
+    def add(self, text, starts):
+        self.waiting.append((text, starts))
+        self.waiting_size += len(text)
+        if self.waiting_size > 4 * PIECE_SIZE:  # enough to keep all cores busy
+            self.encode()
+
+    def encode(self):
+        """Encode the waiting pieces on all cores.
+
+        Threads are enough: tiktoken releases Python's global lock while it encodes."""
+        texts = [text for text, _ in self.waiting]
+        threads = os.cpu_count() or 1
+        encoded = self.tokenizer.bpe.encode_ordinary_batch(texts, num_threads=threads)
+        for (text, starts), ids in zip(self.waiting, encoded):
+            if starts:
+                ids = [self.tokenizer.eot] + ids
+                self.documents += 1
+            self.bytes += len(text.encode())
+            self.store(np.array(ids, dtype=np.uint16))
+        self.waiting = []
+        self.waiting_size = 0
+
+    def store(self, ids):
+        while len(ids) > 0:
+            part = ids[:SHARD_TOKENS - self.used]
+            self.buffer[self.used:self.used + len(part)] = part
+            self.used += len(part)
+            if self.used == SHARD_TOKENS:
+                self.write_shard()
+            ids = ids[len(part):]
+
+    def write_shard(self):
+        path = self.folder / f"{self.split}_{len(self.shards):04d}.npy"
+        np.save(path, self.buffer[:self.used])
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        self.shards.append({"file": path.name, "tokens": self.used, "sha256": digest})
+        self.used = 0
+
+    def finish(self):
+        """Write what is left and print a summary. Raises UserError if the split is too short."""
+        self.encode()
+        if self.used > 0:
+            self.write_shard()
+        tokens = sum(shard["tokens"] for shard in self.shards)
+        if tokens < MIN_TOKENS:
+            raise UserError(f"too little text: {tokens} tokens for {self.split} — add text "
+                            f"(validation is {VAL_SHARE:.0%} of it and needs at least "
+                            f"{MIN_TOKENS} tokens)")
+        print(f"{self.split:>5}: {self.documents:9,} documents {self.bytes / 1e6:9.2f} MB "
+              f"{tokens:13,} tokens {self.bytes / tokens:6.2f} bytes/token")
+
+
+def write_shards(folder, pieces, tokenizer, source, total):
+    """Encode `pieces`, triples (split, text, starts), into shards, and describe them in meta.json.
+
+    source: where the text is from, for meta.json. total: its characters, for the progress bar.
+    Raises UserError if a split is too short."""
+    train = ShardWriter(folder, "train", tokenizer)
+    val = ShardWriter(folder, "val", tokenizer)
+    with tqdm(total=total, desc="encoding", unit=" characters", unit_scale=True) as bar:
+        for split, text, starts in pieces:
+            writer = train if split == "train" else val
+            writer.add(text, starts)
+            bar.update(len(text))
+    train.finish()
+    val.finish()
+    meta = {
+        "tokenizer": "gpt2",
+        "vocab_size": tokenizer.vocab_size,
+        "eot": tokenizer.eot,
+        "dtype": "uint16",
+        "bytes": {"train": train.bytes, "val": val.bytes},
+        "splits": {"train": train.shards, "val": val.shards},
+        "source": source,
+    }
+    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+
+
+# -------------------------------------------------------------------------------------------------
+# Write a whole folder or nothing.
 
 OURS = re.compile(r"meta\.json|cloze\.jsonl|instruct\.json|(train|val)_\d{4}\.npy")
 
 
 def check_replaceable(out):
-    """UserError if `out` holds anything that an earlier run of this script did not write: nobody's files get lost."""
-    names = sorted(os.listdir(out)) if out.is_dir() else [out.name] if out.exists() else []
+    """Raise UserError if `out` holds anything that this script did not write: the folder will be
+    replaced, and files of others must not be lost."""
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise UserError(f"{out} is a file — choose another --out")
+    names = sorted(os.listdir(out))
     foreign = [name for name in names if not OURS.fullmatch(name)]
-    if foreign or (names and "meta.json" not in names):
-        raise UserError(f"{out}: holds what prepare_data.py did not write ({(foreign or names)[0]}) — choose another --out")
+    if "meta.json" not in names:
+        foreign = names  # shards of other projects can have the same names as ours
+    if foreign:
+        raise UserError(f"{out} holds {foreign[0]}, which prepare_data.py did not write — choose "
+                        f"another --out")
+
+
+@contextlib.contextmanager
+def new_folder(out):
+    """A temporary folder beside `out`, which becomes `out` when the block succeeds.
+
+    If the block fails, `out` stays as it was. After a kill `out` is the old folder, the new one, or
+    absent, but never incomplete."""
+    out = out.resolve()
+    check_replaceable(out)
+    folder = out.with_name(f".{out.name}.preparing")
+    older = out.with_name(f".{out.name}.replaced")
+    delete(folder, older)  # a killed process may have left them
+    folder.mkdir(parents=True)
+    try:
+        yield folder
+        for file in folder.iterdir():
+            sync(file)
+        sync(folder)
+        replace(out, folder, older)
+        sync(out.parent)
+    finally:
+        delete(folder, older)
+
+
+def replace(out, folder, older):
+    """Rename `out` to `older`, then `folder` to `out`. A full folder cannot be replaced in one
+    step. If the second rename fails, undo the first."""
+    if out.exists():
+        out.rename(older)
+    try:
+        folder.rename(out)
+    except OSError:
+        if older.exists():
+            older.rename(out)
+        raise
+
+
+def delete(*folders):
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync(path):
-    """Ask the system to put a file or a folder on the disk now."""
+    """Ask the operating system to put a file or a folder on the disk now."""
     with contextlib.suppress(PermissionError):  # Windows cannot open a folder
         handle = os.open(path, os.O_RDONLY)
         os.fsync(handle)
         os.close(handle)
 
 
-@contextlib.contextmanager
-def new_folder(out):
-    """A temporary folder beside `out` that becomes `out` when the block ends well, and vanishes when it does not."""
-    out = out.resolve()
-    check_replaceable(out)
-    folder, older = out.with_name(f".{out.name}.preparing"), out.with_name(f".{out.name}.replaced")
-    for leftover in (folder, older):  # of a run that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
-    folder.mkdir(parents=True)
-    try:
-        yield folder
-        for path in [*folder.iterdir(), folder]:
-            sync(path)
-        if out.exists():
-            out.rename(older)  # a kill between the two renames leaves no folder at `out`, never a half one
-        folder.rename(out)
-        sync(out.parent)
-    finally:
-        for leftover in (folder, older):
-            shutil.rmtree(leftover, ignore_errors=True)
-
-
-class ShardWriter:
-    """Tokens of one split, as they come, into `{split}_0000.npy` and on: 200 MB of memory however long the text."""
-
-    def __init__(self, folder, split, tokenizer):
-        self.folder, self.split, self.tokenizer = folder, split, tokenizer
-        self.buffer, self.used = np.empty(SHARD_TOKENS, dtype=np.uint16), 0  # the system maps its pages when they are used
-        self.shards, self.bytes, self.documents = [], 0, 0
-
-    def write(self, pieces):
-        """Encode pieces [(text, starts a document)] on all cores; threads suffice, tiktoken works outside the GIL."""
-        encoded = self.tokenizer.bpe.encode_ordinary_batch([text for text, _ in pieces], num_threads=os.cpu_count() or 1)
-        for (text, starts), ids in zip(pieces, encoded):
-            ids = np.array([self.tokenizer.eot] * starts + ids, dtype=np.uint16)
-            self.bytes += len(text.encode())
-            self.documents += starts
-            while len(ids):
-                part, ids = np.split(ids, [SHARD_TOKENS - self.used])
-                self.buffer[self.used:self.used + len(part)] = part
-                self.used += len(part)
-                if self.used == SHARD_TOKENS:
-                    self.flush()
-
-    def flush(self):
-        if self.used:
-            path = self.folder / f"{self.split}_{len(self.shards):04d}.npy"
-            np.save(path, self.buffer[:self.used])
-            digest = hashlib.sha256(path.read_bytes()).hexdigest()
-            self.shards.append({"file": path.name, "tokens": self.used, "sha256": digest})
-            self.used = 0
-
-
-def write_shards(folder, pieces, vocab_size, source, total):
-    """Encode `pieces`, triples (split, text, starts a document), into shards and meta.json. `total` is the number of
-    characters to come, for the progress bar. Raises UserError if a split stays too short."""
-    tokenizer = Tokenizer(vocab_size)
-    writers = {split: ShardWriter(folder, split, tokenizer) for split in ("train", "val")}
-    waiting = {"train": [], "val": []}
-    with tqdm(total=total, desc="encoding", unit="B", unit_scale=True) as bar:
-        for split, text, starts in pieces:
-            waiting[split].append((text, starts))
-            bar.update(len(text))
-            if len(waiting[split]) >= 4096 or len(text) > 1 << 18:  # a few megabytes at a time
-                writers[split].write(waiting[split])
-                waiting[split] = []
-    for split, writer in writers.items():
-        writer.write(waiting[split])
-        writer.flush()
-        tokens = sum(shard["tokens"] for shard in writer.shards)
-        if tokens < MIN_TOKENS:
-            raise UserError(f"too little text: {tokens} tokens for {split} — give more (validation is {VAL_SHARE:.0%} of it "
-                            f"and needs at least {MIN_TOKENS} tokens)")
-        print(f"{split:>5}: {writer.documents:9,} documents {writer.bytes / 1e6:9.2f} MB {tokens:13,} tokens "
-              f"{writer.bytes / tokens:6.2f} bytes/token")
-    meta = {"tokenizer": "gpt2", "vocab_size": vocab_size, "eot": tokenizer.eot, "dtype": "uint16",
-            "bytes": {split: writer.bytes for split, writer in writers.items()},
-            "splits": {split: writer.shards for split, writer in writers.items()}, "source": source}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# pydocs: the embedded corpus.
+# -------------------------------------------------------------------------------------------------
+# pydocs: the corpus on every computer that has Python.
 
 def prepare_pydocs(out, vocab_size=DEFAULT_VOCAB_SIZE, quality="prose"):
-    """Write the corpus of docstrings into folder `out`. `quality` changes the training shard only: "prose", "shuffled"
-    (its sentences dealt out at random over all documents) or "raw" (the docstrings with their code, tables, markup)."""
-    Tokenizer(vocab_size)  # complains now rather than after the work
+    """Write the corpus of docstrings into the folder `out`.
+
+    `quality` changes only the training shard. "prose": sentences. "raw": the docstrings with their
+    code, tables and markup. "shuffled": every sentence is moved to a random place in the corpus."""
+    tokenizer = Tokenizer(vocab_size)  # first, so that an error comes before the work
     with new_folder(Path(out)) as folder:
         documents = build_corpus()
-        training = [d for d in documents if d.split == "train"]
-        validation = [d for d in documents if d.split == "val"]
-        texts = (shuffle_sentences(training) if quality == "shuffled" else
-                 [f"{d.name}\n{d.raw}" if quality == "raw" else d.text() for d in training])
-        pieces = [("train", text, True) for text in texts] + [("val", d.text(), True) for d in validation]
-        fingerprint = hashlib.sha256("\0".join(text for _, text, _ in pieces).encode()).hexdigest()
-        source = {"name": "pydocs", "quality": quality, "python": sys.version.split()[0],
-                  **{package: importlib.metadata.version(package) for package in PACKAGES}, "fingerprint": fingerprint}
-        write_shards(folder, pieces, vocab_size, source, sum(len(text) for _, text, _ in pieces))
-        items, rows = cloze_items(validation), instruct_rows(documents)
-        (folder / "cloze.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
+        training = [document for document in documents if document.split == "train"]
+        validation = [document for document in documents if document.split == "val"]
+        if quality == "raw":
+            training_texts = [f"{document.name}\n{document.raw}" for document in training]
+        elif quality == "shuffled":
+            training_texts = shuffle_sentences(training)
+        else:
+            training_texts = [document.text() for document in training]
+        validation_texts = [document.text() for document in validation]
+
+        pieces = [("train", text, True) for text in training_texts]
+        pieces += [("val", text, True) for text in validation_texts]
+        texts = training_texts + validation_texts
+        source = {"name": "pydocs", "quality": quality, "python": sys.version.split()[0]}
+        for package in PACKAGES:
+            source[package] = importlib.metadata.version(package)
+        source["fingerprint"] = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+        write_shards(folder, pieces, tokenizer, source, total=sum(map(len, texts)))
+
+        items = cloze_items(validation)
+        lines = [json.dumps(item) + "\n" for item in items]
+        (folder / "cloze.jsonl").write_text("".join(lines))
+        rows = instruct_rows(documents)
         (folder / "instruct.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(f"cloze.jsonl: {len(items):,} questions; instruct.json: {len(rows):,} rows")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# text: your own files.
+# -------------------------------------------------------------------------------------------------
+# text: the user's own files.
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.gz")
+JSON_LINES = (".jsonl", ".jsonl.gz")
+SUFFIXES = (".txt", ".md", *JSON_LINES)
+
+
+def has_suffix(path, suffixes):
+    return path.name.lower().endswith(suffixes)
 
 
 def text_files(paths):
-    """The files that are named, and those of a known kind in the folders that are named, sorted within each."""
-    found = []
+    """The files among `paths`, and the text files in the folders among them, each of them once.
+
+    The files of a folder are sorted: a file system lists them in any order."""
+    found = {}  # real path → path, because two paths can lead to one file
     for path in paths:
-        files = sorted(f for f in path.rglob("*") if f.name.endswith(SUFFIXES)) if path.is_dir() else [path]
         if not path.exists():
             raise UserError(f"{path}: no such file or folder — check the path")
-        if not files or not files[0].name.endswith(SUFFIXES):
-            raise UserError(f"{path}: expected {', '.join(SUFFIXES)}, or a folder of these — convert it to one of them")
-        found += files
-    return found
+        files = [path]
+        if path.is_dir():
+            files = sorted(file for file in path.rglob("*") if has_suffix(file, SUFFIXES))
+        if not files or not has_suffix(files[0], SUFFIXES):
+            raise UserError(f"{path}: expected {', '.join(SUFFIXES)}, or a folder of these — "
+                            f"convert it to one of them")
+        for file in files:
+            found.setdefault(file.resolve(), file)
+    return list(found.values())
 
 
 def read_lines(path):
-    """Yield (number, line) of a UTF-8 file, plain or gzipped, without byte-order mark, the line's end being one \n."""
-    number = 0
+    """Yield (line number, line) of a UTF-8 file, plain or gzipped. Raises UserError.
+
+    A byte-order mark at the start is dropped, and Windows line ends become \\n."""
+    open_file = gzip.open if has_suffix(path, ".gz") else open
+    line_number = 0
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line.decode("utf-8-sig" if number == 1 else "utf-8").replace("\r\n", "\n")
+        with open_file(path, "rb") as file:
+            for line_number, line in enumerate(file, 1):
+                encoding = "utf-8-sig" if line_number == 1 else "utf-8"
+                yield line_number, line.decode(encoding).replace("\r\n", "\n")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {number}: not UTF-8 ({error.reason}) — convert the file, e.g. with iconv") from None
+        raise UserError(f"{path}, line {line_number}: not UTF-8 ({error.reason}) — convert the "
+                        f"file, e.g. with iconv") from None
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}, after line {number}: damaged gzip file ({error}) — fetch it again") from None
+        raise UserError(f"{path}, after line {line_number}: damaged gzip file ({error}) — download "
+                        f"or copy it again") from None
 
 
-def read_pieces(path, separator=None):
-    """Yield (text, starts a document) of one file, a long document in pieces of a megabyte, so that any file fits."""
-    if ".jsonl" in path.suffixes[-2:]:
-        for number, line in read_lines(path):
-            try:
-                text = json.loads(line)["text"] if line.strip() else ""
-                text.encode()  # JSON can spell half a character (a lone surrogate), UTF-8 cannot
-            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-                raise UserError(f'{path}, line {number}: expected a JSON object with a string "text" — mend or remove '
-                                "this line") from None
-            if text:
-                yield text, True
-        return
-    held, size, starts = [], 0, True
+def read_pieces(path, separator):
+    """Yield the pieces (text, starts) of one file."""
+    if has_suffix(path, JSON_LINES):
+        return read_json_lines(path)
+    return read_plain_text(path, separator)
+
+
+def read_json_lines(path):
+    """Each line is a document: a JSON object with the key "text". Empty lines are skipped."""
+    for line_number, line in read_lines(path):
+        if not line.strip():
+            continue
+        try:
+            text = json.loads(line)["text"]
+            text.encode()  # fails for half a surrogate pair: JSON can write it, UTF-8 cannot
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+            raise UserError(f'{path}, line {line_number}: expected a JSON object with a string '
+                            f'"text" — fix or remove this line') from None
+        if text:
+            yield text, True
+
+
+def read_plain_text(path, separator):
+    """The file is one document, or several with the separator between them."""
+    held = []  # the lines of the current piece
+    size = 0
+    starts = True
     for _, line in read_lines(path):
-        *ends, line = line.split(separator) if separator else [line]
-        for text in ends:
-            if text := "".join([*held, text]).strip("\n"):
+        parts = line.split(separator) if separator else [line]
+        for end in parts[:-1]:  # each ends a document
+            text = "".join([*held, end]).strip("\n")
+            if text:
                 yield text, starts
-            held, size, starts = [], 0, True
-        held.append(line)
-        size += len(line)
-        if size > 1 << 20:
+            held = []
+            size = 0
+            starts = True
+        held.append(parts[-1])
+        size += len(parts[-1])
+        if size > PIECE_SIZE:
             yield "".join(held), starts
-            held, size, starts = [], 0, False
-    if text := "".join(held):
+            held = []
+            size = 0
+            starts = False
+    text = "".join(held)
+    if text:
         yield text, starts
 
 
-def split_pieces(pieces, total, threshold):
-    """Yield (split, text, starts a document). Validation is the documents with the smallest hashes or, without a
-    threshold, the last 5 % of all `total` characters, cut at a line break."""
-    seen, split, train_share = 0, "train", int(total * (1 - VAL_SHARE))
+def read_all_pieces(files, separator):
+    for file in files:
+        yield from read_pieces(file, separator)
+
+
+def measure(files, separator):
+    """(number of characters, hash of each document) of all files. Raises UserError if one of them
+    cannot be read."""
+    total = 0
+    hashes = array.array("Q")  # 8 bytes a document, of which there can be many millions
+    is_separated = False
+    with tqdm(desc="checking", unit=" characters", unit_scale=True) as bar:
+        for file in files:
+            before = len(hashes)
+            is_plain_text = not has_suffix(file, JSON_LINES)
+            for text, starts in read_pieces(file, separator):
+                total += len(text)
+                bar.update(len(text))
+                if starts:
+                    hashes.append(stable_hash(text))
+            documents = len(hashes) - before
+            if is_plain_text and documents > 1:
+                is_separated = True
+    if separator and not is_separated:
+        print(f"--separator {separator!r} separates nothing: each .txt and .md file is one "
+              f"document")
+    return total, hashes
+
+
+def split_by_hash(pieces, threshold):
+    """Yield (split, text, starts). A document is for validation if its hash is small: equal
+    documents are on the same side, and the order of the files does not matter."""
+    split = "train"
     for text, starts in pieces:
-        if threshold is not None:
-            split = ("train", "val")[stable_hash(text) <= threshold] if starts else split
-        elif split == "train" and seen + len(text) > train_share:
-            end = train_share - seen
-            # a line break nearby, else (a book in one line) a space, else anywhere
-            cut = text.rfind("\n", max(0, end - int(total * VAL_SHARE)), end) + 1 or text.rfind(" ", 0, end) + 1 or end
-            if cut:
+        if starts:  # later pieces of a document follow its first one
+            split = "val" if stable_hash(text) <= threshold else "train"
+        yield split, text, starts
+
+
+def split_by_length(pieces, total):
+    """Yield (split, text, starts). The last 5 % of all `total` characters are for validation."""
+    left = int(total * (1 - VAL_SHARE))  # characters that still go to training
+    split = "train"
+    for text, starts in pieces:
+        if split == "train" and len(text) > left:
+            cut = place_to_cut(text, left, int(total * VAL_SHARE))
+            if cut > 0:
                 yield "train", text[:cut], starts
-            seen, text, starts, split = seen + cut, text[cut:], True, "val"
-        seen += len(text)
-        if text:
-            yield split, text, starts
+            text = text[cut:]
+            starts = True
+            split = "val"
+        left -= len(text)
+        yield split, text, starts
+
+
+def place_to_cut(text, end, slack):
+    """The last place up to `end` after a line break, if one is within `slack` characters of it,
+    else (a book in one line) after a space, else `end` itself."""
+    after_line = text.rfind("\n", max(0, end - slack), end) + 1
+    after_word = text.rfind(" ", 0, end) + 1
+    return after_line or after_word or end
 
 
 def prepare_text(paths, out, vocab_size=DEFAULT_VOCAB_SIZE, separator=None):
-    """Write the user's own text into folder `out`. It is read twice: once to check and count, once to encode."""
-    Tokenizer(vocab_size)
-    files, total, hashes = text_files(paths), 0, array.array("Q")
-    with tqdm(desc="checking", unit="B", unit_scale=True) as bar:
-        for text, starts in (piece for file in files for piece in read_pieces(file, separator)):
-            total += len(text)
-            bar.update(len(text))
-            if starts:
-                hashes.append(stable_hash(text))
-    # Of fewer than 20 documents, 5 % by count would be one, whatever its size.
-    threshold = sorted(hashes)[int(len(hashes) * VAL_SHARE)] if len(hashes) >= 20 else None
-    source = {"name": "text", "files": [file.name for file in files], "separator": separator}
+    """Write the user's own text into the folder `out`.
+
+    The text is read twice: first to check and count it, then to encode it."""
+    if separator and "\n" in separator:
+        raise UserError("a separator must be within one line — choose another --separator")
+    tokenizer = Tokenizer(vocab_size)
+    files = text_files(paths)
+    total, hashes = measure(files, separator)
+    pieces = read_all_pieces(files, separator)
+    if len(hashes) >= 20:
+        threshold = sorted(hashes)[int(len(hashes) * VAL_SHARE)]
+        pieces = split_by_hash(pieces, threshold)
+    else:  # 5 % of so few documents is at most one document, of any length
+        pieces = split_by_length(pieces, total)
+    names = [file.name for file in files]
+    source = {"name": "text", "files": names, "separator": separator}
     with new_folder(Path(out)) as folder:
-        pieces = (piece for file in files for piece in read_pieces(file, separator))
-        write_shards(folder, split_pieces(pieces, total, threshold), vocab_size, source, total)
+        write_shards(folder, pieces, tokenizer, source, total)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The command line.
 
 def show(text, vocab_size):
-    """Print how a text is cut into tokens."""
-    tokenizer, text = Tokenizer(vocab_size), text.encode("utf-8", errors="replace").decode()  # argv may hold what is no UTF-8
+    """Print the tokens of a text: as pieces, as ids, and how many bytes each stands for."""
+    tokenizer = Tokenizer(vocab_size)
     ids = tokenizer.encode(text)
-    print("|".join(repr(tokenizer.decode([i]))[1:-1] for i in ids))
+    pieces = [repr(tokenizer.decode([token])) for token in ids]
+    print("|".join(piece[1:-1] for piece in pieces))  # without the quotation marks
     print(*ids)
     size = len(text.encode())
-    print(f"{len(text)} characters, {size} bytes, {len(ids)} tokens: {size / max(1, len(ids)):.2f} bytes per token "
-          f"(vocabulary {vocab_size:,})")
+    print(f"{len(text)} characters, {size} bytes, {len(ids)} tokens: "
+          f"{size / max(1, len(ids)):.2f} bytes per token (vocabulary {vocab_size:,})")
+
+
+def parse(argv):
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    pydocs = commands.add_parser("pydocs", help="the manuals of Python and the required packages")
+    pydocs.add_argument("--quality", default="prose", choices=("prose", "raw", "shuffled"),
+                        help="of the training shard")
+    pydocs.add_argument("--out", type=Path, default=Path("data/pydocs"), help="folder to write")
+
+    text = commands.add_parser("text", help="your own files, or folders of them")
+    text.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=", ".join(SUFFIXES))
+    text.add_argument("--separator", type=valid_text,
+                      help="what stands between the documents of one .txt or .md file")
+    text.add_argument("--out", type=Path,
+                      help="folder to write; if not given, data/<name of the first path>")
+
+    display = commands.add_parser("show", help="the tokens of a text")
+    display.add_argument("text", type=valid_text)
+
+    vocab_size = number(int, 257, GPT2_VOCAB_SIZE)
+    for command in (pydocs, text, display):
+        command.add_argument("--vocab_size", type=vocab_size, default=DEFAULT_VOCAB_SIZE,
+                             help=f"257 to {GPT2_VOCAB_SIZE}")
+    display.set_defaults(vocab_size=GPT2_VOCAB_SIZE)
+    return parser.parse_args(argv)
 
 
 @script
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
-    pydocs = commands.add_parser("pydocs", help="the documentation of Python and of the required packages")
-    pydocs.add_argument("--quality", default="prose", choices=("prose", "raw", "shuffled"), help="of the training shard")
-    text = commands.add_parser("text", help="your own .txt, .md, .jsonl, .jsonl.gz files or folders of these")
-    text.add_argument("paths", nargs="+", type=Path, metavar="PATH")
-    text.add_argument("--separator", help="stands between the documents of one .txt or .md file, e.g. '<|endoftext|>'")
-    for command, default in ((pydocs, "data/pydocs"), (text, "data/<name of the first path>")):
-        command.add_argument("--out", type=Path, help=f"folder to write (default: {default})")
-    display = commands.add_parser("show", help="how a text is cut into tokens")
-    display.add_argument("text")
-    for command, default in ((pydocs, DEFAULT_VOCAB_SIZE), (text, DEFAULT_VOCAB_SIZE), (display, GPT2_VOCAB_SIZE)):
-        command.add_argument("--vocab_size", type=int, default=default, help="257 to 50257 (default: %(default)s)")
-    args = parser.parse_args(argv)
-
-    start = time.time()
+    args = parse(argv)
     if args.command == "show":
-        return show(args.text, args.vocab_size)
+        show(args.text, args.vocab_size)
+        return
+    start = time.monotonic()
+    out = args.out
     if args.command == "pydocs":
-        out = args.out or Path("data", "pydocs")
         prepare_pydocs(out, args.vocab_size, args.quality)
     else:
-        out = args.out or Path("data", args.paths[0].resolve().name.split(".")[0])
+        if out is None:
+            name = args.paths[0].resolve().name.split(".")[0]
+            out = Path("data", name)
         prepare_text(args.paths, out, args.vocab_size, args.separator)
-    print(f"{out} is ready after {time.time() - start:.0f} s. Next: python train.py --data {out}")
+    seconds = time.monotonic() - start
+    print(f"{out} is ready after {seconds:.0f} s. Next: python train.py --data {out}")
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,26 +1,40 @@
-"""test_model.py — the network against things that know nothing of it: transformers' LLaMA, formulas written out, counters.
+"""test_model.py — the network against references that share no code with it: formulas written out,
+transformers' LLaMA, and counters of operations, bytes and FLOPs.
 
-A test is named after the mistake that it catches. Where it asserts that two things are equal, it also makes the mistake
-(`control`) and asserts that the difference then shows: a comparison that cannot fail proves nothing.
+A test is named after what it guarantees; its docstring says which mistake it catches. A test that
+two results are equal also makes the mistake (`# control`) and checks that the difference shows: a
+comparison that cannot fail proves nothing.
 
-    python -m pytest test_model.py                 # 15 seconds
-    python -m pytest test_model.py -m "not slow"   # 10 seconds: without the compiler
+    python test_model.py               # about 10 seconds
+    python test_model.py -v -k rope    # any option of pytest; this lists and runs the tests of RoPE
+    python test_model.py -m slow       # the tests that need a C++ compiler, half a minute
 """
 import math
+import sys
 from collections import Counter
 from dataclasses import replace
 
-import pytest
+try:
+    import pytest
+except ImportError:
+    sys.exit("test_model.py: pytest is missing — pip install -r requirements-dev.txt")
 import torch
+import torch.nn as nn
 import torch.nn.functional as F
+from torch.autograd.graph import saved_tensors_hooks
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from model import ChunkedCrossEntropy, KVCache, Llama, ModelConfig, PRESETS, RMSNorm, SwiGLU, sample_ids
+from model import PRESETS, KVCache, Llama, ModelConfig, RMSNorm, SwiGLU, sample_ids
+from support import chunked_loss
+from support.memory import bytes_kept_by_a_block
 
-SMALL = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, intermediate_size=96, vocab_size=100, max_seq_len=32)
-SIZES = {"gqa": {}, "mha": {"n_kv_heads": 4}, "tied": {"tie_embeddings": True}}
+SMALL = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, intermediate_size=96,
+                    vocab_size=100, max_seq_len=32)  # head_dim 16, vocabulary padded to 128
+VARIANTS = {"gqa": {}, "mha": {"n_kv_heads": 4}, "tied": {"tie_embeddings": True}}
 
 
 @pytest.fixture(autouse=True)
@@ -32,24 +46,27 @@ def one_thread_and_one_seed():
     torch.set_num_threads(threads)
 
 
-def build(seed=0, scale=6.0, **changes):
-    """A small network with weights large enough that attention is not flat, and norms that are not all 1."""
-    torch.manual_seed(seed)
+def build(**changes):
+    """A small network. Its weights are large enough that attention is not flat, its norms differ
+    from 1."""
+    torch.manual_seed(0)
     llama = Llama(replace(SMALL, padded_vocab_size=None, **changes))
     with torch.no_grad():
         for parameter in llama.parameters():
             if parameter.dim() > 1:
-                parameter.mul_(scale)
+                parameter.mul_(6)
             else:
                 parameter.add_(0.3 * torch.randn_like(parameter))
     return llama
 
 
-def batch(B=2, T=24, seed=1, high=SMALL.vocab_size):
-    return torch.randint(high, (B, T), generator=torch.Generator().manual_seed(seed))
+def batch(B=2, T=24, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(SMALL.vocab_size, (B, T), generator=generator)
 
 
 def gap(a, b):
+    """The largest difference of two numbers at the same place."""
     return (a.double() - b.double()).abs().max().item()
 
 
@@ -62,477 +79,972 @@ def gradients(llama, loss):
 def relative_gap(ours, theirs):
     """The largest |a − b| / |b| (2-norms) over the parameters."""
     assert ours.keys() == theirs.keys()
-    return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in ours)
+    gaps = [(ours[name] - theirs[name]).norm() / theirs[name].norm() for name in theirs]
+    return max(gaps).item()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Sizes and arithmetic
+# -------------------------------------------------------------------------------------------------
+# Sizes
 
-@pytest.mark.parametrize("preset, expected", [("tiny", 1_836_160), ("124m", 190_532_352), ("978m", 978_218_240),
-                                              ("1.7b", 1_716_144_128)])
-def test_a_preset_of_another_size(preset, expected, capsys):
-    def total(config):
-        with torch.device("meta"):
-            return sum(parameter.numel() for parameter in Llama(config).parameters())
+@pytest.mark.parametrize("preset, size", [
+    ("tiny", 1_836_160),
+    ("124m", 190_532_352),
+    ("978m", 978_218_240),
+    ("1.7b", 1_716_144_128),
+])
+def test_presets_have_the_stated_sizes(preset, size, capsys):
+    """Catches: a preset of another size, a bias, a tied head, a wrong total in the table."""
     config = PRESETS[preset]
-    assert (config.norm_eps, config.rope_theta, config.tie_embeddings) == (1e-5, 500_000.0, False)
-    assert total(config) == sum(model.parameter_counts(config).values()) == expected
+    assert config.norm_eps == 1e-5
+    assert config.rope_theta == 500_000.0
+    with torch.device("meta"):
+        llama = Llama(config)
+        tied = Llama(replace(config, tie_embeddings=True))
+    assert sum(parameter.numel() for parameter in llama.parameters()) == size
     model.main([preset])
-    assert f"{expected:,}" in capsys.readouterr().out
-    control = replace(config, tie_embeddings=True)
-    assert total(control) == sum(model.parameter_counts(control).values()) == expected - config.padded_vocab_size * config.dim
+    assert f"{size:,} " in capsys.readouterr().out
+    head = config.padded_vocab_size * config.dim
+    assert sum(parameter.numel() for parameter in tied.parameters()) == size - head  # control
 
 
 @pytest.mark.parametrize("sizes, message", [
-    ({"dim": 65}, "dim 65 is not divisible by n_heads 4"), ({"n_kv_heads": 3}, "n_heads 4 is not divisible by n_kv_heads 3"),
-    ({"dim": 12}, "dim / n_heads = 3 is odd"), ({"padded_vocab_size": 64}, "padded_vocab_size 64 is below vocab_size 100"),
-    ({"n_layers": 0, "n_kv_heads": 0}, "every size must be at least 1.*n_layers=0")])
-def test_sizes_that_do_not_fit_fail_late_or_without_a_reason(sizes, message):
+    ({"dim": 65}, "dim 65 is not divisible by n_heads 4"),
+    ({"dim": 12}, "dim / n_heads = 3 is odd"),
+    ({"n_kv_heads": 3}, "n_heads 4 is not divisible by n_kv_heads 3"),
+    ({"n_kv_heads": 0}, "n_kv_heads 0 must be at least 1"),
+    ({"n_layers": 0}, "n_layers 0 must be at least 1"),
+    ({"padded_vocab_size": 64}, "padded_vocab_size 64 is below vocab_size 100"),
+])
+def test_impossible_sizes_are_refused(sizes, message):
+    """Catches: sizes that fail only in the first forward, with a message about shapes."""
+    replace(SMALL)  # control
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **sizes)
-    assert [ModelConfig(vocab_size=n).padded_vocab_size for n in (1, 128, 129, 50257)] == [128, 128, 256, 50304]
 
 
-def test_flops_that_torch_does_not_count_or_counts_otherwise():
-    assert model.flops_per_token(PRESETS["1.7b"], 1024) == 10_583_801_856
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.utils.flop_counter import FlopCounterMode
-    llama, tokens = build(), batch(T=32)
-    # Plain matrix products: a fused attention kernel is counted with what its backward computes again, or not at all.
-    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        llama(tokens, tokens)[1].backward()
-    counts = {str(op): flops // tokens.numel() for op, flops in counter.get_flop_counts()["Global"].items()}
-    assert counts["aten.bmm"] == 12 * SMALL.n_layers * SMALL.dim * 32  # attention
-    assert counts["aten.mm"] == model.flops_per_token(SMALL, 32) - counts["aten.bmm"] == model.flops_per_token(SMALL, 0)
-    control = 6 * sum(parameter.numel() for parameter in llama.parameters())  # the embedding and the norms counted too
-    assert counts["aten.mm"] != control
+@pytest.mark.parametrize("vocab_size, padded", [(1, 128), (128, 128), (129, 256), (50_257, 50_304)])
+def test_vocabulary_is_padded_to_128(vocab_size, padded):
+    """Catches: rounding down, or a multiple of 128 that is padded again."""
+    assert ModelConfig(vocab_size=vocab_size).padded_vocab_size == padded
 
 
-def test_a_cache_that_holds_every_query_head():
-    cache, llama = KVCache(SMALL), build().bfloat16()
-    with torch.no_grad():
-        llama(batch(B=3, T=5), cache=cache)
-    assert cache.length == 5 and cache.keys.shape == cache.values.shape == (2, 3, SMALL.n_kv_heads, 32, 16)
-    assert cache.keys.nbytes + cache.values.nbytes == 3 * 32 * model.kv_bytes_per_token(SMALL)
-    assert model.kv_bytes_per_token(replace(SMALL, n_kv_heads=4)) == 2 * model.kv_bytes_per_token(SMALL)
-    assert model.kv_bytes_per_token(PRESETS["1.7b"]) == 73_728  # 2 · 36 layers · 8 heads · 64 · 2 bytes
+def test_initial_weights_are_normal_with_std_002():
+    """Catches: torch's own initialization, a layer left out, a first loss far from ln(vocab)."""
+    llama = Llama(PRESETS["tiny"])
+    for name, parameter in llama.named_parameters():
+        if "norm" in name:
+            assert (parameter == 1).all(), name
+        else:
+            assert parameter.mean().item() == pytest.approx(0, abs=5e-4), name
+            assert parameter.std().item() == pytest.approx(0.02, rel=0.02), name
+    tokens = batch(T=64)
+    _, loss = llama(tokens, batch(T=64, seed=2))
+    assert loss.item() == pytest.approx(math.log(4096), abs=0.1)  # every next token equally likely
+    assert nn.Linear(256, 256).weight.std().item() != pytest.approx(0.02, rel=0.02)  # control
 
 
-def test_activation_memory_that_is_not_what_a_real_forward_keeps():
-    def kept(config, dtype):
-        """Bytes of the storages that a real forward of the blocks keeps, each storage once, weights not counted."""
-        llama, tokens, saved = Llama(config), batch(B=4, T=32), {}
-        def keep(tensor):
-            saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
-            return tensor
-        x = llama.model.embed_tokens(tokens)
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-                for block in llama.model.layers:
-                    x = block(x, llama.model.rope_cos, llama.model.rope_sin)
-        weights = {parameter.untyped_storage().data_ptr() for parameter in llama.parameters()}
-        return sum(storage.nbytes() for address, storage in saved.items() if address not in weights)
-    config = replace(SMALL, n_layers=3)
-    plain, checkpointed = model.activation_bytes(config, 4, 32)
-    assert plain == pytest.approx(kept(config, torch.bfloat16), rel=0.02)
-    assert checkpointed == pytest.approx(kept(replace(config, n_layers=1), torch.bfloat16) + 3 * 4 * 32 * 64 * 4, rel=0.02)
-    control = kept(config, torch.float32)
-    assert abs(plain / control - 1) > 0.1
+# -------------------------------------------------------------------------------------------------
+# Each part against a formula
+
+def rotate_by_hand(x, theta=SMALL.rope_theta, interleaved=False):
+    """Rotary positions by complex numbers in float64: pair i at position m is multiplied by
+    exp(√−1 · m · theta^(−2i / head_dim))."""
+    x = x.double()
+    T, head_dim = x.shape[-2:]
+    exponents = torch.arange(0, head_dim, 2).double() / head_dim
+    angles = torch.outer(torch.arange(T).double(), theta ** -exponents)  # (T, head_dim / 2)
+    turn = torch.polar(torch.ones_like(angles), angles)
+    if interleaved:  # the mistake
+        turned = torch.complex(x[..., 0::2], x[..., 1::2]) * turn
+        return torch.view_as_real(turned).flatten(-2)
+    first, second = x.chunk(2, dim=-1)
+    turned = torch.complex(first, second) * turn
+    return torch.cat((turned.real, turned.imag), dim=-1)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Each part against a written-out twin
-
-def turn(x, theta, pairs="halves"):
-    """Rotary positions by complex numbers, in float64: pair i at position m is multiplied by exp(√−1 · m · theta^(−2i/D))."""
-    B, heads, T, D = x.shape
-    first, second = x.double().chunk(2, dim=-1) if pairs == "halves" else (x[..., ::2].double(), x[..., 1::2].double())
-    angles = torch.outer(torch.arange(T).double(), theta ** (-torch.arange(0, D, 2).double() / D))
-    z = torch.complex(first, second) * torch.polar(torch.ones_like(angles), angles)
-    return torch.cat((z.real, z.imag), -1) if pairs == "halves" else torch.stack((z.real, z.imag), -1).flatten(-2)
-
-
-def test_rope_with_interleaved_pairs_or_angles_that_are_not_exact():
+@pytest.mark.parametrize("mistake", [{"interleaved": True}, {"theta": 10_000.0}], ids=str)
+def test_rope_rotates_pairs_of_halves(mistake):
+    """Catches: interleaved pairs, another theta, another sign, angles rounded on the way."""
     x = torch.randn(1, 2, 1024, 16)
-    cos, sin = model.rope_table(16, 1024, 500_000.0)
-    assert gap(model.apply_rope(x, cos, sin), turn(x, 500_000.0)) < 1e-3
-    for control in (turn(x, 500_000.0, pairs="interleaved"), turn(x, 10_000.0)):
-        assert gap(model.apply_rope(x, cos, sin), control) > 5e-3
-    x = x.bfloat16()  # one rounding, at the end
-    exact, control = turn(x, 500_000.0), model.apply_rope(x, cos.bfloat16(), sin.bfloat16())
-    turned = model.apply_rope(x, cos, sin)
-    assert turned.dtype == torch.bfloat16
-    assert (turned - exact).norm() < 1.01 * (exact.bfloat16() - exact).norm() < 0.8 * (control - exact).norm()
+    cos, sin = model.rope_table(16, 1024, SMALL.rope_theta)
+    rotated = model.apply_rope(x, cos, sin)
+    assert gap(rotated, rotate_by_hand(x)) < 1e-3
+    assert gap(rotated, rotate_by_hand(x, **mistake)) > 5e-3  # control
 
 
-def test_rope_that_depends_on_where_tokens_stand():
-    q, k, (cos, sin) = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16), model.rope_table(16, 64, 10_000.0)
-    def product(m, n, cos=cos, sin=sin):
-        return (model.apply_rope(q, cos[m], sin[m]) * model.apply_rope(k, cos[n], sin[n])).sum().item()
-    assert all(abs(product(m, m - 5) - product(5, 0)) < 1e-4 for m in range(5, 64))
-    assert abs(product(9, 5) - product(5, 0)) > 1e-2  # another distance
-    mixed = [table[:, :8].repeat_interleave(2, dim=1) for table in (cos, sin)]  # control: angles [a a b b], pairs of halves
-    assert max(abs(product(m, m - 5, *mixed) - product(5, 0, *mixed)) for m in range(5, 64)) > 1e-2
+def test_rope_rounds_once_in_bf16():
+    """Catches: cos and sin in bf16, or a result of another dtype than x."""
+    x = torch.randn(1, 2, 1024, 16).bfloat16()
+    cos, sin = model.rope_table(16, 1024, SMALL.rope_theta)
+    rotated = model.apply_rope(x, cos, sin)
+    assert rotated.dtype == torch.bfloat16
+    exact = rotate_by_hand(x)
+    one_rounding = (exact.bfloat16() - exact).norm()
+    assert (rotated - exact).norm() < 1.01 * one_rounding
+    control = model.apply_rope(x, cos.bfloat16(), sin.bfloat16())
+    assert (control - exact).norm() > 1.2 * one_rounding
 
 
-def attention_by_hand(attention, x, shared=lambda head, group: head // group, visible=lambda i, T: i + 1, pairs="halves",
-                      scale=None):
-    """softmax(q kᵀ / √head_dim) v in float64, one head and one query at a time. The arguments are for mistakes."""
-    D, group = attention.head_dim, attention.n_heads // attention.n_kv_heads
+def test_rope_is_relative():
+    """Catches: angles that do not fit the pairs, so that q · k depends on the place in the text."""
+    q = torch.randn(16)
+    k = torch.randn(16)
+
+    def products(cos, sin):
+        """q · k for a query at positions 5, 6, … and a key 5 tokens before it."""
+        q_rotated = model.apply_rope(q.expand(64, 16), cos, sin)
+        k_rotated = model.apply_rope(k.expand(64, 16), cos, sin)
+        return (q_rotated[5:] * k_rotated[:-5]).sum(-1)
+
+    cos, sin = model.rope_table(16, 64, 10_000.0)
+    relative = products(cos, sin)
+    assert gap(relative, relative[0]) < 1e-4
+    assert gap(relative[0], q @ k) > 1e-2  # control: another distance
+    cos = cos[:, :8].repeat_interleave(2, dim=1)  # control: angles [a a b b] for pairs of halves
+    sin = sin[:, :8].repeat_interleave(2, dim=1)
+    mixed = products(cos, sin)
+    assert gap(mixed, mixed[0]) > 1e-2
+
+
+def neighbours(head, group):
+    return head // group
+
+
+def own_and_past(i, T, S):
+    return S - T + i + 1
+
+
+def attention_by_hand(q, k, v, key_head=neighbours, visible=own_and_past, divisor=math.sqrt):
+    """softmax(q kᵀ / √head_dim) v in float64, one head and one query at a time.
+
+    key_head, visible and divisor are arguments so that tests can make mistakes in them: the
+    key/value head of a query head, the number of positions that query i sees, and what divides the
+    scores."""
+    q = q.double()
+    k = k.double()
+    v = v.double()
+    n_heads, T, head_dim = q.shape[1:]
+    S = k.shape[2]
+    y = torch.zeros_like(q)
+    for head in range(n_heads):
+        shared = key_head(head, n_heads // k.shape[1])
+        for i in range(T):
+            seen = visible(i, T, S)
+            keys = k[:, shared, :seen]    # (B, seen, head_dim)
+            values = v[:, shared, :seen]  # (B, seen, head_dim)
+            scores = torch.einsum("bd,bsd->bs", q[:, head, i], keys) / divisor(head_dim)
+            weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
+            y[:, head, i] = torch.einsum("bs,bsd->bd", weights, values)
+    return y
+
+
+ATTENTION_MISTAKES = {
+    "[K1 K2 K1 K2]": {"key_head": lambda head, group: head % (4 // group)},
+    "no mask": {"visible": lambda i, T, S: S},
+    "one token ahead": {"visible": lambda i, T, S: min(S - T + i + 2, S)},
+    "blind to itself": {"visible": lambda i, T, S: S - T + i},
+    "counts from 0": {"visible": lambda i, T, S: i + 1},
+    "no square root": {"divisor": lambda head_dim: head_dim},
+    "no scale": {"divisor": lambda head_dim: 1},
+}
+
+
+@pytest.mark.parametrize("mistake", ATTENTION_MISTAKES.values(), ids=ATTENTION_MISTAKES)
+def test_attention_is_the_formula(mistake):
+    """Catches: another order of key/value heads, a wrong mask, a wrong scale."""
+    q = torch.randn(2, 4, 5, 16)
+    k = torch.randn(2, 2, 12, 16)
+    v = torch.randn(2, 2, 12, 16)
+    y = model.attention(q, k, v)
+    assert gap(y, attention_by_hand(q, k, v)) < 1e-5
+    assert gap(y, attention_by_hand(q, k, v, **mistake)) > 1e-2  # control
+
+
+def output_and_gradients(attention, *inputs):
+    inputs = [tensor.clone().requires_grad_() for tensor in inputs]
+    y = attention(*inputs)
+    y.square().sum().backward()
+    return [y, *[tensor.grad for tensor in inputs]]
+
+
+@pytest.mark.parametrize("T", [12, 2, 1], ids=["all new", "two behind a cache", "one behind it"])
+@pytest.mark.parametrize("n_kv_heads", [4, 2, 1])
+def test_fused_attention_equals_the_formula(T, n_kv_heads):
+    """Catches: is_causal behind a cache, where it hides the past; a mask for one new token."""
+    S = 12
+    q = torch.randn(2, 4, T, 16)
+    k = torch.randn(2, n_kv_heads, S, 16)
+    v = torch.randn(2, n_kv_heads, S, 16)
+    fused = output_and_gradients(model.fused_attention, q, k, v)
+    formula = output_and_gradients(model.attention, q, k, v)
+    for ours, expected in zip(fused, formula):
+        assert gap(ours, expected) < 1e-5
+    assert gap(formula[0], attention_by_hand(q, k, v)) < 1e-5
+    # control: no mask where all tokens are new, is_causal behind a cache
+    wrong = F.scaled_dot_product_attention(q, k, v, is_causal=T < S, enable_gqa=True)
+    assert gap(fused[0], wrong) > 1e-2
+
+
+def attention_layer_by_hand(layer, x, interleaved=False, rotate_keys=True):
+    """The whole layer in float64: projections, rotary positions, attention, projection."""
     def heads(projection):
-        return (x.double() @ projection.weight.double().T).unflatten(-1, (-1, D)).transpose(1, 2)  # (B, heads, T, D)
-    q, k, v = heads(attention.q_proj), heads(attention.k_proj), heads(attention.v_proj)
-    q, k, y = turn(q, SMALL.rope_theta, pairs), turn(k, SMALL.rope_theta, pairs), torch.zeros_like(q)
-    for head in range(attention.n_heads):
-        for i in range(x.shape[1]):
-            keys, values = (t[:, shared(head, group), :visible(i, x.shape[1])] for t in (k, v))    # (B, n, D)
-            weight = (torch.einsum("bd,bnd->bn", q[:, head, i], keys) / (scale or math.sqrt(D))).exp()
-            y[:, head, i] = torch.einsum("bn,bnd->bd", weight, values) / weight.sum(-1, keepdim=True)
-    return y.transpose(1, 2).flatten(2) @ attention.o_proj.weight.double().T
+        y = x.double() @ projection.weight.double().T
+        return y.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
+
+    q = rotate_by_hand(heads(layer.q_proj), interleaved=interleaved)
+    k = heads(layer.k_proj)
+    if rotate_keys:
+        k = rotate_by_hand(k, interleaved=interleaved)
+    y = attention_by_hand(q, k, heads(layer.v_proj))
+    return y.transpose(1, 2).flatten(2) @ layer.o_proj.weight.double().T
 
 
-@pytest.mark.parametrize("mistake", [{"shared": lambda head, group: head % (4 // group)}, {"visible": lambda i, T: T},
-                                     {"visible": lambda i, T: max(i, 1)}, {"pairs": "interleaved"}, {"scale": 16}],
-                         ids=["[K1 K2 K1 K2]", "no mask", "blind to itself", "interleaved rope", "no square root"])
+@pytest.mark.parametrize("mistake", [{"interleaved": True}, {"rotate_keys": False}], ids=str)
 @torch.no_grad()
-def test_attention_with(mistake):
-    llama, x = build(), torch.randn(2, 12, 64)
-    attention, table = llama.model.layers[0].self_attn, (llama.model.rope_cos[:12], llama.model.rope_sin[:12])
-    assert gap(attention(x, *table), attention_by_hand(attention, x)) < 1e-5
-    assert gap(attention(x, *table), attention_by_hand(attention, x, **mistake)) > 1e-2
+def test_attention_layer_rotates_queries_and_keys(mistake):
+    """Catches: interleaved pairs, keys without positions, rotated values, heads cut otherwise."""
+    decoder = build().model
+    layer = decoder.layers[0].self_attn
+    x = torch.randn(2, 12, 64)
+    y = layer(x, decoder.rope_cos[:12], decoder.rope_sin[:12])
+    assert gap(y, attention_layer_by_hand(layer, x)) < 1e-5
+    assert gap(y, attention_layer_by_hand(layer, x, **mistake)) > 1e-2  # control
 
 
 @torch.no_grad()
-def test_shared_heads_that_are_not_the_expanded_ones():
-    few, tokens = build(), batch()
-    def expanded(repeat):
-        many, state = build(n_kv_heads=4), few.state_dict()
+def test_gqa_equals_mha_with_repeated_heads():
+    """Catches: key/value heads in the order [K1 K2 K1 K2], for which no pretrained weights fit."""
+    grouped = build()
+    tokens = batch()
+
+    def logits_of_full_heads(repeat):
+        """The logits of a network with a key/value head for each query head, by repeating them."""
+        state = grouped.state_dict()
         for name in state:
             if "k_proj" in name or "v_proj" in name:
                 state[name] = repeat(state[name].view(2, 16, 64)).reshape(64, 64)
-        many.load_state_dict(state)
-        return many(tokens)[0]
-    assert gap(few(tokens)[0], expanded(lambda heads: heads.repeat_interleave(2, dim=0))) < 1e-5  # [K1 K1 K2 K2]
-    assert gap(few(tokens)[0], expanded(lambda heads: heads.repeat(2, 1, 1))) > 1e-2              # control: [K1 K2 K1 K2]
+        full = build(n_kv_heads=4)
+        full.load_state_dict(state)
+        return full(tokens)[0]
+
+    logits, _ = grouped(tokens)
+    same = logits_of_full_heads(lambda heads: heads.repeat_interleave(2, dim=0))  # [K1 K1 K2 K2]
+    assert gap(logits, same) < 1e-5
+    other = logits_of_full_heads(lambda heads: heads.repeat(2, 1, 1))  # control: [K1 K2 K1 K2]
+    assert gap(logits, other) > 1e-2
 
 
 @torch.no_grad()
-def test_a_token_that_sees_the_future():
-    llama, tokens = build(), batch(B=1)
+def test_network_is_causal():
+    """Catches: a token that sees the future."""
+    llama = build()
+    tokens = batch(B=1)
     other = tokens.clone()
     other[0, 10] = (other[0, 10] + 1) % 100
     changed = (llama(tokens)[0] - llama(other)[0]).abs().amax(-1)[0]  # (T,)
-    assert changed[:10].max() < 1e-6 and changed[10:].min() > 1e-4
+    assert changed[:10].max() < 1e-6
+    assert changed[10:].min() > 1e-4  # control
 
 
 @torch.no_grad()
-def test_rmsnorm_in_low_precision_or_with_eps_elsewhere():
-    norm, x = RMSNorm(4096, eps=1e-2), 0.1 * torch.randn(64, 4096)
+def test_rmsnorm_is_the_formula():
+    """Catches: eps outside the root, a mean subtracted as in LayerNorm, the weight left out."""
+    norm = RMSNorm(4096, eps=1e-2)
     norm.weight.normal_()
-    rms = x.double().pow(2).mean(-1, keepdim=True)
-    assert gap(norm(x), x / (rms + 1e-2).sqrt() * norm.weight) < 1e-5
-    assert gap(norm(x), x / (rms.sqrt() + 1e-2) * norm.weight) > 1e-2  # control: eps outside the root
-    norm, x = RMSNorm(4096, eps=1e-5), x.bfloat16()
-    exact = x.double() * x.double().pow(2).mean(-1, keepdim=True).add(1e-5).rsqrt()
-    control = x * x.pow(2).mean(-1, keepdim=True).add(1e-5).rsqrt()  # all of it in bf16
-    assert (norm(x) - exact).norm() < 1.01 * (exact.bfloat16() - exact).norm() < 0.8 * (control - exact).norm()
-    assert gap(norm(torch.full((1, 4096), 300.0).half()), torch.ones(1, 4096)) < 1e-3  # 300² overflows fp16
+    x = 0.1 * torch.randn(64, 4096) + 0.1
+    weight = norm.weight.double()
+    mean_of_squares = x.double().square().mean(-1, keepdim=True)
+    assert gap(norm(x), weight * x / (mean_of_squares + 1e-2).sqrt()) < 1e-5
+    # controls: eps outside the root; the mean subtracted
+    assert gap(norm(x), weight * x / (mean_of_squares.sqrt() + 1e-2)) > 1e-2
+    variance = x.double().var(-1, keepdim=True, correction=0)
+    centred = x - x.double().mean(-1, keepdim=True)
+    assert gap(norm(x), weight * centred / (variance + 1e-2).sqrt()) > 1e-2
 
 
 @torch.no_grad()
-def test_swiglu_with_gate_and_up_exchanged():
-    mlp, x = SwiGLU(SMALL), torch.randn(2, 3, 64).double()
-    gate, up, down = (p.weight.data.normal_().double() for p in (mlp.gate_proj, mlp.up_proj, mlp.down_proj))
-    def formula(gate, up):
-        g = x @ gate.T
-        return (g / (1 + (-g).exp()) * (x @ up.T)) @ down.T
-    scale = formula(gate, up).abs().max().item()
-    assert gap(mlp(x.float()), formula(gate, up)) < 1e-6 * scale
-    assert gap(mlp(x.float()), formula(up, gate)) > 1e-2 * scale
+def test_rmsnorm_computes_in_fp32():
+    """Catches: a mean of squares in bf16 (too coarse) or in fp16 (infinite above 256)."""
+    norm = RMSNorm(4096, eps=1e-5)
+    x = (0.1 * torch.randn(64, 4096)).bfloat16()
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    one_rounding = (exact.bfloat16() - exact).norm()
+    assert (norm(x) - exact).norm() < 1.01 * one_rounding
+    control = x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    assert (control - exact).norm() > 1.2 * one_rounding
+    large = torch.full((1, 4096), 300.0).half()
+    assert gap(norm(large), torch.ones(1, 4096)) < 1e-3
+    assert large.square().isinf().all()  # control
 
 
-def test_initial_weights_of_another_size():
-    torch.manual_seed(0)
-    llama, tokens = Llama(PRESETS["tiny"]), batch(T=64)
-    for name, parameter in llama.named_parameters():
-        if parameter.dim() == 1:
-            assert "norm" in name and (parameter == 1).all()
-        else:
-            assert abs(parameter.mean()) < 5e-4 and parameter.std().item() == pytest.approx(0.02, rel=0.02), name
-    assert llama(tokens, tokens)[1].item() == pytest.approx(math.log(4096), abs=0.1)  # any next token equally likely
-    assert torch.nn.Linear(256, 256).weight.std().item() != pytest.approx(0.02, rel=0.02)  # control: torch's own
+@torch.no_grad()
+def test_swiglu_gates_with_gate_proj():
+    """Catches: gate and up exchanged, another activation."""
+    mlp = SwiGLU(SMALL)
+    for projection in mlp.children():
+        projection.weight.normal_()
+    x = torch.randn(2, 3, 64)
+
+    def by_hand(gate_proj, up_proj):
+        gate = x.double() @ gate_proj.weight.double().T
+        up = x.double() @ up_proj.weight.double().T
+        return (gate * gate.sigmoid() * up) @ mlp.down_proj.weight.double().T
+
+    expected = by_hand(mlp.gate_proj, mlp.up_proj)
+    scale = expected.abs().max().item()
+    assert gap(mlp(x), expected) < 1e-6 * scale
+    assert gap(mlp(x), by_hand(mlp.up_proj, mlp.gate_proj)) > 1e-2 * scale  # control
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The same weights in transformers
 
-def theirs(ours, **changes):
-    """transformers' LlamaForCausalLM with the weights of ours."""
+def in_transformers(ours, **mistake):
+    """transformers' LlamaForCausalLM with the weights of ours; `mistake` changes its config."""
     transformers = pytest.importorskip("transformers")
-    c = ours.config
-    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**dict(
-        hidden_size=c.dim, num_hidden_layers=c.n_layers, num_attention_heads=c.n_heads, num_key_value_heads=c.n_kv_heads,
-        intermediate_size=c.intermediate_size, vocab_size=c.padded_vocab_size, max_position_embeddings=c.max_seq_len,
-        rms_norm_eps=c.norm_eps, rope_parameters={"rope_type": "default", "rope_theta": c.rope_theta}, hidden_act="silu",
-        tie_word_embeddings=c.tie_embeddings, attn_implementation="eager", bos_token_id=None, eos_token_id=None), **changes}))
+    config = ours.config
+    options = dict(
+        hidden_size=config.dim,
+        num_hidden_layers=config.n_layers,
+        num_attention_heads=config.n_heads,
+        num_key_value_heads=config.n_kv_heads,
+        intermediate_size=config.intermediate_size,
+        vocab_size=config.padded_vocab_size,
+        max_position_embeddings=config.max_seq_len,
+        rms_norm_eps=config.norm_eps,
+        rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
+        hidden_act="silu",
+        tie_word_embeddings=config.tie_embeddings,
+        attn_implementation="eager",
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    options.update(mistake)
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**options))
     llama.load_state_dict(ours.state_dict(), strict=True)
     return llama.eval()
 
 
-MISTAKES = {"theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}}, "eps": {"rms_norm_eps": 1e-3},
-            "activation": {"hidden_act": "gelu"}}
+NETWORK_MISTAKES = {
+    "theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0}},
+    "eps": {"rms_norm_eps": 1e-3},
+    "activation": {"hidden_act": "gelu"},
+}
 
 
-@pytest.mark.parametrize("changes", SIZES.values(), ids=SIZES)
-def test_logits_or_gradients_that_transformers_would_not_give(changes):
-    ours, tokens, targets = build(**changes), batch(), batch(seed=2)
-    logits, grads = ours(tokens)[0], gradients(ours, ours(tokens, targets)[1])
-    def gaps(**mistake):
-        llama = theirs(ours, **mistake)
-        expected = llama(tokens).logits
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_logits_and_gradients_equal_transformers(changes):
+    """Catches: any difference to LLaMA, in the network or in the names of its weights."""
+    ours = build(**changes)
+    tokens = batch()
+    targets = batch(seed=2)
+    logits, _ = ours(tokens)
+    _, loss = ours(tokens, targets)
+    grads = gradients(ours, loss)
+
+    def gaps(theirs):
+        expected = theirs(tokens).logits
         loss = F.cross_entropy(expected.flatten(0, 1), targets.flatten())
-        return gap(logits, expected), relative_gap(grads, gradients(llama, loss))
-    of_logits, of_gradients = gaps()
-    assert of_logits < 1e-5 and of_gradients < 1e-4
-    for mistake in MISTAKES.values():
-        of_logits, of_gradients = gaps(**mistake)
-        assert of_logits > 1e-2 and of_gradients > 1e-2
+        return gap(logits, expected), relative_gap(grads, gradients(theirs, loss))
+
+    of_logits, of_gradients = gaps(in_transformers(ours))
+    assert of_logits < 1e-5
+    assert of_gradients < 1e-4
+    for mistake in NETWORK_MISTAKES.values():  # controls
+        of_logits, of_gradients = gaps(in_transformers(ours, **mistake))
+        assert of_logits > 1e-2
+        assert of_gradients > 1e-2
 
 
-def greedy(llama, tokens, n, **options):
-    return torch.stack(list(llama.generate(tokens, n, **{"temperature": 0, **options})), dim=1)  # (B, n)
+def greedy(llama, tokens, n, temperature=0, **options):
+    """n generated ids for each row, the likeliest ones by default: (B, n)."""
+    ids = llama.generate(tokens, n, temperature=temperature, **options)
+    return torch.stack(list(ids), dim=1)
 
 
-def test_greedy_ids_that_transformers_would_not_give():
-    ours, tokens = build(vocab_size=128), batch(T=4)  # 128: nothing is padded, so that both choose among the same ids
-    def expected(llama, eot=None):
-        return llama.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=24, do_sample=False,
-                              eos_token_id=eot, pad_token_id=eot or 0)[:, 4:]
+def test_greedy_text_equals_transformers():
+    """Catches: a generation that differs from the one that others get from our weights."""
+    ours = build(vocab_size=128)  # nothing is padded, so both choose among the same ids
+    tokens = batch(T=4)
+
+    def expected(theirs, eot=None):
+        text = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=24,
+                               do_sample=False, eos_token_id=eot, pad_token_id=eot or 0)
+        return text[:, 4:]
+
+    theirs = in_transformers(ours)
     ids = greedy(ours, tokens, 24)
-    assert min(len(row.unique()) for row in ids) > 5  # it does not say one thing for ever
-    assert torch.equal(ids, expected(theirs(ours)))
-    assert not torch.equal(ids, expected(theirs(ours, **MISTAKES["theta"])))
+    assert min(len(row.unique()) for row in ids) > 5  # the text is more than one repeated id
+    assert torch.equal(ids, expected(theirs))
     eot = ids[0, 6].item()
-    assert torch.equal(greedy(ours, tokens, 24, eot=eot), expected(theirs(ours), eot))
+    assert torch.equal(greedy(ours, tokens, 24, eot=eot), expected(theirs, eot))
+    other = in_transformers(ours, **NETWORK_MISTAKES["theta"])
+    assert not torch.equal(ids, expected(other))  # control
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Cache and generation
+# -------------------------------------------------------------------------------------------------
+# The loss. It has two ways, which must give the same: at once, or in chunks of rows.
 
-@torch.no_grad()
-def cached_logits(llama, tokens, sizes):
-    cache = KVCache(llama.config)
-    return torch.cat([llama(part, cache=cache)[0] for part in tokens.split(sizes, dim=1)], dim=1)
-
-
-def test_a_mask_or_positions_that_start_again_behind_the_cache(monkeypatch):
-    llama, tokens = build(), batch()
-    logits, attend, several = llama(tokens)[0], F.scaled_dot_product_attention, [8, 8, 8]
-    for sizes in ([24], [1] * 24, [5, 1, 3, 8, 7], several):
-        assert gap(cached_logits(llama, tokens, sizes), logits) < 1e-5
-    with monkeypatch.context() as patch:  # control: the mask of is_causal, which counts queries from 0
-        patch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, attn_mask, is_causal, enable_gqa: attend(
-            q, k, v, is_causal=True, enable_gqa=True))
-        assert gap(cached_logits(llama, tokens, several), logits) > 1e-2
-    for table in (llama.model.rope_cos, llama.model.rope_sin):  # control: positions 0 … 7, 0 … 7, 0 … 7
-        table[:24] = table[:8].repeat(3, 1)
-    assert gap(cached_logits(llama, tokens, several), logits) > 1e-2
+@pytest.fixture(params=["at once", 1, 7, 48, 2048])
+def way(request, monkeypatch):
+    """Compute the loss at once, or in chunks of so many rows. A batch has 48: 7 leaves a rest."""
+    if request.param == "at once":
+        monkeypatch.setattr(model, "MOST_LOGITS", sys.maxsize)
+    else:
+        monkeypatch.setattr(model, "MOST_LOGITS", 0)
+        monkeypatch.setattr(chunked_loss, "CHUNK", request.param)
 
 
-def test_more_tokens_than_the_window_are_read_silently():
-    llama, cache = build(), KVCache(SMALL)
-    assert llama(batch(T=32))[0].shape == (2, 32, 128)
-    with pytest.raises(ValueError, match="33 tokens are more than max_seq_len 32"):
-        llama(batch(T=33))
-    with torch.no_grad(), pytest.raises(ValueError, match="33 tokens"):
-        llama(batch(T=30), cache=cache)
-        llama(batch(T=3), cache=cache)
-
-
-@pytest.mark.parametrize("prompt", [1, 5, 15, 16, 17, 40])
-@torch.no_grad()
-def test_generation_that_breaks_at_the_end_of_the_window(prompt):
-    llama, tokens = build(max_seq_len=16, vocab_size=128), batch(T=prompt)
-    def expected(keep):
-        text, ids = tokens[:, -16:], []
-        for _ in range(40):
-            text = text[:, -keep:] if text.shape[1] > 16 else text
-            ids.append(llama(text)[0][:, -1].argmax(-1))  # everything read again each time
-            text = torch.cat((text, ids[-1][:, None]), dim=1)
-        return torch.stack(ids, dim=1)
-    assert torch.equal(greedy(llama, tokens, 40), expected(keep=8))
-    assert not torch.equal(greedy(llama, tokens, 40), expected(keep=16))  # control: a window that slides
-
-
-def test_a_padded_id_is_drawn():
-    llama, tokens = build(), batch()
-    with torch.no_grad():
-        llama.lm_head.weight[100:] = 50.0 * torch.randn(28, 64)
-        assert (llama(tokens)[0].argmax(-1) >= 100).all()  # control: they would win
-    for temperature in (0, 1.0):
-        assert greedy(llama, tokens, 40, temperature=temperature).max() < 100
-
-
-def test_sampling_that_ignores_its_settings_or_its_seed():
-    llama, tokens = build(), batch()
-    def sampled(seed, **options):
-        return greedy(llama, tokens, 20, temperature=1.0, generator=torch.Generator().manual_seed(seed), **options)
-    likeliest = greedy(llama, tokens, 20)
-    assert torch.equal(sampled(1, top_k=1), likeliest) and torch.equal(sampled(1, top_p=1e-6), likeliest)
-    assert torch.equal(sampled(1), sampled(1)) and not torch.equal(sampled(1), sampled(2))
-    assert not torch.equal(sampled(1), likeliest) and len({sampled(seed)[0, 0].item() for seed in range(20)}) > 5
-
-
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.5}, {"temperature": 2.0}, {"top_k": 3}, {"top_k": 99}, {"top_p": 0.7},
-                                     {"temperature": 1.5, "top_k": 4, "top_p": 0.6}], ids=str)
-def test_ids_drawn_with_other_frequencies(options):
-    logits = torch.tensor([0.3, 2.0, -1.0, 1.5, 0.8, -0.2])  # not sorted, so that ids must find their way back
-    probs, kept = (logits.double() / options.get("temperature", 1.0)).softmax(-1), []
-    for i in sorted(range(6), key=lambda i: -probs[i]):  # by hand: the likeliest, until there are top_k or they reach top_p
-        if len(kept) < options.get("top_k", 6) and sum(probs[kept]) < options.get("top_p", 1.0):
-            kept.append(i)
-    n = 20_000
-    drawn = sample_ids(logits.expand(n, 6), generator=torch.Generator().manual_seed(0), **options).bincount(minlength=6)
-    assert set(drawn.nonzero().flatten().tolist()) == set(kept)
-    def chi_square(probs):
-        expected = n * probs[kept] / probs[kept].sum()
-        return ((drawn[kept] - expected) ** 2 / expected).sum()
-    assert chi_square(probs) < 25  # at most 5 degrees of freedom: 25 or more comes once in 7,000 times
-    assert chi_square((logits / 3).double().softmax(-1)) > 100  # control
-
-
-def test_text_that_goes_on_behind_its_end():
-    llama, tokens = build(), batch(B=3)
-    free = greedy(llama, tokens, 20)
-    eot = free[0, 6].item()
-    lengths = [(row.tolist() + [eot]).index(eot) + 1 for row in free]  # 21: it has no end
-    assert len(set(lengths)) > 1 and (free[0, lengths[0]:] != eot).any()  # control: without an end it goes on
-    for rows in ([0], [0, 1, 2]):  # all rows end; some do
-        ids = greedy(llama, tokens[rows], 20, eot=eot)
-        assert ids.shape[1] == min(20, max(lengths[row] for row in rows))
-        for row, got in zip(rows, ids):
-            n = min(lengths[row], 20)
-            assert torch.equal(got[:n], free[row, :n]) and (got[n:] == eot).all()
-
-
-def test_generation_that_waits_or_builds_a_graph_or_leaves_gradients_off():
-    llama, calls = build(), []
-    llama.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    for n, ids in enumerate(llama.generate(batch(), 5), start=1):
-        assert calls == [False] * n and ids.shape == (2,) and torch.is_grad_enabled()
-    assert greedy(build(max_seq_len=1), batch(T=3), 5).shape == (2, 5)  # the smallest window
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss
-
-def plain_loss(llama, tokens, targets, reduction="mean"):
-    """What the chunked loss is, in one line."""
-    return F.cross_entropy(llama(tokens)[0].flatten(0, 1).float(), targets.flatten(), ignore_index=-100, reduction=reduction)
-
-
-def targets_of(tokens):
-    """Targets of which some, in the first row most, are −100."""
-    targets = batch(*tokens.shape, seed=2)
-    targets[0, 2:], targets[1, ::5] = -100, -100
+def targets_with_gaps():
+    """Targets for batch(), some of them −100: 2 count in the first row, 19 in the second."""
+    targets = batch(seed=2)
+    targets[0, 2:] = -100
+    targets[1, ::5] = -100
     return targets
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 48, 2048])  # 48 rows: 7 leaves a rest
+def loss_by_hand(llama, tokens, targets, reduction="mean"):
+    """−log of the probability of each target in float64, one target at a time."""
+    logp = llama(tokens)[0].double().log_softmax(-1).flatten(0, 1)  # (B · T, V)
+    losses = []
+    for row, target in enumerate(targets.flatten().tolist()):
+        if target != -100:
+            losses.append(-logp[row, target])
+    total = torch.stack(losses).sum()
+    return total / len(losses) if reduction == "mean" else total
+
+
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_a_loss_that_is_not_cross_entropy(chunk, reduction, tied, monkeypatch):
-    monkeypatch.setattr(ChunkedCrossEntropy, "CHUNK", chunk)
-    llama, tokens = build(tie_embeddings=tied), batch()
-    targets = targets_of(tokens)
-    loss, plain = llama(tokens, targets, reduction=reduction)[1], plain_loss(llama, tokens, targets, reduction)
-    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
-    ours, expected = gradients(llama, 3.7 * loss), gradients(llama, 3.7 * plain)  # what follows the loss is in its gradients
-    assert relative_gap(ours, expected) < 1e-5
-    counted = torch.where(targets == -100, 0, targets)  # control: −100 counted as token 0
-    assert relative_gap(ours, gradients(llama, 3.7 * plain_loss(llama, tokens, counted, reduction))) > 0.1
-    assert relative_gap(ours, gradients(llama, plain_loss(llama, tokens, targets, reduction))) > 0.1  # control: no 3.7
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_loss_is_cross_entropy(way, reduction, tied):
+    """Catches: −100 counted as token 0, a chunk lost or counted twice, a gradient that misses the
+    factor by which the loss was multiplied."""
+    llama = build(tie_embeddings=tied)
+    tokens = batch()
+    targets = targets_with_gaps()
+    _, loss = llama(tokens, targets, reduction=reduction)
+    expected = loss_by_hand(llama, tokens, targets, reduction)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    ours = gradients(llama, 3.7 * loss)
+    assert relative_gap(ours, gradients(llama, 3.7 * expected)) < 1e-5
+
+    unscaled = loss_by_hand(llama, tokens, targets, reduction)
+    assert relative_gap(ours, gradients(llama, unscaled)) > 0.1  # control: without the 3.7
+    as_token_0 = targets.masked_fill(targets == -100, 0)
+    counted = loss_by_hand(llama, tokens, as_token_0, reduction)
+    assert relative_gap(ours, gradients(llama, 3.7 * counted)) > 0.1  # control: −100 counted
 
 
-def test_a_mean_of_means():
-    llama, tokens = build(), batch()
-    targets = targets_of(tokens)  # 2 targets in one row, 19 in the other
-    rows = [llama(tokens[i:i + 1], targets[i:i + 1])[1].item() for i in range(2)]
+def test_mean_loss_weighs_every_target_alike(way):
+    """Catches: a mean of the rows' means, in which targets of short rows weigh more."""
+    llama = build()
+    tokens = batch()
+    targets = targets_with_gaps()
+    short = llama(tokens[:1], targets[:1])[1].item()  # of 2 targets
+    long = llama(tokens[1:], targets[1:])[1].item()   # of 19
     mean = llama(tokens, targets)[1].item()
-    assert mean == pytest.approx((2 * rows[0] + 19 * rows[1]) / 21, rel=1e-5)
-    assert mean != pytest.approx(sum(rows) / 2, rel=1e-2)  # control
+    assert mean == pytest.approx((2 * short + 19 * long) / 21, rel=1e-5)
+    assert mean != pytest.approx((short + long) / 2, rel=1e-2)  # control
+
+
+def test_loss_is_computed_in_fp32(way):
+    """Catches: a softmax, or a sum of losses, in bf16: it has 3 digits."""
+    llama = build().bfloat16()
+    tokens = batch()
+    targets = targets_with_gaps()
+    expected = loss_by_hand(llama, tokens, targets).item()
+    assert llama(tokens, targets)[1].item() == pytest.approx(expected, rel=1e-5)
+    logits = llama(tokens)[0].bfloat16().flatten(0, 1)
+    control = F.cross_entropy(logits, targets.flatten()).item()
+    assert control != pytest.approx(expected, rel=1e-4)
 
 
 @pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_no_target_gives_nan(reduction):
-    llama, tokens = build(), batch()
-    loss = llama(tokens, torch.full_like(tokens, -100), reduction=reduction)[1]
-    assert loss.item() == 0 and all((grad == 0).all() for grad in gradients(llama, loss).values())
-    assert plain_loss(llama, tokens, torch.full_like(tokens, -100)).isnan()  # control: what torch's mean gives
+def test_loss_without_targets_is_0(way, reduction):
+    """Catches: 0 / 0 = NaN in a batch whose targets are all −100."""
+    llama = build()
+    tokens = batch()
+    nothing = torch.full_like(tokens, -100)
+    _, loss = llama(tokens, nothing, reduction=reduction)
+    assert loss.item() == 0
+    for grad in gradients(llama, loss).values():
+        assert (grad == 0).all()
+    logits, _ = llama(tokens)
+    assert F.cross_entropy(logits.flatten(0, 1), nothing.flatten()).isnan()  # control
+
+
+def test_only_many_logits_are_chunked(monkeypatch):
+    """Catches: a threshold that no batch reaches, or that counts tokens instead of logits."""
+    calls = []
+
+    def spy(hidden, weight, targets, ignore):
+        calls.append(len(hidden))
+        return chunked_loss.chunked_cross_entropy(hidden, weight, targets, ignore)
+
+    monkeypatch.setattr(model, "chunked_cross_entropy", spy)
+    llama = build()
+    tokens = batch()
+    logits = 2 * 24 * 128
+    monkeypatch.setattr(model, "MOST_LOGITS", logits)
+    _, at_once = llama(tokens, tokens)
+    assert calls == []
+    monkeypatch.setattr(model, "MOST_LOGITS", logits - 1)
+    _, chunked = llama(tokens, tokens)
+    assert calls == [48]
+    assert chunked.item() == pytest.approx(at_once.item(), rel=1e-6)
+
+
+def test_loss_scale_reaches_fp16_gradients(way):
+    """Catches: gradients that are made before the loss scale of fp16 multiplies them."""
+    llama = build()
+    tokens = batch()
+    targets = targets_with_gaps()
+    small = 2.0 ** -24  # a loss so small that its gradients vanish in fp16
+
+    def half_precision_gradients(scale):
+        with torch.autocast("cpu", torch.float16):
+            _, loss = llama(tokens, targets)
+        scaled = gradients(llama, loss * small * scale)
+        return {name: grad / scale for name, grad in scaled.items()}
+
+    exact = gradients(llama, loss_by_hand(llama, tokens, targets) * small)
+    assert relative_gap(half_precision_gradients(2.0 ** 24), exact) < 0.02
+    assert relative_gap(half_precision_gradients(1.0), exact) > 0.5  # control: without the scale
 
 
 class Recorder(TorchDispatchMode):
-    """Counts operations and keeps the size of the largest tensor that any of them gave."""
+    """Counts the operations, and keeps the size of the largest tensor that any of them returned."""
 
     def __init__(self):
         super().__init__()
-        self.calls, self.largest = Counter(), 0
+        self.calls = Counter()
+        self.largest = 0
 
     def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
         result = operation(*args, **(kwargs or {}))
         self.calls[operation.overloadpacket.__name__] += 1
-        self.largest = max([self.largest] + [t.numel() for t in tree_leaves(result) if isinstance(t, torch.Tensor)])
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.largest = max(self.largest, leaf.numel())
         return result
 
 
-def test_all_logits_are_held_or_made_twice_or_gradients_made_without_need(monkeypatch):
-    assert ChunkedCrossEntropy.CHUNK * PRESETS["1.7b"].padded_vocab_size * 4 < 0.5e9  # bytes of fp32 logits
-    monkeypatch.setattr(ChunkedCrossEntropy, "CHUNK", 10)
-    hidden, weight, targets = torch.randn(48, 16, requires_grad=True), torch.randn(500, 16, requires_grad=True), batch(1, 48)[0]
-    with Recorder() as forward:
-        loss = ChunkedCrossEntropy.apply(hidden, weight, targets, True)
-    with Recorder() as backward:
+@pytest.fixture
+def rows(monkeypatch):
+    """hidden (48, 8), weight (500, 8) and targets (48,) of a loss in 5 chunks of 10 rows.
+
+    The 5,000 logits of a chunk are then more than the 4,000 numbers of the weight's gradient."""
+    monkeypatch.setattr(chunked_loss, "CHUNK", 10)
+    hidden = torch.randn(48, 8, requires_grad=True)
+    weight = torch.randn(500, 8, requires_grad=True)
+    return hidden, weight, batch(1, 48)[0]
+
+
+def test_chunked_loss_never_holds_all_logits(rows):
+    """Catches: logits of all rows, or their gradient, which fill the memory of a GPU."""
+    hidden, weight, targets = rows
+    with Recorder() as recorder:
+        loss = chunked_loss.chunked_cross_entropy(hidden, weight, targets)
         loss.backward()
-    adapted, fixed, wanted = hidden.detach().requires_grad_(), weight.detach(), hidden.grad.clone()
-    with Recorder() as frozen:  # as beside adapters: no gradient of the weight, the same one of what comes before it
-        ChunkedCrossEntropy.apply(adapted, fixed, targets, True).backward()
     with Recorder() as control:
         F.cross_entropy(hidden @ weight.T, targets).backward()
-    assert forward.calls["mm"] == 3 * 5 and backward.calls["mm"] == 0  # five chunks: logits and two gradients, each once
-    assert frozen.calls["mm"] == 2 * 5 and frozen.calls["zeros_like"] == 0 < forward.calls["zeros_like"] and torch.equal(adapted.grad, wanted)
-    assert forward.largest == backward.largest == 500 * 16 < 500 * 48 == control.largest  # the gradient of weight
-    llama, tokens = build(), batch()
-    with torch.no_grad(), Recorder() as without:
-        value = llama(tokens, tokens)[1]
-    with Recorder() as control:
-        assert llama(tokens, tokens)[1] == value and not value.requires_grad
-    assert control.calls["mm"] - without.calls["mm"] == 2 * 5
-    assert control.calls["scatter_add_"] == 5 and without.calls["scatter_add_"] == without.calls["zeros_like"] == 0
+    assert recorder.largest == 500 * 10
+    assert control.largest == 500 * 48
 
 
-def test_a_loss_scale_that_fp16_needs_is_lost():
-    llama, tokens = build(), batch()
-    targets, small = targets_of(tokens), 2.0 ** -24  # a loss so small that its gradients vanish in fp16
-    def half(scale, loss=lambda *args: llama(*args)[1]):
-        with torch.autocast("cpu", torch.float16):
-            value = loss(tokens, targets) * small
-        return {name: grad / scale for name, grad in gradients(llama, value * scale).items()}
-    exact = gradients(llama, plain_loss(llama, tokens, targets) * small)
-    assert relative_gap(half(2.0 ** 24), exact) < 0.02
-    assert relative_gap(half(2.0 ** 24), half(2.0 ** 24, lambda *args: plain_loss(llama, *args))) < 0.02
-    assert relative_gap(half(1.0), exact) > 0.5  # control: unscaled
+def test_chunks_fit_the_papers_model():
+    """Catches: a chunk, or a number of logits computed at once, that is too large for a GPU."""
+    vocabulary = PRESETS["1.7b"].padded_vocab_size
+    assert chunked_loss.CHUNK * vocabulary * 4 < 0.5e9  # bytes in fp32
+    assert model.MOST_LOGITS * 4 < 0.5e9
+    micro_batch = 32 * 1024
+    assert micro_batch * vocabulary * 4 > 6e9  # control: all logits at once
 
+
+def test_chunked_loss_computes_logits_once(rows):
+    """Catches: logits computed again in the backward, a quarter of the head's time."""
+    hidden, weight, targets = rows
+    with Recorder() as forward:
+        loss = chunked_loss.chunked_cross_entropy(hidden, weight, targets)
+    with Recorder() as backward:
+        loss.backward()
+    assert forward.calls["mm"] == 5 * 3  # logits and two gradients
+    assert backward.calls["mm"] == 0
+
+
+def test_frozen_head_gets_no_gradient(rows):
+    """Catches: the largest gradient of all computed beside LoRA's adapters, which do not use it."""
+    hidden, weight, targets = rows
+    chunked_loss.chunked_cross_entropy(hidden, weight, targets).backward()
+    expected = hidden.grad
+    hidden.grad = None
+    with Recorder() as recorder:
+        loss = chunked_loss.chunked_cross_entropy(hidden, weight.detach(), targets)
+        loss.backward()
+    assert recorder.calls["mm"] == 5 * 2  # logits and the gradient of hidden
+    assert torch.equal(hidden.grad, expected)
+
+
+def test_chunked_loss_makes_no_gradients_under_no_grad(rows):
+    """Catches: an evaluation that computes gradients: three times the work."""
+    expected = chunked_loss.chunked_cross_entropy(*rows)
+    with torch.no_grad(), Recorder() as recorder:
+        loss = chunked_loss.chunked_cross_entropy(*rows)
+    assert recorder.calls["mm"] == 5  # the logits
+    assert torch.equal(loss, expected)
+    assert not loss.requires_grad
+    assert expected.requires_grad  # control
+
+
+# -------------------------------------------------------------------------------------------------
+# Cache and generation
+
+@torch.no_grad()
+def cached_logits(llama, tokens, sizes):
+    """The logits (B, T, V) of tokens that are read in parts of these sizes, behind a cache."""
+    cache = KVCache(llama.config)
+    parts = [llama(part, cache=cache)[0] for part in tokens.split(sizes, dim=1)]
+    assert cache.length == tokens.shape[1]
+    return torch.cat(parts, dim=1)
+
+
+SPLITS = {"empty cache": [24], "one by one": [1] * 24, "mixed": [5, 1, 3, 8, 7]}
+
+
+@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
+def test_cached_logits_equal_uncached(sizes):
+    """Catches: keys lost or overwritten, an empty cache that is treated as none."""
+    llama = build()
+    tokens = batch()
+    logits, _ = llama(tokens)
+    assert gap(cached_logits(llama, tokens, sizes), logits) < 1e-5
+    other = tokens.clone()
+    other[:, 0] = 0
+    assert gap(cached_logits(llama, other, sizes), logits) > 1e-2  # control: another past
+
+
+def test_positions_continue_behind_the_cache(monkeypatch):
+    """Catches: a mask or rotary positions that start at 0 again behind the cache."""
+    llama = build()
+    tokens = batch()
+    logits, _ = llama(tokens)
+    sizes = [8, 8, 8]
+    assert gap(cached_logits(llama, tokens, sizes), logits) < 1e-5
+
+    def starts_at_0(q, k, v):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(model, "fused_attention", starts_at_0)  # control: the mask, in whichever
+        patch.setattr(model, "attention", starts_at_0)        # of the two the network uses
+        assert gap(cached_logits(llama, tokens, sizes), logits) > 1e-2
+    for table in (llama.model.rope_cos, llama.model.rope_sin):
+        table[:24] = table[:8].repeat(3, 1)  # control: positions 0 … 7 three times
+    assert gap(cached_logits(llama, tokens, sizes), logits) > 1e-2
+
+
+def test_too_many_tokens_are_refused():
+    """Catches: tokens beyond the window, read at positions that were never trained."""
+    llama = build()
+    assert llama(batch(T=32))[0].shape == (2, 32, 128)  # control
+    with pytest.raises(ValueError, match="33 tokens are more than max_seq_len 32"):
+        llama(batch(T=33))
+    cache = KVCache(SMALL)
+    with torch.no_grad():
+        llama(batch(T=30), cache=cache)
+        with pytest.raises(ValueError, match="33 tokens are more than max_seq_len 32"):
+            llama(batch(T=3), cache=cache)
+
+
+@pytest.mark.parametrize("prompt", [1, 5, 15, 16, 17, 40])
+@torch.no_grad()
+def test_generation_continues_past_the_window(prompt):
+    """Catches: a cache that is not read again when the window is full, or one token too late."""
+    llama = build(max_seq_len=16, vocab_size=128)
+    tokens = batch(T=prompt)
+
+    def expected(keep):
+        """40 ids without any cache; a full window is cut down to the last `keep` tokens."""
+        text = tokens[:, -16:]
+        ids = []
+        for _ in range(40):
+            if text.shape[1] > 16:
+                text = text[:, -keep:]
+            logits, _ = llama(text)
+            ids.append(logits[:, -1].argmax(-1))
+            text = torch.cat((text, ids[-1][:, None]), dim=1)
+        return torch.stack(ids, dim=1)
+
+    ids = greedy(llama, tokens, 40)
+    assert torch.equal(ids, expected(keep=8))
+    assert not torch.equal(ids, expected(keep=16))  # control: a window that moves by one
+
+
+def test_smallest_window_generates():
+    """Catches: half of a window of 1 token, which would keep nothing, or everything."""
+    assert greedy(build(max_seq_len=1), batch(T=3), 5).shape == (2, 5)
+
+
+@pytest.mark.parametrize("temperature", [0, 1.0])
+def test_padded_ids_are_never_drawn(temperature):
+    """Catches: an id that the tokenizer does not have."""
+    llama = build()
+    tokens = batch()
+    with torch.no_grad():
+        llama.lm_head.weight[100:] = 50.0 * torch.randn(28, 64)
+        assert (llama(tokens)[0].argmax(-1) >= 100).all()  # control: they would win
+    assert greedy(llama, tokens, 40, temperature=temperature).max() < 100
+
+
+def test_seed_and_settings_decide_the_text():
+    """Catches: generate() that does not pass its settings or its generator on."""
+    llama = build()
+    tokens = batch()
+
+    def sampled(seed, **options):
+        generator = torch.Generator().manual_seed(seed)
+        return greedy(llama, tokens, 20, temperature=1.0, generator=generator, **options)
+
+    likeliest = greedy(llama, tokens, 20)
+    assert torch.equal(sampled(1, top_k=1), likeliest)
+    assert torch.equal(sampled(1, top_p=1e-6), likeliest)
+    assert torch.equal(sampled(1), sampled(1))
+    assert not torch.equal(sampled(1), sampled(2))   # control
+    assert not torch.equal(sampled(1), likeliest)    # control
+    first_ids = {sampled(seed)[0, 0].item() for seed in range(20)}
+    assert len(first_ids) > 5
+
+
+def ids_to_draw(probs, top_k=6, top_p=1.0):
+    """The likeliest ids, one by one, until there are top_k of them or they reach top_p."""
+    ids = []
+    for i in probs.argsort(descending=True).tolist():
+        if len(ids) < top_k and sum(probs[ids]) < top_p:
+            ids.append(i)
+    return ids
+
+
+@pytest.mark.parametrize("temperature, cuts", [
+    (1.0, {}),
+    (0.5, {}),
+    (2.0, {}),
+    (1.0, {"top_k": 3}),
+    (1.0, {"top_k": 99}),
+    (1.0, {"top_p": 0.7}),
+    (1.5, {"top_k": 4, "top_p": 0.6}),
+])
+def test_ids_are_drawn_with_their_probability(temperature, cuts):
+    """Catches: temperature after the cut, top_k or top_p off by one, ids of the sorted order."""
+    logits = torch.tensor([0.3, 2.0, -1.0, 1.5, 0.8, -0.2])  # not sorted
+    n = 20_000
+    generator = torch.Generator().manual_seed(0)
+    ids = sample_ids(logits.expand(n, 6), temperature=temperature, generator=generator, **cuts)
+    drawn = ids.bincount(minlength=6)
+
+    probs = (logits.double() / temperature).softmax(-1)
+    kept = ids_to_draw(probs, **cuts)
+    assert set(ids.tolist()) == set(kept)
+
+    def chi_square(probs):
+        expected = n * probs[kept] / probs[kept].sum()
+        return ((drawn[kept] - expected) ** 2 / expected).sum()
+
+    assert chi_square(probs) < 25  # with 5 degrees of freedom, more comes once in 7,000 times
+    other = (logits.double() / 3).softmax(-1)
+    assert chi_square(other) > 100  # control: another temperature
+
+
+def test_top_p_stops_where_it_is_reached():
+    """Catches: one id too many where the probabilities add up to exactly top_p."""
+    logits = torch.zeros(1000, 4)  # four ids of probability 1/4
+    assert len(sample_ids(logits, top_p=0.5).unique()) == 2
+    assert len(sample_ids(logits, top_p=0.51).unique()) == 3  # control
+
+
+@pytest.mark.parametrize("rows", [[0], [0, 1, 2]], ids=["all end", "some end"])
+def test_rows_end_at_eot(rows):
+    """Catches: text after the end, a row that ends with another row, a generation without end."""
+    llama = build()
+    tokens = batch(B=3)[rows]
+    free = greedy(llama, tokens, 20)
+    eot = free[0, 6].item()
+    lengths = []
+    for row in free.tolist():
+        row.append(eot)
+        lengths.append(min(row.index(eot) + 1, 20))  # 20: the text of this row does not end
+    assert (free[0, lengths[0]:] != eot).any()  # control: without an end the text goes on
+    ids = greedy(llama, tokens, 20, eot=eot)
+    assert ids.shape[1] == max(lengths)
+    for row, length in enumerate(lengths):
+        assert torch.equal(ids[row, :length], free[row, :length])
+        assert (ids[row, length:] == eot).all()
+
+
+def test_generation_streams_without_a_graph():
+    """Catches: ids that arrive only at the end, a graph kept in memory, grad mode left off."""
+    llama = build()
+    calls = []
+    llama.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
+    for n, ids in enumerate(llama.generate(batch(), 5), start=1):
+        assert ids.shape == (2,)
+        assert calls == [False] * n
+        assert torch.is_grad_enabled()
+    assert n == 5
+
+
+def test_logits_are_fp32_in_bf16():
+    """Catches: logits in bf16, whose 3 digits are too few for sampling."""
+    llama = build().bfloat16()
+    logits, loss = llama(batch())
+    assert logits.dtype == torch.float32
+    assert loss is None
+    assert llama.lm_head(torch.ones(64).bfloat16()).dtype == torch.bfloat16  # control
+
+
+# -------------------------------------------------------------------------------------------------
+# Arithmetic about the network
+
+def test_flops_are_those_that_torch_counts():
+    """Catches: FLOPs of the embedding or the norms, a factor of 3, an attention left out."""
+    assert model.flops_per_token(PRESETS["1.7b"], 1024) == 10_583_801_856
+    llama = build()
+    tokens = batch(T=32)
+    # Plain matrix products: of a fused kernel, torch counts also what its backward computes again.
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        llama(tokens, tokens)[1].backward()
+    counts = {str(operation): flops // tokens.numel()
+              for operation, flops in counter.get_flop_counts()["Global"].items()}
+    assert counts["aten.bmm"] == 12 * SMALL.n_layers * SMALL.dim * 32  # attention
+    assert counts["aten.mm"] == model.flops_per_token(SMALL, 0)
+    assert counts["aten.mm"] + counts["aten.bmm"] == model.flops_per_token(SMALL, 32)
+    every_parameter = sum(parameter.numel() for parameter in llama.parameters())
+    assert counts["aten.mm"] != 6 * every_parameter  # control
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_parameter_counts_add_up(tied):
+    """Catches: a part counted twice, or one that the table leaves out."""
+    counts = model.parameter_counts(build(tie_embeddings=tied))
+    expected = {
+        "embed_tokens": 128 * 64,
+        "norms": (2 * 2 + 1) * 64,
+        "self_attn": 2 * (2 * 64 * 64 + 2 * 64 * 32),
+        "mlp": 2 * 3 * 64 * 96,
+    }
+    if not tied:
+        expected["lm_head"] = 128 * 64
+    assert counts == expected
+
+
+class InBlock(Llama):
+    def __init__(self, config):
+        super().__init__(config)
+        for block in self.model.layers:
+            block.gain = nn.Parameter(torch.zeros(7))
+
+
+class InDecoder(Llama):
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.gain = nn.Embedding(7, 4)
+
+
+@pytest.mark.parametrize("changed", [InBlock, InDecoder])
+def test_table_counts_new_parameters(changed, monkeypatch, capsys):
+    """Catches: `python model.py` that fails, or forgets, what a reader adds to the network."""
+    model.main([])
+    assert "gain" not in capsys.readouterr().out  # control
+    monkeypatch.setattr(model, "Llama", changed)
+    model.main([])
+    table = capsys.readouterr().out.split()
+    assert table[table.index("gain") + 1] == "28"  # 4 layers of 7, or 7 rows of 4
+    assert table[table.index("total") + 1] == "1,836,188"
+
+
+@torch.no_grad()
+def test_cache_holds_only_key_value_heads():
+    """Catches: a cache of all query heads, which loses what grouped queries save."""
+    cache = KVCache(SMALL)
+    llama = build().bfloat16()
+    llama(batch(B=3, T=5), cache=cache)
+    assert cache.keys.shape == (2, 3, SMALL.n_kv_heads, 32, 16)
+    assert cache.values.shape == cache.keys.shape
+    per_token = model.kv_bytes_per_token(SMALL)
+    assert cache.keys.nbytes + cache.values.nbytes == 3 * 32 * per_token
+    assert model.kv_bytes_per_token(PRESETS["1.7b"]) == 2 * 36 * 8 * 64 * 2
+    every_head = replace(SMALL, n_kv_heads=4)
+    assert model.kv_bytes_per_token(every_head) == 2 * per_token  # control
+
+
+def bytes_kept_by_forward(llama, sequences, dtype):
+    """Bytes that a real forward of all blocks keeps for the backward: each storage once, without
+    weights and tables, which are there anyway."""
+    decoder = llama.model
+    kept = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        kept[storage.data_ptr()] = storage
+        return tensor
+
+    tokens = batch(sequences, llama.config.max_seq_len)
+    x = decoder.embed_tokens(tokens)
+    with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with saved_tensors_hooks(keep, lambda tensor: tensor):
+            for block in decoder.layers:
+                x = block(x, decoder.rope_cos, decoder.rope_sin)
+    for tensor in [*llama.parameters(), *llama.buffers()]:
+        kept.pop(tensor.untyped_storage().data_ptr(), None)
+    return sum(storage.nbytes() for storage in kept.values())
+
+
+@pytest.mark.parametrize("sequences", [1, 4])
+def test_memory_of_a_block_is_that_of_a_forward(sequences):
+    """Catches: memory that is computed for other kernels, another dtype, or without the inputs."""
+    llama = build(n_layers=3)
+    computed = 3 * bytes_kept_by_a_block(llama, tokens=sequences * 32)
+    real = bytes_kept_by_forward(llama, sequences, torch.bfloat16)
+    assert computed == pytest.approx(real, rel=0.02)
+    in_fp32 = bytes_kept_by_forward(llama, sequences, torch.float32)
+    assert computed != pytest.approx(in_fp32, rel=0.05)  # control
+
+
+def test_table_shows_the_memory_of_a_forward(capsys):
+    """Catches: a table that multiplies by the wrong number of layers, sequences or bytes."""
+    model.main(["tiny", "--micro_batch", "8"])
+    lines = capsys.readouterr().out.splitlines()
+    words = next(line.split() for line in lines if "activations" in line)
+    numbers = [float(word) for word in words if word[0].isdigit()]
+    tiny = PRESETS["tiny"]
+    plain = bytes_kept_by_forward(Llama(tiny), 8, torch.bfloat16)
+    one_block = bytes_kept_by_forward(Llama(replace(tiny, n_layers=1)), 8, torch.bfloat16)
+    inputs = 4 * 8 * 256 * 128 * 4  # 4 layers, tokens, dim, bytes
+    assert numbers == pytest.approx([plain / 1e9, (inputs + one_block) / 1e9], abs=0.0006)
+    assert abs(plain - one_block) / 1e9 > 0.006  # control
+
+
+# -------------------------------------------------------------------------------------------------
+# The compiler
 
 @pytest.mark.slow
-def test_compiled_blocks_with_other_names_or_another_loss():
-    llama, tokens = build(n_layers=1), batch()
-    names, before = list(llama.state_dict()), llama(tokens, tokens)[1]
-    expected = gradients(llama, before)
+def test_compiled_blocks_change_nothing():
+    """Catches: names with _orig_mod. in a checkpoint, weights compiled as constants."""
+    llama = build(n_layers=1)
+    tokens = batch()
+    names = list(llama.state_dict())
+    _, loss = llama(tokens, tokens)
+    expected = gradients(llama, loss)
     for block in llama.model.layers:
         block.compile()
-    after = llama(tokens, tokens)[1]
-    assert list(llama.state_dict()) == names != list(torch.compile(llama).state_dict())  # control: _orig_mod. before each
-    assert after.item() == pytest.approx(before.item(), rel=1e-5)
-    assert relative_gap(gradients(llama, after), expected) < 1e-4
-    llama.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)  # control: the compiled block reads the weights of now
-    assert llama(tokens, tokens)[1].item() != pytest.approx(before.item(), rel=1e-5)
+    _, compiled = llama(tokens, tokens)
+    assert compiled.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert relative_gap(gradients(llama, compiled), expected) < 1e-4
+    assert list(llama.state_dict()) == names
+    assert list(torch.compile(llama).state_dict()) != names  # control: the whole model compiled
+    llama.model.layers[0].mlp.up_proj.weight.data.mul_(1.5)
+    _, changed = llama(tokens, tokens)
+    assert changed.item() != pytest.approx(loss.item(), rel=1e-5)  # control: another weight
+
+
+if __name__ == "__main__":
+    sys.exit(pytest.main([__file__, *sys.argv[1:]]))

@@ -1,337 +1,517 @@
-"""train.py — pretrain a LLaMA: the whole loop, read from top to bottom.
+"""train.py — pretrain a LLaMA. The loop is written out: no trainer, no callbacks.
 
-    python train.py                                         # tiny, on the manuals of your own Python; a few minutes
-    python train.py --resume                                # go on after Ctrl-C, as if nothing had happened
+Read it from top to bottom: the learning rate, the optimizer, the run. What follows the run can
+wait: how the data and the model are opened, the settings, the texts on the screen.
+
+    python train.py                                         # tiny, on the manuals of your Python
+    python train.py --resume                                # after Ctrl-C: as if it had not stopped
     python train.py --preset 1.7b --data data/fineweb-edu   # the paper's run (arXiv 2412.13335)
-    torchrun --standalone --nproc_per_node=8 -- train.py --preset 1.7b    # after --: torchrun takes --run for its own
+    torchrun --standalone --nproc_per_node=8 -- train.py --preset 1.7b    # -- is needed
 
-Exit codes: 0 done, 2 bad usage or data, 3 the loss is no number, 4 checkpoint or log not written, 75 stopped: use --resume.
+Exit codes: 0 done, 2 bad usage, config or data, 3 the loss became NaN or infinite, 4 a checkpoint
+or the log could not be written, 75 stopped and saved: run again with --resume.
 """
-import contextlib
+import argparse
 import math
 import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import torch
-import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from data import DataFolder, Windows
-from devices import (check_room, choose_dtype, end_processes, environment, from_rank_0, listen_for_stops, memory_advice, peak_flops,
-                     start_processes)
-from errors import UserError, script
 from evaluate import Observer
-from log import Log
 from model import PRESETS, Llama, ModelConfig, flops_per_token, kv_bytes_per_token
-from runs import claim, clear
-from settings import check, continued, flags_of
+from support import flags
+from support.devices import (StopSignals, any_process, choose_dtype, end_processes, environment,
+                             from_rank_0, peak_rate, start_processes, sum_over_processes,
+                             wait_for_rank_0)
+from support.durable import write_json
+from support.runs import Log, UserError, claim, due, is_finished, script, start_over
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Settings: what every run starts from, what a preset changes, and what the command line says, in this order.
+EMBEDDED = "data/pydocs"  # text that every computer with Python has; prepared when it is missing
 
-EMBEDDED = "data/pydocs"  # the text on every Python's disk; prepared on the spot when it is missing
-SETTINGS = {  # name: (default, type or choices, meaning)
-    "data": ("data/fineweb-edu", str, "folder from prepare_data.py, or shards of nanoGPT, build-nanogpt, llm.c"),
-    "run": (None, str, "folder for the log and the checkpoints (default runs/PRESET)"),
-    "init_from": (None, str, "run folder whose weights to start from"),
-    "seed": (1337, int, "of the initial weights and of the data order"),
-    "device": (None, str, "cpu, cuda, cuda:1 … (default: cuda if there is one)"),
-    "dtype": ("auto", ("auto", "fp32", "bf16", "fp16"), "of matrix products; weights stay fp32"),
-    "compile": (None, bool, "torch.compile each block (default: on CUDA)"),
-    "deterministic": (False, bool, "bitwise repeatable on CUDA too; slower"),
-    "threads": (None, int, "CPU threads"),
-    "max_steps": (None, int, "length of the run, and of the learning-rate schedule"),
-    "max_minutes": (None, float, "time 20 steps, then set max_steps to what fits"),
-    "batch_tokens": (524_288, int, "tokens per step, over all processes"),
-    "micro_batch": (8, int, "sequences per forward of one process: memory and speed, nothing else"),
-    "seq_len": (1024, int, "tokens per sequence"),
-    "lr": (6e-4, float, "peak learning rate"),
-    "min_lr": (None, float, "final learning rate (default: lr / 10)"),
-    "warmup_steps": (715, int, "linear rise to the peak"),
-    "schedule": ("cosine", ("cosine", "linear", "wsd"), "decay after the warm-up"),
-    "weight_decay": (0.1, float, "of matrices; vectors are not decayed"),
-    "beta1": (0.9, float, "AdamW's memory of the gradient"),
-    "beta2": (0.95, float, "AdamW's memory of its square"),
-    "grad_clip": (1.0, float, "longest gradient norm; 0: no clipping"),
-    "eval_every": (250, int, "steps between evaluations; also at 0, 1, 2, 4, 8 … and the end; 0: only those"),
-    "eval_tokens": (10_485_760, int, "validation tokens scored each time"),
-    "sample_every": (1000, int, "steps between samples; also at 0, 4, 16, 64 … and the end; 0: only those"),
-    "sample_prompt": ("The", str, "what the samples continue"),
-    "benchmark": (None, str, "questions to score at evaluations, HellaSwag's format (default: the data's cloze.jsonl, if any)"),
-    "benchmark_items": (None, int, "score only so many of the questions, the first (default: all)"),
-    "save_every": (500, int, "steps between full checkpoints; also at 0, a stop and the end; 0: only those"),
-    "keep_last": (2, int, "full checkpoints kept"),
-    "keep_every": (5000, int, "steps between weights kept for good, beside 0, 1, 2, 4, 8 …; 0: only those"),
-    "shuffle": (True, bool, "windows in a new random order each epoch; else in file order"),
+# What a preset changes. A flag on the command line wins over it; the other defaults are below.
+BY_PRESET = {
+    "tiny": dict(data=EMBEDDED, max_steps=2500, batch_tokens=1024, seq_len=128, lr=3e-3,
+                 warmup_steps=100, eval_every=1000, eval_tokens=24_576, benchmark_items=320,
+                 sample_every=0, sample_prompt="The function returns", keep_every=0),
+    "124m": dict(max_steps=19_073),
+    "978m": dict(max_steps=38_147),
+    "1.7b": dict(max_steps=38_147),  # the paper: 20B tokens, and all defaults below
 }
-BY_PRESET = {  # 978m and 1.7b: the paper's batch, rate, warm-up and 20B tokens
-    "tiny": dict(data=EMBEDDED, max_minutes=4.0, batch_tokens=1024, seq_len=128, lr=3e-3, warmup_steps=100, eval_every=1000,
-                 eval_tokens=24_576, benchmark_items=320, sample_prompt="The function returns", sample_every=0, save_every=500, keep_every=0),
-    "124m": dict(max_steps=19_073), "978m": dict(max_steps=38_147), "1.7b": dict(max_steps=38_147)}
-# What makes a run this run and not another: a resume may not change these. All else is speed, paths and intervals.
-EXPERIMENT = ("preset", "init_from", "seed", "batch_tokens", "seq_len", "lr", "min_lr", "warmup_steps", "schedule",
-              "weight_decay", "beta1", "beta2", "grad_clip", "shuffle")
 
 
-def parse(argv):
-    """The flags that were given, and only those: {name: value}."""
-    parser = flags_of(SETTINGS, __doc__.split("\n")[0], BY_PRESET)
-    parser.add_argument("--preset", choices=PRESETS, help="size of the model, and its settings (default tiny)")
-    return vars(parser.parse_args(argv))
-
-
-def resolve(given, saved=None):
-    """All settings of a run, one dict: defaults, preset, flags; on resume the `saved` ones and harmless flags.
-    Raises UserError for values that make no sense, and for flags that would make of the run another experiment."""
-    flags = check(given)
-    if {"max_steps", "max_minutes"} <= flags.keys():
-        raise UserError("--max_steps and --max_minutes both say when to end — give one")
-    if saved:
-        if saved.get("max_steps") is not None:
-            flags.pop("max_minutes", None)  # the horizon was fixed; only --max_steps moves it
-        return continued(saved, flags, EXPERIMENT)
-    preset = flags.get("preset", "tiny")
-    settings = {"preset": preset, **{name: row[0] for name, row in SETTINGS.items()}, **BY_PRESET[preset], **flags}
-    if "max_steps" in flags or "max_minutes" in flags:  # the one that was given replaces the preset's
-        settings["max_minutes" if "max_steps" in flags else "max_steps"] = None
-    return settings | ({"min_lr": settings["lr"] / 10} if settings["min_lr"] is None else {})
-
+# -------------------------------------------------------------------------------------------------
+# The learning rate and the optimizer
 
 def lr_at(step, settings):
-    """Learning rate of the update that makes `step` + 1: linear warm-up, then cosine (Loshchilov & Hutter 2017, arXiv
-    1608.03983, eq. 5), linear, or constant with a linear end over the last 20 % (wsd: Hu et al. 2024, arXiv 2404.06395,
-    §4). A pure function: no resume can stretch it. While --max_minutes is still timing there is no end: the peak."""
-    lr, min_lr, warmup, end = (settings[name] for name in ("lr", "min_lr", "warmup_steps", "max_steps"))
-    if step < warmup or end is None:
-        return lr * min(1.0, (step + 1) / max(1, warmup))
-    done = min(1.0, (step - warmup) / max(1, end - warmup))  # share of the way from the warm-up to the end
-    left = {"cosine": 0.5 * (1 + math.cos(math.pi * done)), "linear": 1 - done, "wsd": min(1.0, (end - step) / (0.2 * end))}
-    return min_lr + (lr - min_lr) * max(0.0, left[settings["schedule"]])
+    """Learning rate of the update from `step` to `step` + 1: a linear warm-up, then a decay to
+    min_lr.
+
+    cosine: Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5. wsd: constant, then linear over the
+    last 20 % (Hu et al. 2024, arXiv 2404.06395, §4). A pure function of its arguments, so a resume
+    does not change it. But another --max_steps does: to continue a finished cosine of 3,000 steps
+    with --max_steps 6000 raises the rate from the final 3.0e-4 back to 1.7e-3."""
+    warmup = settings.warmup_steps
+    end = settings.max_steps
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
+    progress = min(1.0, (step - warmup) / max(1, end - warmup))  # from 0 after the warm-up to 1
+    if settings.schedule == "cosine":
+        height = 0.5 * (1 + math.cos(math.pi * progress))        # from 1 to 0
+    elif settings.schedule == "linear":
+        height = 1 - progress
+    else:  # wsd; a long warm-up leaves less than 20 % for the decay
+        decay_steps = max(1, min(0.2 * end, end - warmup))
+        height = min(1.0, (end - step) / decay_steps)
+    return settings.min_lr + (settings.lr - settings.min_lr) * height
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What the loop is made of
-
-def open_data(settings, state, is_main):
-    """(DataFolder, fingerprint). Prepares the embedded text if it is absent. Raises UserError if a run's data has changed."""
-    if is_main and settings["data"] == EMBEDDED and not Path(EMBEDDED).exists():
-        from prepare_data import prepare_pydocs
-        prepare_pydocs(Path(EMBEDDED), PRESETS["tiny"].vocab_size)
-    from_rank_0()
-    data = DataFolder(settings["data"])
-    fingerprint = data.fingerprint()
-    if state and state["data"] != fingerprint:
-        changed = [new[0] for old, new in zip(state["data"], fingerprint) if old != new] or ["the number of shards"]
-        raise UserError(f"{settings['data']} is not this run's data (changed: {', '.join(changed)}) — restore it, or choose another --run")
-    return data, fingerprint
-
-
-def make_optimizer(model, settings, device):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2), decaying matrices but not the norms' vectors."""
-    # AdamW keeps two running means for every weight, of its gradient and of the gradient's square: twice the size of the
-    # model, and the memory of the run. Zeroed, the next update is a fresh gradient divided by its own size: about lr on
-    # every weight at once, whatever was known of how far each should move.
+def make_optimizer(model, args, device):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2). Matrices decay, also the
+    embedding; the vectors of the norms do not."""
+    # AdamW keeps two moving averages for every weight, of its gradient and of the gradient's
+    # square: twice the size of the model. An update is about lr · average / √(average of squares).
+    # In the first update, and again after --resume --reset_optimizer, both come from one gradient:
+    # it is divided by its own size, and every weight moves by about lr. What the averages had
+    # learned, how far each weight should move, is then lost.
     trained = [p for p in model.parameters() if p.requires_grad]
-    groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": settings["weight_decay"]},
-              {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=settings["lr"], betas=(settings["beta1"], settings["beta2"]), eps=1e-8,
-                             fused=device.type in ("cuda", "cpu"))
+    matrices = [p for p in trained if p.dim() >= 2]
+    vectors = [p for p in trained if p.dim() < 2]
+    groups = [{"params": matrices, "weight_decay": args.weight_decay},
+              {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=1e-8,
+                             fused=device.type in ("cuda", "cpu"))  # one kernel for all: faster
 
 
-def accumulation_steps(settings, world):
-    """Micro-batches per step of each process. Raises UserError with the nearest batch sizes that divide."""
-    B, T, total = settings["micro_batch"], settings["seq_len"], settings["batch_tokens"]
-    unit = B * T * world
-    if total % unit:
-        near = " or ".join(str(n) for n in (total // unit * unit, total // unit * unit + unit) if n)
-        raise UserError(f"--batch_tokens {total} is not divisible by micro_batch {B} x seq_len {T} x {world} "
-                        f"process{'es' if world > 1 else ''} = {unit} — use --batch_tokens {near}, or another --micro_batch")
-    return total // unit
+# -------------------------------------------------------------------------------------------------
+# The run
 
-
-def steps_that_fit(settings, step, step_times, elapsed):
-    """Steps that fit into --max_minutes: the time left, divided by the time of a step and its share of an evaluation."""
-    look = (elapsed - sum(step_times)) / 6  # in 20 steps we have looked (evaluated, sampled, saved) at 0, 1, 2, 4, 8, 16
-    left = 60 * settings["max_minutes"] - elapsed - 7 * look  # at 32, 64, 128 … and the end
-    cost = median(step_times[-10:]) + (look / settings["eval_every"] if settings["eval_every"] else 0)
-    return step + max(1, int(left / cost))
-
-
-def introduce(settings, model, world, accumulation, dtype, device):
-    """What is about to happen: the model, the batch arithmetic, the first loss to expect."""
-    config, T = model.config, settings["seq_len"]
-    kv, mha = kv_bytes_per_token(config), kv_bytes_per_token(replace(config, n_kv_heads=config.n_heads))
-    return (f"model   {settings['preset']}: {sum(p.numel() for p in model.parameters()):,} parameters, {config.n_layers} layers of "
-            f"{config.dim}, {config.n_heads} query heads on {config.n_kv_heads} key/value: KV cache {kv:,} bytes/token, not {mha:,}\n"
-            f"batch   {settings['batch_tokens']:,} tokens/step = {settings['micro_batch']} sequences x {T} tokens x "
-            f"{accumulation} accumulation x {world} process{'es' if world > 1 else ''}\n"
-            f"device  {device}, {str(dtype).removeprefix('torch.')}, {flops_per_token(config, T) / 1e9:.3f} GFLOP/token\n"
-            f"expect  a first loss near ln {config.padded_vocab_size:,} = {math.log(config.padded_vocab_size):.2f}: any next token equally likely")
-
-
-def introduce_resume(state, settings, env, reset):
-    """Where the run goes on, and what is no longer as it was."""
-    step, before, now = state["step"], {**state["config"], **state["env"]}, {**settings, **env}
-    changed = [f"{name} {before.get(name)} → {now[name]}" for name in now if before.get(name) != now[name]]
-    return (f"resume  at step {step}, with{'out' if reset else ''} the optimizer's state; lr {lr_at(step, state['config']):.2e} as saved, "
-            f"{lr_at(step, settings):.2e} now\n        changed since it was saved: {', '.join(changed) or 'nothing'}")
-
-
-@script
+@script  # a mistake that the user can fix ends in one line
 def main(argv=None):
-    given = parse(argv)
-    settings = resolve(given)  # a first time, so that a mistake in a flag touches nothing
-    rank, world, device = start_processes(settings)
+    args = read_settings(argv)  # a wrong flag ends here, before anything is touched
+    rank, world, device = start_processes(args)
     is_main = rank == 0
-    run = Path(settings["run"] or f"runs/{settings['preset']}")
-    lock, folder = claim(run, given) if is_main else (None, None)  # held as long as `lock` lives
-    weights, state = checkpoint.load_full(from_rank_0(folder))
-    settings = {**resolve(given, state and state["config"]), "run": str(run)}  # saved settings rule
-    data, fingerprint = open_data(settings, state, is_main)
-    windows = Windows(data.train, settings["seq_len"], data.vocab_size, settings["seed"], settings["shuffle"])
-    # ---- Model, optimizer, precision. The weights are fp32: in bf16, with 8 bits, most small updates would round away.
-    accumulation, preset = accumulation_steps(settings, world), PRESETS[settings["preset"]]
-    config = ModelConfig(**weights["config"]) if weights else replace(
-        preset, vocab_size=data.vocab_size, padded_vocab_size=None, max_seq_len=max(preset.max_seq_len, settings["seq_len"]))
-    torch.manual_seed(settings["seed"])
-    model = Llama(config).to(device)
-    optimizer, dtype = make_optimizer(model, settings, device), choose_dtype(settings["dtype"], device)
-    # Autocast runs matrix products in `dtype`; norms, softmax, loss and weights stay fp32. bf16 has the range of fp32 and
-    # needs no more. fp16 has not, and small gradients would round to 0: so the scaler multiplies the loss, divides the
-    # gradients before they are used, and where the product overflowed it skips the update and halves its factor.
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    observer = Observer(model, data, settings, autocast)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    # `step` counts finished updates, which is also the number of batches consumed: the position in the data, in the
-    # schedule and in the log are one number. Counted otherwise, each resume would repeat or skip a batch.
-    step, seconds = 0, 0.0
-    if state:
-        checkpoint.restore(weights, state, model, optimizer, scaler, given.get("reset_optimizer"))
-        step, seconds = state["step"], state["seconds"]
-    elif settings["init_from"]:
-        checkpoint.restore_weights(checkpoint.load_weights(settings["init_from"])[0], model)
-    if settings["max_steps"] is not None and step >= settings["max_steps"]:
-        if is_main:
-            print(f"{run} is finished: {step} steps — try: python sample.py {run}, python plot_dynamics.py {run}, or a larger --max_steps")
-        return end_processes(0)
-    compiled = settings["compile"] if settings["compile"] is not None else device.type == "cuda"
-    for block in model.model.layers if compiled else []:
-        block.compile()  # in place, so that the state_dict keeps its names
-    network = DistributedDataParallel(model, device_ids=[device] if device.type == "cuda" else None) if world > 1 else model
-
-    # ---- Log. Only here, with everything checked, is an earlier run given up.
+    run = Path(args.run or f"runs/{args.preset}")
+    folder = None  # of the checkpoint to resume
     if is_main:
-        check_room(run, model, settings)
-        checkpoint.write_json(run / "config.json", settings)
-        if not state:
-            clear(run)
-    log = Log(run, step, state["log_bytes"] if state else 0, is_main)
-    env, reset = environment(device, dtype, world, settings["micro_batch"], compiled), given.get("reset_optimizer", False)
-    peak = peak_flops(env)
-    log.event("resume" if state else "start", step, time=time.time(), config=settings, env=env, restored_optimizer=bool(state) and not reset)
-    log.say(introduce(settings, model, world, accumulation, dtype, device))
-    if state:
-        log.say(introduce_resume(state, settings, env, reset))
-    resumed_at, weights, state = step if state else None, None, None
+        lock = claim(run, args.resume, args.overwrite)  # the folder is ours while this exists
+        if args.resume:
+            folder = checkpoint.newest(run)
+    folder = from_rank_0(folder)
+    state = checkpoint.load(folder)  # restored below; None in a new run
+    if state is not None:
+        args = read_settings(argv, saved=state["config"])  # again, with the saved values
+    args.run = str(run)
+
+    # ---- Data, model, optimizer, precision
+    accumulation = accumulation_steps(args, world)
+    data, fingerprint = open_data(args, state, is_main)
+    windows = Windows(data.train, args.seq_len, data.vocab_size, args.seed, args.shuffle)
+    # The weights are fp32. In bf16, with 8 bits of precision, most small updates would round to 0.
+    model = make_model(args, state, data.vocab_size, device)
+    optimizer = make_optimizer(model, args, device)
+    # Autocast runs matrix products in `dtype`; norms, softmax, loss and weights stay fp32. bf16 has
+    # the range of fp32 and needs nothing else. fp16 has a smaller range: small gradients would
+    # become 0. So the scaler multiplies the loss by a factor before the backward, and divides the
+    # gradients by it afterwards. If a gradient overflowed, it skips the update and halves the
+    # factor.
+    dtype = choose_dtype(args.dtype, device)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    observer = Observer(model, data, args, autocast)  # evaluates and samples
+
+    # `step` counts finished steps, which is also the number of batches consumed (an update that the
+    # scaler skips counts too). So the position in the data, in the schedule and in the log is one
+    # number, and no resume repeats or skips a batch.
+    step = 0
+    tokens_seen = 0
+    seconds = 0.0      # of training, over all resumes
+    log_length = 0     # what was logged after the checkpoint is cut off
+    resumed_at = None  # this step is saved already
+    if state is not None:
+        checkpoint.restore(state, model, optimizer, scaler, args.reset_optimizer)
+        step = state["step"]
+        tokens_seen = state["tokens"]
+        seconds = state["seconds"]
+        log_length = state["log_bytes"]
+        resumed_at = step
+    elif args.init_from:
+        weights, _ = checkpoint.load_weights(args.init_from)
+        checkpoint.restore_weights(weights, model)
+    if step > args.max_steps:
+        raise UserError(f"{run} is at step {step} already — give a larger --max_steps")
+    # A run at its last step may still lack its last evaluations: the log says if it is finished.
+    finished = from_rank_0(is_main and step == args.max_steps and is_finished(run))
+    if finished:
+        if is_main:
+            print(f"{run} is finished: {step} steps — next: python sample.py {run}")
+        return end_processes(0)
+
+    compiled = device.type == "cuda" if args.compile is None else args.compile
+    if compiled:
+        for block in model.model.layers:
+            block.compile()  # in place, so the names in the state_dict stay the same
+    network = model  # what the loop calls; `model` keeps the plain names
+    if world > 1:
+        devices = [device] if device.type == "cuda" else None
+        network = DistributedDataParallel(model, device_ids=devices)
+
+    # ---- Log. Everything is checked by now: only here is an earlier run deleted.
+    settings = {name: value for name, value in vars(args).items() if name not in ONCE}
+    env = environment(device, dtype, world, args.micro_batch, compiled)
+    flops = flops_per_token(model.config, args.seq_len)
+    if is_main:
+        if state is None:
+            start_over(run)
+        write_json(run / "config.json", settings)
+    log = Log(run if is_main else None, log_length, args.max_steps, peak_rate(env, flops))
+    log.start(step, state, settings, env, args.reset_optimizer)
+    log.say(introduce(args, model, world, accumulation, dtype, device))
+    if state is not None:
+        log.say(introduce_resume(args, state, env))
+    del state  # its memory is needed
 
     # ---- The loop
-    asked, stop_listening = listen_for_stops(log)
-    batch, B, total = settings["batch_tokens"] // settings["seq_len"], settings["micro_batch"], settings["batch_tokens"]
-    stopping, timed, step_times, loop_start, last_line = False, False, [], time.monotonic(), 0.0
+    stop = StopSignals(log)
+    start_time = time.monotonic()
+    stopping = False
+    failure = None
+    skipped_in_a_row = 0
+    sequences_in_step = args.batch_tokens // args.seq_len
     while True:
-        # Look at the model and save it, at the moments for that. An evaluation draws nothing at random, and samples have a
-        # generator of their own: looking more often, or less, changes nothing in what is trained.
-        at_end, stopping = step == settings["max_steps"], stopping or step >= given.get("stop_at", math.inf)
-        every = {name: at_end or step == 0 or (n > 0 and step % n == 0) for name in ("eval", "sample", "save") for n in [settings[f"{name}_every"]]}
-        if step != resumed_at:
-            if every["eval"] or checkpoint.power_of_two(step):
-                observer.evaluate(step, log)
-            if is_main and (every["sample"] or checkpoint.power_of_two(step) and step.bit_length() in range(3, 99, 2)):
-                observer.sample(step, log)
-            full, timed = stopping or timed or every["save"], False
-            if is_main and (full or checkpoint.power_of_two(step)):
-                weights, state = checkpoint.capture(model, optimizer, scaler)
-                state |= {"step": step, "tokens": step * total, "seconds": seconds, "config": settings, "env": env, "data": fingerprint,
-                          "log_bytes": log.length()}
-                checkpoint.save(run, step, weights, state if full else None)
-                checkpoint.prune(run, step, settings["keep_last"], settings["keep_every"])
-        if stopping or at_end:
+        # Each round does what is due at `step`, then the update to `step` + 1. It ends here: when
+        # told to stop, after saving; at the last step, after evaluating. Saving comes first, so
+        # that whatever takes long or fails after it loses nothing. Evaluation draws no random
+        # numbers and sampling has its own, so doing them more often does not change the training.
+        stopping = stopping or step == args.stop_at
+        save_now = stopping or due(step, args.save_every, args.max_steps)
+        if save_now and is_main and step != resumed_at:
+            full = checkpoint.capture(model, optimizer, scaler, step=step, tokens=tokens_seen,
+                                      seconds=seconds, config=settings, env=env, data=fingerprint,
+                                      log_bytes=log.length())
+            checkpoint.save(run, full, args.keep_last, args.keep_every)
+        if stopping:
+            break
+        if due(step, args.eval_every, args.max_steps):
+            observer.evaluate(step, log)
+        if is_main and due(step, args.sample_every, args.max_steps):
+            observer.sample(step, log)
+        if step == args.max_steps:
             break
 
-        # 1. Batch, 2. forward, 3. backward: for each micro-batch of this process.
-        start, lr = time.monotonic(), lr_at(step, settings)
-        report = torch.zeros(2, device=device)  # summed loss, wishes to stop
-        with memory_advice(settings, accumulation):
-            for micro in range(accumulation):
-                # The windows of a step are one list, whatever the number of processes; this is our slice of it.
-                mine = windows.order(step * batch + (micro * world + rank) * B, B)
-                tokens = torch.from_numpy(windows.read(mine)).to(device)  # (B, seq_len + 1)
-                if world > 1:  # gradients are exchanged once a step, in the last backward
-                    network.require_backward_grad_sync = micro == accumulation - 1
-                with autocast:
-                    _, loss = network(tokens[:, :-1], tokens[:, 1:], reduction="sum")
-                # Gradients add up over micro-batches, so each sum is divided by the targets of the whole step. Of two
-                # micro-batches with 10 and 90 targets and mean losses 4 and 2, the mean is (10·4 + 90·2) / 100 = 2.2; the
-                # mean of their means would be 3. And DDP takes the mean over processes where we want the sum: · world.
-                scaler.scale(loss * world / total).backward()
-                report[0] += loss.detach()
-        # 4. Clip; but first the loss of all processes, and whether one was asked to stop, so that all do the same.
-        report[1] = len(asked)
-        if world > 1:
-            dist.all_reduce(report)
-        loss, stopping = report[0].item() / total, report[1].item() > 0
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings["grad_clip"] or math.inf).item()
-        if not math.isfinite(loss) or not (math.isfinite(norm) or scaler.is_enabled()):
-            if is_main:
-                checkpoint.write_json(run / "non_finite.json", {"step": step + 1, "loss": str(loss), "grad_norm": str(norm), "lr": lr,
-                                                                "windows": windows.order(step * batch, batch).tolist()})
-            raise UserError(f"step {step + 1}: loss {loss}, gradient norm {norm}; this update was not made (more in {run}/non_finite.json) — "
-                            f"try a lower --lr in another --run", code=3)
+        # 1. Batch, 2. forward, 3. backward, for each micro-batch of this process.
+        start = time.monotonic()
+        lr = lr_at(step, args)
+        targets_in_step = args.batch_tokens  # of all processes
+        loss_sum = torch.zeros((), device=device)
+        for micro in range(accumulation):
+            # The windows of a step are one list, whatever the number of processes. With 2 processes
+            # and 2 micro-batches of 4, rank 0 reads 0–3 and 8–11 of it, rank 1 4–7 and 12–15.
+            first = step * sequences_in_step + (micro * world + rank) * args.micro_batch
+            # A window is T + 1 tokens in a row; a seeded permutation says from where in the text.
+            tokens = torch.from_numpy(windows.read(first, args.micro_batch))  # (B, T + 1)
+            inputs = tokens[:, :-1].to(device)   # (B, T)
+            targets = tokens[:, 1:].to(device)   # (B, T)
+            if world > 1:  # exchange gradients once a step, in the last backward
+                network.require_backward_grad_sync = (micro == accumulation - 1)
+            with autocast:
+                _, micro_loss = network(inputs, targets, reduction="sum")
+            # Gradients add up over micro-batches, so each sum is divided by the targets of the
+            # whole step. Take two micro-batches with 10 and 90 targets and mean losses 4 and 2. The
+            # mean is (10·4 + 90·2) / 100 = 2.2; the mean of their means would be 3. (Here all have
+            # the same number of targets, in sft.py they do not.) DDP takes the mean over processes
+            # where we want the sum: therefore · world.
+            scaler.scale(micro_loss * world / targets_in_step).backward()
+            loss_sum += micro_loss.detach()
+
+        # 4. Clip. All processes first agree on the loss, and on whether one was told to stop: if
+        # only that one left the loop, the others would wait for it for ever.
+        loss = sum_over_processes(loss_sum).item() / targets_in_step
+        stopping = any_process(stop.requested, device)
+        scaler.unscale_(optimizer)  # without fp16 it does nothing
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
+        overflow = scaler.is_enabled() and not math.isfinite(norm)  # the scaler skips this update
+        skipped_in_a_row = skipped_in_a_row + 1 if overflow else 0
+        if has_diverged(loss, norm, scaler, skipped_in_a_row):
+            failure = f"step {step + 1}: loss {loss}, gradient norm {norm}, lr {lr:.2e}"
+            stopping = True
+            continue  # without this update: the state before it is good, and is saved above
+
         # 5. Learning rate, 6. update.
         for group in optimizer.param_groups:
             group["lr"] = lr
-        scale = scaler.get_scale()
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
 
         # 7. Log.
+        tokens_in_step = args.batch_tokens  # here every token is a target
+        tokens_seen += tokens_in_step
         dt = time.monotonic() - start
-        seconds, rate = seconds + dt, total / dt
-        step_times.append(dt)
-        log.event("train", step, tokens=step * total, loss=loss, lr=lr, grad_norm=norm, dt_ms=1000 * dt, tok_per_s=rate,
-                  **({"mfu": rate * flops_per_token(config, settings["seq_len"]) / peak} if peak else {}),
-                  **({"skipped": True} if scaler.get_scale() < scale else {}))
-        if settings["max_steps"] is None and step == 20:
-            timed = True  # saved at once: timed again, after a kill, it would be another horizon
-            settings["max_steps"] = from_rank_0(steps_that_fit(settings, step, step_times, time.monotonic() - loop_start))
-            log.event("horizon", step, max_steps=settings["max_steps"])
-            log.say(f"  at this speed, {settings['max_steps']} steps make {settings['max_minutes']:g} minutes")
-            if is_main:
-                checkpoint.write_json(run / "config.json", settings)
-        if step <= 4 or time.monotonic() - last_line > 2 or stopping or step == settings["max_steps"]:
-            last_line, left = time.monotonic(), ((settings["max_steps"] or math.nan) - step) * median(step_times[-20:]) / 60
-            log.say(f"step {step:>6}/{settings['max_steps'] or '?'} | loss {loss:.4f} | lr {lr:.2e} | norm {norm:.2f} | {1000 * dt:.0f} ms | "
-                    f"{rate / 1000:.1f}k tok/s" + ("" if math.isnan(left) else f" | {left:.1f} min left"))
+        seconds += dt
+        log.train(step, tokens_seen, loss, lr, norm, dt, tokens_in_step, skipped=overflow)
 
     # ---- The end
-    stop_listening()
-    log.event("end", step, time=time.time(), reason="done" if at_end else "stopped")
-    if is_main and at_end:
+    stop.restore()
+    advice = [f"python sample.py {run} --prompt \"The function\"",
+              f"python evaluate.py {run} --step 1", f"python sft.py {run}"]
+    return finish(log, run, step, time.monotonic() - start_time, stopping, failure, advice)
+
+
+# -------------------------------------------------------------------------------------------------
+# What the run is made of
+
+def open_data(args, state, is_main):
+    """(DataFolder, its fingerprint). Prepares the embedded text if it is absent.
+
+    Raises UserError if the data is damaged, or is not that of the run that is resumed."""
+    if is_main and args.data == EMBEDDED and not Path(EMBEDDED).exists():
+        from prepare_data import prepare_pydocs
+        prepare_pydocs(Path(EMBEDDED), PRESETS["tiny"].vocab_size)
+    wait_for_rank_0()
+    data = DataFolder(args.data)
+    fingerprint = data.fingerprint()
+    if state is None:
+        if is_main:
+            data.check_hashes()  # every byte, once; a resume compares the fingerprint
+    elif state["data"] != fingerprint:
+        pairs = zip(state["data"], fingerprint)  # [name of the shard, …] each
+        changed = [new[0] for old, new in pairs if old != new] or ["the number of shards"]
+        raise UserError(f"{args.data} is not this run's data (changed: {', '.join(changed)}) — "
+                        f"restore it, or choose another --run")
+    return data, fingerprint
+
+
+def make_model(args, state, vocab_size, device):
+    """A network of the preset, or on a resume one with the saved sizes; new random weights."""
+    if state is not None:
+        config = ModelConfig(**state["model_config"])
+    else:
+        preset = PRESETS[args.preset]
+        config = replace(preset, vocab_size=vocab_size, padded_vocab_size=None,
+                         max_seq_len=max(preset.max_seq_len, args.seq_len))
+    torch.manual_seed(args.seed)
+    return Llama(config).to(device)
+
+
+def accumulation_steps(args, world):
+    """Micro-batches per step of each process. Raises UserError naming batch sizes that fit."""
+    unit = args.micro_batch * args.seq_len * world
+    if args.batch_tokens % unit != 0:
+        below = args.batch_tokens // unit * unit
+        near = [str(n) for n in (below, below + unit) if n > 0]
+        raise UserError(f"--batch_tokens {args.batch_tokens} is not divisible by micro_batch "
+                        f"{args.micro_batch} x seq_len {args.seq_len} x {world} processes = {unit} "
+                        f"— use --batch_tokens {' or '.join(near)}, or another --micro_batch")
+    return args.batch_tokens // unit
+
+
+def has_diverged(loss, norm, scaler, skipped_in_a_row):
+    """Whether an update must not be made, because the training cannot go on.
+
+    In fp16 a gradient that overflows is normal: the scaler skips the update and halves its factor.
+    20 times in a row, or a factor below 1, are not normal, and neither is any other NaN or
+    infinity."""
+    if scaler.is_enabled():
+        return not math.isfinite(loss) or skipped_in_a_row == 20 or scaler.get_scale() < 1
+    return not (math.isfinite(loss) and math.isfinite(norm))
+
+
+# -------------------------------------------------------------------------------------------------
+# Settings. What counts is, in this order: a flag on the command line; on --resume the saved value;
+# the value of the preset; the default.
+
+# A resume may not change these: it would continue another experiment. What it may change is logged:
+# speed, paths, intervals; and max_steps, to train longer, which also moves the learning rate.
+EXPERIMENT = ("preset", "init_from", "seed", "batch_tokens", "seq_len", "lr", "min_lr",
+              "warmup_steps", "schedule", "weight_decay", "beta1", "beta2", "grad_clip", "shuffle")
+
+# Flags about one start of the script, which are not saved with the run.
+ONCE = ("resume", "overwrite", "reset_optimizer", "stop_at")
+
+
+def add_settings(parser):
+    """Settings that train.py and sft.py share. `add` adds a flag to the group above it."""
+    yes_or_no = argparse.BooleanOptionalAction
+    add = parser.add_argument_group("the run").add_argument
+    add("--run", help="folder for the log and the checkpoints")
+    add("--seed", type=flags.seed, default=1337, help="of initial weights and data order")
+    add("--max_steps", type=flags.count, help="length of the run and of the learning-rate schedule")
+    add("--stop_at", type=flags.count_or_0, metavar="STEP", help="save and stop there, like Ctrl-C")
+    add("--resume", action="store_true", help="continue the run; start it if it has not begun")
+    add("--overwrite", action="store_true", help="delete the run in this folder and start over")
+    add("--reset_optimizer", action="store_true", help="on --resume: forget the optimizer's state")
+
+    add = parser.add_argument_group("the machine").add_argument
+    add("--device", help="cpu, cuda, cuda:1 …; without it cuda if there is one")
+    add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
+        help="of matrix products; weights are always fp32")
+    add("--deterministic", action=yes_or_no, default=False, help="bitwise on CUDA too; slower")
+    add("--threads", type=flags.number(int, 1, 1024), help="CPU threads")
+    add("--micro_batch", type=flags.count, default=8,
+        help="sequences per forward of one process; changes memory and speed, nothing else")
+
+    add = parser.add_argument_group("learning rate and optimizer").add_argument
+    add("--lr", type=flags.positive_or_0, default=6e-4, help="peak learning rate")
+    add("--min_lr", type=flags.positive_or_0, help="final learning rate; without it lr / 10")
+    add("--warmup_steps", type=flags.count_or_0, default=715, help="linear rise to the peak")
+    add("--schedule", choices=("cosine", "linear", "wsd"), default="cosine", help="the decay")
+    add("--weight_decay", type=flags.positive_or_0, default=0.1, help="of matrices, not of vectors")
+    add("--beta1", type=flags.below_1, default=0.9, help="AdamW's memory of the gradient")
+    add("--beta2", type=flags.below_1, default=0.95, help="AdamW's memory of its square")
+    add("--grad_clip", type=flags.positive_or_0, default=1.0,
+        help="largest gradient norm; 0: no limit")
+
+    interval = "steps between (always at 0, 1, 2, 4, 8 … and at the end too; 0: only there)"
+    add = parser.add_argument_group(interval).add_argument
+    add("--eval_every", type=flags.count_or_0, default=250, help="evaluations")
+    add("--sample_every", type=flags.count_or_0, default=1000, help="samples")
+    add("--save_every", type=flags.count_or_0, default=500, help="full checkpoints")
+    add("--keep_every", type=flags.count_or_0, default=5000, help="weights that are kept for ever")
+    add("--keep_last", type=flags.number(int, 2, 1000), default=2,
+        help="how many full ones are kept")
+
+    add = parser.add_argument_group("evaluation").add_argument
+    add("--benchmark", help="questions in HellaSwag's format; without it the data's cloze.jsonl")
+    add("--benchmark_items", type=flags.count, help="use only so many of them, the first")
+
+
+def read_settings(argv, saved=None):
+    """The command line as a namespace; saved: the settings of the run that is resumed.
+
+    Raises UserError for a value that makes no sense, and for one that would change the
+    experiment."""
+    # First only --preset, because the other defaults depend on it.
+    preset_parser = flags.Parser(add_help=False)
+    preset_parser.add_argument("--preset", choices=PRESETS, default="tiny", help="size of the "
+                               "model and its settings; --help shows those of the given preset")
+    preset = preset_parser.parse_known_args(argv)[0].preset
+
+    parser = flags.Parser(description=__doc__.split("\n")[0], parents=[preset_parser])
+    add_settings(parser)
+    add = parser.add_argument_group("pretraining").add_argument
+    add("--data", default="data/fineweb-edu", help="folder from prepare_data.py, or shards of "
+        "nanoGPT, build-nanogpt, llm.c")
+    add("--init_from", metavar="RUN", help="start from the weights of this run")
+    add("--batch_tokens", type=flags.count, default=524_288,
+        help="tokens per step, over all processes")
+    add("--seq_len", type=flags.count, default=1024, help="tokens per sequence")
+    add("--shuffle", action=argparse.BooleanOptionalAction, default=True,
+        help="read windows in a new random order each epoch; else in file order")
+    add("--eval_tokens", type=flags.count, default=10_485_760,
+        help="validation tokens per evaluation")
+    add("--sample_prompt", type=flags.text, default="The", help="what the samples continue")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block; "
+        "if not given, on CUDA only")
+    parser.set_defaults(**BY_PRESET[preset])
+    return finish_settings(parser, argv, saved, EXPERIMENT)
+
+
+def finish_settings(parser, argv, saved, experiment):
+    """Parse; on a resume the saved settings are the defaults, and `experiment` must not differ."""
+    if saved is not None:
+        expected = set(vars(parser.parse_args([]))) - set(ONCE)
+        if set(saved) != expected:
+            other = sorted(set(saved) ^ expected)  # in one of them only
+            raise UserError(f"this run was made by another script or by another version of this "
+                            f"code (it differs in the settings {', '.join(other[:5])}) — continue "
+                            f"it with that one, or start a new run from its weights: train.py "
+                            f"--init_from")
+        parser.set_defaults(**saved)
+    args = parser.parse_args(argv)
+    if args.resume and args.overwrite:
+        raise UserError("--resume continues and --overwrite starts over — give one of them")
+    if args.reset_optimizer and not args.resume:
+        raise UserError("--reset_optimizer is for --resume — give both")
+    if args.min_lr is None:
+        args.min_lr = args.lr / 10
+    if saved is not None:
+        given = vars(args)
+        differ = [f"{name} (saved {saved[name]}, given {given[name]})" for name in experiment
+                  if given[name] != saved[name]]
+        if differ:
+            raise UserError(f"not the run that was saved: {', '.join(differ)} — leave these flags "
+                            f"out, or choose another --run")
+    return args
+
+
+# -------------------------------------------------------------------------------------------------
+# What it prints
+
+def introduce(args, model, world, accumulation, dtype, device):
+    """What is about to happen: the model, the arithmetic of a batch, the first loss to expect."""
+    config = model.config
+    parameters = sum(p.numel() for p in model.parameters())
+    kv = kv_bytes_per_token(config)
+    ungrouped = kv_bytes_per_token(replace(config, n_kv_heads=config.n_heads))
+    gigaflops = flops_per_token(config, args.seq_len) / 1e9
+    uniform = math.log(config.padded_vocab_size)
+    return "\n".join([
+        f"model   {args.preset}: {parameters:,} parameters, {config.n_layers} layers of "
+        f"{config.dim}, {config.n_heads} query heads on {config.n_kv_heads} key/value: KV cache "
+        f"{kv:,} bytes/token, not {ungrouped:,}",
+        f"batch   {args.batch_tokens:,} tokens/step = {args.micro_batch} sequences x "
+        f"{args.seq_len} tokens x {accumulation} accumulation x {world} process(es); "
+        f"{args.max_steps:,} steps",
+        f"device  {device}, {str(dtype).removeprefix('torch.')}, {gigaflops:.3f} GFLOP/token",
+        f"expect  a first loss near ln {config.padded_vocab_size:,} = {uniform:.2f}: any next "
+        f"token equally likely"])
+
+
+def introduce_resume(args, state, env):
+    """Where the run continues, and what differs from when it was saved."""
+    step = state["step"]
+    before = {**state["config"], **state["env"]}
+    now = {**vars(args), **env}
+    changed = [f"{name} {value} → {now[name]}" for name, value in before.items()
+               if value != now[name]]
+    lr_before = lr_at(step, argparse.Namespace(**state["config"]))
+    optimizer = "without" if args.reset_optimizer else "with"
+    return "\n".join([
+        f"resume  at step {step}, {optimizer} the optimizer's state; lr {lr_before:.2e} as saved, "
+        f"{lr_at(step, args):.2e} now",
+        f"        changed since it was saved: {', '.join(changed) or 'nothing'}"])
+
+
+def finish(log, run, step, seconds, stopping, failure, advice):
+    """The last row of the log, the figure, the last lines on the screen; returns the exit code.
+    seconds: since this start of the script. Raises UserError with code 3 after a failure."""
+    wait_for_rank_0()  # which may still be saving
+    reason = "done"
+    if stopping:
+        reason = "stopped"
+    if failure is not None:
+        reason = "diverged"
+    log.event("end", step, reason=reason, seconds=seconds)
+    if failure is not None:
+        raise UserError(f"{failure}; this update was not made, and the state before it is saved — "
+                        f"try a lower --lr in another --run", code=3)
+    if stopping:
+        log.say(f"stopped and saved at step {step} — continue with the same command and --resume")
+        return end_processes(75)
+    if log.file is not None:  # on rank 0
+        draw(run)
+    log.say(f"done: {step} steps, {seconds / 60:.1f} minutes. What to try next:")
+    for command in advice:
+        log.say(f"  {command}")
+    return end_processes(0)
+
+
+def draw(run):
+    """dynamics.png and trajectory.md. If that fails it says why; the run is done all the same."""
+    try:
         import plot_dynamics
-        with contextlib.suppress(SystemExit):  # it says what is wrong; the run is done and saved all the same
-            plot_dynamics.main([str(run), "--out", str(run)])
-    log.say(f"done: {step} steps, {seconds / 60:.1f} minutes of training. Three things to try next:\n"
-            f"  python sample.py {run} --prompt \"The function\"\n  python evaluate.py {run} --step {min(16, 1 << step.bit_length() - 1)}\n"
-            f"  python train.py --run {run} --resume --max_steps {2 * step}" if at_end else
-            f"stopped and saved at step {step} — go on with the same command and --resume")
-    return end_processes(0 if at_end else 75)
+        plot_dynamics.main([str(run), "--out", str(run)])
+    except SystemExit:  # as a script ends; its message is on the screen
+        pass
+    except Exception as error:  # of matplotlib: say, a backend that this machine lacks
+        print(f"warning: the figure was not drawn: {error}", file=sys.stderr)
 
 
 if __name__ == "__main__":

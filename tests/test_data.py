@@ -1,81 +1,116 @@
-"""data.py: the tokenizer against a slow BPE written out here, the order of windows, foreign shards, damaged files."""
+"""data.py and support/shards.py: the tokenizer against a slow BPE written out here, the order of
+windows, shards of other projects, damaged files."""
 import base64
+import hashlib
+import io
 import json
+import pickle
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import regex  # tiktoken's own dependency: the same pattern language in another implementation
 
 import data
-from data import DataFolder, Shard, Tokenizer, Windows, open_shard
-from errors import UserError, script
-
-SAMPLES = ["Hello world, it's 2024!", "  two  spaces\n\n\tand tabs \n", "naïve façade — 日本語 🤖", "x" * 50, "<|endoftext|>", "",
-           "don't we'll I'M", "\x00\x7f\ufeff", "a\r\nb", "supercalifragilistic 1234567890"]
-
+from data import DataFolder, Tokenizer, Windows
+from support.runs import UserError
+from support.shards import Shard, open_shard
 
 # ---- tokenizer
 
-def slow_encode(text, vocab_size):
-    """BPE as in the paper's words: in each piece merge the adjacent pair whose union has the lowest rank, until none is left."""
-    lines = data.MERGES.read_bytes().splitlines()[:vocab_size - 1]
-    rank = {base64.b64decode(line.split()[0]): int(line.split()[1]) for line in lines}
+SAMPLES = ["Hello world, it's 2024!", "  two  spaces\n\n\tand tabs \n", "naïve façade — 日本語 🤖",
+           "x" * 50, "<|endoftext|>", "", "don't we'll I'M", "\x00\x7f\ufeff", "a\r\nb",
+           "supercalifragilistic 1234567890"]
+# As in encoder.py of GPT-2's release.
+PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def ranks_of(vocab_size):
+    ranks = {}
+    for line in data.MERGES.read_bytes().splitlines()[:vocab_size - 1]:
+        piece, rank = line.split()
+        ranks[base64.b64decode(piece)] = int(rank)
+    return ranks
+
+
+def slow_encode(text, ranks):
+    """BPE as the paper describes it: in each piece merge the adjacent pair whose union has the
+    lowest rank, until no union is in the table."""
     ids = []
-    for piece in regex.findall(data.GPT2_PATTERN, text):
+    for piece in regex.findall(PATTERN, text):
         parts = [bytes([byte]) for byte in piece.encode()]
         while True:
-            pairs = [(rank[a + b], i) for i, (a, b) in enumerate(zip(parts, parts[1:])) if a + b in rank]
-            if not pairs:
+            unions = [a + b for a, b in zip(parts, parts[1:])]
+            known = [union for union in unions if union in ranks]
+            if not known:
                 break
-            _, i = min(pairs)
-            parts[i:i + 2] = [parts[i] + parts[i + 1]]
-        ids += [rank[part] for part in parts]
+            best = min(known, key=ranks.get)
+            i = unions.index(best)
+            parts[i:i + 2] = [best]
+        ids += [ranks[part] for part in parts]
     return ids
 
 
 @pytest.mark.parametrize("vocab_size", [257, 300, 2048, 50_257])
-def test_truncated_vocabulary_merges_otherwise_than_gpt2_with_fewer_merges(vocab_size):
+def test_small_vocab_equals_slow_bpe(vocab_size):
+    """Catches: a small vocabulary that does not merge like GPT-2 with fewer merges."""
     tokenizer = Tokenizer(vocab_size)
+    ranks = ranks_of(vocab_size)
     for text in SAMPLES:
         ids = tokenizer.encode(text)
-        assert ids == slow_encode(text, vocab_size)
-        assert not ids or max(ids) < tokenizer.eot == vocab_size - 1
+        assert ids == slow_encode(text, ranks)
+        assert tokenizer.eot not in ids
+    assert tokenizer.eot == vocab_size - 1
+    # control: another number of merges shows
+    assert tokenizer.encode(SAMPLES[0]) != slow_encode(SAMPLES[0], ranks_of(400))
 
 
-def test_control_the_slow_bpe_tells_vocabularies_apart():
-    assert Tokenizer(2048).encode(SAMPLES[0]) != slow_encode(SAMPLES[0], 300)
+def random_text(rng):
+    """Up to 60 characters, a third of them ASCII; without surrogates, which are not characters."""
+    text = ""
+    for _ in range(rng.randrange(60)):
+        first, end = rng.choice([(0, 128), (0, 0xD800), (0xE000, 0x110000)])
+        text += chr(rng.randrange(first, end))
+    return text
 
 
 @pytest.mark.parametrize("vocab_size", [257, 2048, 50_257])
-def test_some_text_does_not_come_back(vocab_size):
-    tokenizer, rng = Tokenizer(vocab_size), random.Random(0)
-    anything = ["".join(chr(rng.choice([rng.randrange(128), rng.randrange(0xD800), rng.randrange(0xE000, 0x110000)]))
-                        for _ in range(rng.randrange(60))) for _ in range(200)]
-    for text in SAMPLES + anything:
+def test_any_text_comes_back(vocab_size):
+    """Catches: text that the tokenizer changes, or lengths in bytes that are not the text's."""
+    tokenizer = Tokenizer(vocab_size)
+    rng = random.Random(0)
+    texts = SAMPLES + [random_text(rng) for _ in range(200)]
+    for text in texts:
         ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
 
 
-def test_literal_endoftext_in_text_becomes_the_special_token():
+def test_endoftext_in_text_is_plain_text():
+    """Catches: a document that ends where its text says <|endoftext|>; end-of-text that counts as
+    bytes of text."""
     tokenizer = Tokenizer()
     assert tokenizer.eot not in tokenizer.encode("a<|endoftext|>b")
-    assert tokenizer.decode([tokenizer.eot]) == "<|endoftext|>" and tokenizer.byte_lengths[tokenizer.eot] == 0
+    assert tokenizer.decode([tokenizer.eot]) == "<|endoftext|>"
+    assert tokenizer.byte_lengths[tokenizer.eot] == 0
 
 
 @pytest.mark.parametrize("vocab_size", [0, 256, 50_258])
-def test_vocab_size_out_of_range_is_accepted(vocab_size):
+def test_vocab_size_has_a_range(vocab_size):
+    """Catches: a tokenizer without all bytes, or with ids beyond GPT-2's table."""
     with pytest.raises(UserError, match=str(vocab_size)):
         Tokenizer(vocab_size)
 
 
-def test_altered_merge_table_is_used(tmp_path, monkeypatch):
-    (tmp_path / "gpt2.tiktoken").write_bytes(data.MERGES.read_bytes()[:-1])
-    monkeypatch.setattr(data, "MERGES", tmp_path / "gpt2.tiktoken")
+def test_merge_table_is_verified(tmp_path, monkeypatch):
+    """Catches: other ids than GPT-2's, from an altered table."""
+    altered = tmp_path / "gpt2.tiktoken"
+    altered.write_bytes(data.MERGES.read_bytes()[:-1])
+    monkeypatch.setattr(data, "MERGES", altered)
     with pytest.raises(UserError, match="hash"):
         Tokenizer()
-    monkeypatch.setattr(data, "MERGES", tmp_path / "absent")
+    altered.unlink()
     with pytest.raises(UserError, match="missing"):
         Tokenizer()
 
@@ -83,165 +118,256 @@ def test_altered_merge_table_is_used(tmp_path, monkeypatch):
 # ---- windows
 
 def shards(*lengths):
-    """Shards in memory whose tokens are all different, so that a token says where it stood."""
-    starts = np.cumsum([0, *lengths])
-    return [Shard(data.Path(f"{i}.npy"), np.arange(starts[i], starts[i + 1], dtype=np.uint16)) for i in range(len(lengths))]
+    """Shards in memory. All their tokens are different, so a token tells where it is from."""
+    found = []
+    start = 0
+    for i, length in enumerate(lengths):
+        tokens = np.arange(start, start + length, dtype=np.uint16)
+        found.append(Shard(Path(f"{i}.npy"), tokens))
+        start += length
+    return found
 
 
-def test_targets_not_shifted_by_one_or_window_across_shards():
-    windows = Windows(shards(41, 33, 5, 60), seq_len=8, vocab_size=1000)
-    assert windows.total == 40 // 8 + 32 // 8 + 0 + 59 // 8
-    rows = windows.read(range(windows.total))
-    assert rows.shape == (windows.total, 9) and rows.dtype == np.int64
-    assert (np.diff(rows, axis=1) == 1).all()  # consecutive tokens
-    first, firsts = [0, 41, 74, 79, 139], []
-    for start, end in zip(first, first[1:]):
-        firsts += list(range(start, end - 8, 8))  # written out: wT while wT + T is inside
-    assert rows[:, 0].tolist() == firsts
-    shard_of = np.searchsorted(first, rows, side="right")
-    assert (shard_of == shard_of[:, :1]).all()
+def test_windows_are_consecutive_tokens_of_one_shard():
+    """Catches: targets that are not shifted by one, a window across shards, a last window that is
+    lost or too short."""
+    windows = Windows(shards(41, 16, 5, 60), seq_len=8, vocab_size=1000, shuffle=False)
+    first = [0, 8, 16, 24, 32, 41, 62, 70, 78, 86, 94, 102, 110]
+    expected = np.array(first)[:, None] + np.arange(9)
+    rows = windows.read(0, windows.total)
+    assert np.array_equal(rows, expected)
+    assert rows.dtype == np.int64
 
 
-def test_a_window_is_read_twice_or_never_in_an_epoch():
-    windows = Windows(shards(101, 57), seq_len=4, vocab_size=1000, seed=3)
-    epochs = [windows.order(e * windows.total, windows.total).tolist() for e in range(3)]
-    for epoch in epochs:
-        assert sorted(epoch) == list(range(windows.total))
-    assert epochs[0] != epochs[1] != epochs[2] != epochs[0]  # control: epochs differ
-    assert Windows(windows.shards, 4, 1000, seed=4).order(0, windows.total).tolist() != epochs[0]
-    plain = Windows(windows.shards, 4, 1000, shuffle=False)
-    assert plain.order(0, 2 * plain.total).tolist() == 2 * list(range(plain.total))
+def test_windows_cover_an_epoch_once():
+    """Catches: a window that is read twice or never in an epoch; the same order in each epoch, or
+    for each seed."""
+    def orders(seed, shuffle=True):
+        windows = Windows(shards(101, 57), 4, 1000, seed, shuffle)
+        n = windows.total
+        return [windows.read(epoch * n, n)[:, 0].tolist() for epoch in range(3)]
+
+    in_file_order = [*range(0, 100, 4), *range(101, 157, 4)]
+    found = orders(seed=3)
+    for order in found:
+        assert sorted(order) == in_file_order
+    distinct = {tuple(order) for order in found + orders(seed=4)}
+    assert len(distinct) == 6
+    assert orders(seed=3, shuffle=False) == 3 * [in_file_order]
 
 
-def test_order_depends_on_how_it_was_asked_for():
-    windows = Windows(shards(101, 57), seq_len=4, vocab_size=1000, seed=3)
-    whole = windows.order(0, 200)
-    for start, count in [(0, 1), (37, 5), (windows.total - 2, 4), (199, 1)]:  # across the epoch's end, backwards, alone
-        fresh = Windows(windows.shards, 4, 1000, seed=3)
-        assert fresh.order(start, count).tolist() == whole[start:start + count].tolist()
-        assert windows.order(start, count).tolist() == whole[start:start + count].tolist()
-    expected = np.random.RandomState([3, 1]).permutation(windows.total)  # design.md's formula
-    assert windows.order(windows.total, windows.total).tolist() == expected.tolist()
+def test_order_depends_on_seed_and_position_alone():
+    """Catches: an order that depends on what was read before, or on NumPy's version."""
+    def fresh(shuffle=True):
+        return Windows(shards(101, 57), 4, 1000, seed=3, shuffle=shuffle)
+
+    n = fresh().total
+    expected = [np.random.RandomState([3, epoch]).permutation(n) for epoch in range(3)]
+    expected = fresh(shuffle=False).read(0, n)[np.concatenate(expected)]
+    used = fresh()
+    # All; across the end of an epoch; backwards; alone.
+    for start, count in [(0, 3 * n), (n - 2, 4), (37, 5), (2 * n, 1), (0, 1)]:
+        wanted = expected[start:start + count]
+        assert np.array_equal(used.read(start, count), wanted)
+        assert np.array_equal(fresh().read(start, count), wanted)
+    assert not np.array_equal(expected[:n], expected[n:2 * n])  # control
 
 
-def test_id_outside_the_vocabulary_is_not_named_with_its_place():
-    short = shards(41, 33)
-    short[1].tokens[20] = 7777
-    windows = Windows(short, seq_len=8, vocab_size=1000)
-    windows.read([0, 5, 6])  # control: the other windows are fine
-    with pytest.raises(UserError, match=r"1\.npy.*7777.*offset 20"):
-        windows.read([7])
+def test_id_outside_the_vocabulary_is_named():
+    """Catches: an index outside the embedding; a message that does not tell the place."""
+    damaged = shards(41, 33)
+    windows = Windows(damaged, seq_len=8, vocab_size=1000, shuffle=False)
+    damaged[1].tokens[20] = 999
+    windows.read(0, windows.total)  # control: the largest id is in
+    damaged[1].tokens[20] = 1000
+    windows.read(0, 7)  # control: the windows before it can be read
+    with pytest.raises(UserError, match=r"1\.npy: token 1000 at offset 20"):
+        windows.read(7, 1)
 
 
-def test_too_little_data_for_one_window_is_accepted():
+def test_one_window_is_enough():
+    """Catches: a window without its last target; no message for too little data."""
     assert Windows(shards(9), seq_len=8, vocab_size=1000).total == 1
-    with pytest.raises(UserError, match="do not fill one window"):
+    with pytest.raises(UserError, match="8 tokens do not fill one window"):
         Windows(shards(8), seq_len=8, vocab_size=1000)
 
 
-# ---- shards and folders
+# ---- shards
 
 TOKENS = np.arange(300, dtype=np.uint16)
 
 
+def npy(tokens):
+    file = io.BytesIO()
+    np.save(file, tokens)
+    return file.getvalue()
+
+
 def llmc(tokens, magic=20240520, version=1, declared=None):
     header = np.zeros(256, dtype="<i4")
-    header[:3] = magic, version, len(tokens) if declared is None else declared
-    return header.tobytes() + tokens.astype("<u2").tobytes()
+    header[:3] = [magic, version, declared or len(tokens)]
+    return header.tobytes() + tokens.tobytes()
 
 
-def npy(path, array):
-    np.save(path, array)
-    return path
+def nanogpt(tokens):
+    return tokens.tobytes()
 
 
-def test_shards_of_other_projects_are_misread(tmp_path):
-    folders = {"build-nanogpt": ("edufineweb_val_000000.npy", "edufineweb_train_000001.npy"),
-               "llm.c": ("fineweb_val_000000.bin", "fineweb_train_000001.bin"), "nanogpt": ("val.bin", "train.bin")}
-    for name, files in folders.items():
-        (tmp_path / name).mkdir()
-        for file, tokens in zip(files, (TOKENS[:50], TOKENS)):
-            path = tmp_path / name / file
-            if path.suffix == ".npy":
-                npy(path, tokens)
-            else:
-                path.write_bytes(llmc(tokens) if name == "llm.c" else tokens.tobytes())
-        folder = DataFolder(tmp_path / name)
-        assert folder.meta == {} and folder.vocab_size == 50_257
-        assert folder.train[0].tokens.tolist() == TOKENS.tolist() and folder.val[0].tokens.tolist() == TOKENS[:50].tolist()
-
-
-@pytest.mark.parametrize("make, message", [
-    (lambda d: d / "absent.npy", "missing"),
-    (lambda d: npy(d / "a.npy", TOKENS[:0]), "empty"),
-    (lambda d: npy(d / "a.npy", TOKENS.astype(np.int64)), "int64"),
-    (lambda d: npy(d / "a.npy", TOKENS.reshape(2, -1)), "2-D"),
-    (lambda d: write(d / "a.npy", b""), "found 0 bytes"),
-    (lambda d: write(d / "a.npy", npy(d / "b.npy", TOKENS).read_bytes()[:-5]), "found 723 bytes"),
-    (lambda d: write(d / "a.bin", llmc(TOKENS, magic=7)), "magic.*20240520.*7"),
-    (lambda d: write(d / "a.bin", llmc(TOKENS, version=2)), "version 1, found 2"),
-    (lambda d: write(d / "a.bin", llmc(TOKENS, declared=400)), "expected 400 tokens, found 300"),
-    (lambda d: write(d / "a.bin", llmc(TOKENS)[:-1]), "whole uint16"),
-    (lambda d: write(d / "train.bin", TOKENS.tobytes()[:-1]), "whole uint16"),
-    (lambda d: write(d / "train.bin", b""), "empty"),
+@pytest.mark.parametrize("pack, train, val", [
+    (npy, "edufineweb_train_000001.npy", "edufineweb_val_000000.npy"),
+    (npy, "medieval_train_000001.npy", "val.npy"),
+    (llmc, "fineweb_train_000001.bin", "fineweb_val_000000.bin"),
+    (nanogpt, "train.bin", "val.bin"),
 ])
-def test_damaged_shard_is_accepted(tmp_path, make, message):
-    with pytest.raises(UserError, match=message):
-        open_shard(make(tmp_path))
+def test_shards_of_other_projects_are_read(tmp_path, pack, train, val):
+    """Catches: a header that is read as tokens; a file that is in the wrong split, as when "val"
+    is only a part of a word."""
+    (tmp_path / train).write_bytes(pack(TOKENS))
+    (tmp_path / val).write_bytes(pack(TOKENS[:50]))
+    (tmp_path / "val_notes.txt").write_text("not a shard")
+    (tmp_path / f"trainer_valid{Path(val).suffix}").write_bytes(pack(TOKENS))
+    folder = DataFolder(tmp_path)
+    assert [shard.path.name for shard in folder.train] == [train]
+    assert [shard.path.name for shard in folder.val] == [val]
+    assert np.array_equal(folder.train[0].tokens, TOKENS)
+    assert np.array_equal(folder.val[0].tokens, TOKENS[:50])
+    assert folder.vocab_size == 50_257
+    folder.check_hashes()  # nothing to compare with
 
 
-def write(path, content):
-    path.write_bytes(content)
-    return path
+@pytest.mark.parametrize("name, content, message", [
+    ("a.npy", npy(TOKENS[:0]), "empty"),
+    ("a.npy", npy(TOKENS.astype(np.int64)), "found 1-D int64"),
+    ("a.npy", npy(TOKENS.astype(">u2")), "found 1-D >u2"),
+    ("a.npy", npy(TOKENS.reshape(2, -1)), "found 2-D"),
+    ("a.npy", pickle.dumps([1, 2]), "cannot be read"),
+    ("a.npy", b"", "found 0 bytes"),
+    ("a.npy", npy(TOKENS)[:-5], "found 723 bytes"),
+    ("a.bin", llmc(TOKENS, magic=7), r"magic number 20240520, found \[7\]"),
+    ("a.bin", llmc(TOKENS, version=2), "version 1, found 2"),
+    ("a.bin", llmc(TOKENS, declared=400), "400 tokens, found 300"),
+    ("a.bin", llmc(TOKENS)[:-1], "whole uint16"),
+    ("a.bin", llmc(TOKENS)[:100], "header of 1024 bytes and whole uint16"),
+    ("a.bin", llmc(TOKENS)[:8], "magic"),
+    ("train.bin", nanogpt(TOKENS)[:-1], "whole uint16"),
+    ("train.bin", b"", "empty"),
+])
+def test_damaged_shard_is_refused(tmp_path, name, content, message):
+    """Catches: training on bytes that are not tokens, a pickle that is run, a message without file
+    and reason."""
+    file = tmp_path / name
+    with pytest.raises(UserError, match=f"{name}: shard is missing"):
+        open_shard(file)
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=f"{name}: expected .*{message}"):
+        open_shard(file)
 
 
-def our_folder(path, train=TOKENS, declared=None):
+def test_flipped_bit_in_a_header_is_refused_or_harmless(tmp_path):
+    """Catches: a traceback, or wrong tokens, from a .npy file with one flipped bit in its first 128
+    bytes, which are its header. All 1024 of them are tried."""
+    file = tmp_path / "a.npy"
+    intact = npy(TOKENS)
+    wrong = []
+    messages = []
+    for bit in range(8 * 128):
+        damaged = bytearray(intact)
+        damaged[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(damaged)
+        try:
+            if not np.array_equal(open_shard(file).tokens, TOKENS):
+                wrong.append(bit)
+        except UserError as error:
+            messages.append(str(error))
+    assert len(messages) > 1000  # control
+    assert "\n" not in "".join(messages)
+    assert wrong == []
+
+
+# ---- folders
+
+TRAIN = {"file": "train_0000.npy", "tokens": 300}
+VAL = {"file": "val_0000.npy", "tokens": 40}
+
+
+def our_folder(path, train=TOKENS, **changes):
+    """A folder as prepare_data.py writes it; `changes` replaces fields of its meta.json."""
     path.mkdir()
-    np.save(path / "train_0000.npy", train)
-    np.save(path / "val_0000.npy", TOKENS[:40])
-    splits = {"train": [{"file": "train_0000.npy", "tokens": declared or len(train)}], "val": [{"file": "val_0000.npy", "tokens": 40}]}
-    (path / "meta.json").write_text(json.dumps({"tokenizer": "gpt2", "vocab_size": 512, "splits": splits}))
+    splits = {}
+    for split, tokens in (("train", train), ("val", TOKENS[:40])):
+        content = npy(tokens)
+        (path / f"{split}_0000.npy").write_bytes(content)
+        sha256 = hashlib.sha256(content).hexdigest()
+        splits[split] = [{"file": f"{split}_0000.npy", "tokens": len(tokens), "sha256": sha256}]
+    meta = {"tokenizer": "gpt2", "vocab_size": 512, "eot": 511, "dtype": "uint16",
+            "splits": splits, **changes}
+    (path / "meta.json").write_text(json.dumps(meta))
     return path
 
 
-def test_folder_with_wrong_meta_or_without_a_split_is_accepted(tmp_path):
-    good = our_folder(tmp_path / "good")
-    assert DataFolder(good).vocab_size == 512 and DataFolder(good).tokenizer.eot == 511  # control
+@pytest.mark.parametrize("changes", [
+    {"tokenizer": "llama"},
+    {"vocab_size": "512"},
+    {"eot": 510},
+    {"dtype": "uint32"},
+    {"splits": {"train": [TRAIN]}},
+    {"splits": {"train": [TRAIN], "val": [TRAIN]}},  # a file listed twice
+    {"splits": {"train": [{"file": "train_0000.npy"}], "val": [VAL]}},
+    {"splits": {"train": [{"file": 5, "tokens": 300}], "val": [VAL]}},
+])
+def test_meta_that_does_not_fit_is_refused(tmp_path, changes):
+    """Catches: tokens of another format that are used because there is a meta.json; validation on
+    training text."""
+    splits = {"train": [TRAIN], "val": [VAL]}
+    assert DataFolder(our_folder(tmp_path / "a", splits=splits)).tokenizer.eot == 511  # control
+    with pytest.raises(UserError, match="not a valid meta.json"):
+        DataFolder(our_folder(tmp_path / "b", **changes))
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000])
+def test_broken_meta_is_refused(tmp_path, content):
+    """Catches: a traceback from a damaged meta.json."""
+    (tmp_path / "meta.json").write_bytes(content)
+    with pytest.raises(UserError, match="not a valid meta.json"):
+        DataFolder(tmp_path)
+
+
+def test_missing_data_names_the_command(tmp_path):
+    """Catches: a split that is short or empty; advice that does not make the missing data."""
+    splits = {"train": [{**TRAIN, "tokens": 301}], "val": [VAL]}
     with pytest.raises(UserError, match="expected 301 tokens, found 300"):
-        DataFolder(our_folder(tmp_path / "short", declared=301))
-    for broken in ("", "{", "[]", "{}", '{"vocab_size": "x", "tokenizer": "gpt2"}'):
-        (good / "meta.json").write_text(broken)
-        with pytest.raises(UserError, match="meta.json"):
-            DataFolder(good)
+        DataFolder(our_folder(tmp_path / "a", splits=splits))
     with pytest.raises(UserError, match="no train shards in .*run: python prepare_data.py text"):
         DataFolder(tmp_path / "nowhere")
     with pytest.raises(UserError, match="prepare_data.py pydocs"):
         DataFolder(tmp_path / "pydocs")
 
 
-def test_fingerprint_misses_a_changed_byte_or_another_order(tmp_path):
-    print_of = DataFolder(our_folder(tmp_path / "a")).fingerprint()
-    assert DataFolder(our_folder(tmp_path / "b")).fingerprint() == print_of  # the same content, elsewhere
+@pytest.mark.parametrize("name", ["train_0000.npy", "val_0000.npy"])
+def test_hashes_find_one_flipped_bit(tmp_path, name):
+    """Catches: a damaged shard that nothing notices, since its length is right."""
+    folder = our_folder(tmp_path / "a")
+    DataFolder(folder).check_hashes()  # control
+    damaged = bytearray((folder / name).read_bytes())
+    damaged[-9] ^= 1
+    (folder / name).write_bytes(damaged)
+    with pytest.raises(UserError, match=f"{name}: its content is not"):
+        DataFolder(folder).check_hashes()
+
+
+def test_fingerprint_finds_a_changed_token(tmp_path):
+    """Catches: a resume on other data, since names and lengths are the same."""
+    def fingerprint(name, train):
+        return DataFolder(our_folder(tmp_path / name, train)).fingerprint()
+
+    before = fingerprint("before", TOKENS)
+    assert fingerprint("elsewhere", TOKENS) == before  # control: the folder does not matter
     changed = TOKENS.copy()
     changed[-1] += 1
-    assert DataFolder(our_folder(tmp_path / "c", changed)).fingerprint() != print_of
-    changed[-1], changed[:2] = TOKENS[-1], TOKENS[1::-1]
-    assert DataFolder(our_folder(tmp_path / "d", changed)).fingerprint() != print_of
-    large = np.zeros(64 * 65536, dtype=np.uint16)  # 8 MiB: sampled in blocks, first and last among them
-    before = DataFolder(our_folder(tmp_path / "e", large)).fingerprint()
+    assert fingerprint("changed", changed) != before
+    assert fingerprint("reordered", TOKENS[::-1]) != before
+
+    large = np.zeros(64 * 65_536, dtype=np.uint16)  # 8 MiB: the first and last block are hashed
+    before = fingerprint("large", large)
     large[-1] = 1
-    assert DataFolder(our_folder(tmp_path / "f", large)).fingerprint() != before
-
-
-# ---- errors
-
-def test_a_users_mistake_ends_in_a_traceback_or_in_exit_code_0(capsys):
-    def main(argv=None):
-        raise argv
-    for error, code, message in [(UserError("no data"), 2, "test_data.py: no data\n"), (UserError("disk", 4), 4, "test_data.py: disk\n"),
-                                 (PermissionError(13, "Permission denied", "/x"), 2, "test_data.py: /x: Permission denied")]:
-        with pytest.raises(SystemExit) as exit_:
-            script(main)(error)
-        assert exit_.value.code == code and capsys.readouterr().err.startswith(message)
-    with pytest.raises(ZeroDivisionError):  # control: our own mistakes stay visible
-        script(main)(ZeroDivisionError())
+    assert fingerprint("changed at the end", large) != before

@@ -1,4 +1,5 @@
-"""README.md and EXERCISES.md say what the log and the code say."""
+"""README.md and EXERCISES.md say what the logs and the code say."""
+import ast
 import copy
 import re
 import textwrap
@@ -9,71 +10,169 @@ import pytest
 import plot_dynamics
 
 ROOT = Path(__file__).parent.parent
-README, EXERCISES = ((ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "EXERCISES.md"))
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+EXERCISES = (ROOT / "EXERCISES.md").read_text(encoding="utf-8")
 
 
-def claims(run):
-    """What README says of the default run, in its own words, from the log."""
-    last, scores, words = run.eval[-1], next(iter(run.benchmarks.values()))[-1], plot_dynamics.summary(run)
-    loss = {row["step"]: row["val_loss"] for row in run.eval}
-    return [f"{words['steps']} steps", f"{words['tokens/s (median)']} tokens/s", f"{words['seconds']} seconds", f"{words['of them evaluating']} of it evaluating",
-            f"**{last['val_bpb']:.3f} bits per byte**", f"val loss {last['val_loss']:.4f} | {last['val_bpb']:.4f} bits/byte | context gain {last['context_gain']:.3f} ± {last['context_gain_stderr']:.3f}",
-            *(f"{key} {100 * scores[key]:.1f} ± {100 * scores[key.replace('acc', 'stderr')]:.1f} %" for key in ("acc", "acc_norm", "acc_pmi")),
-            *(f"| {row['step']:,} | {loss[row['step']]:.2f} | {plot_dynamics.escape(row['text'])[:40]}" for row in next(iter(run.samples.values()))
-              if row["step"] in (0, 64, 1024, run.train[-1]["step"]))]
+def read_log(name):
+    return plot_dynamics.read_run(ROOT / "logs" / name)
 
 
-def claims_of_tuning(full, lora):
-    """The same of the two tunings."""
-    answers = {run.name: {prompt: plot_dynamics.escape(rows[-1]["text"]) for (prompt, _), rows in run.samples.items()} for run in (full, lora)}
-    bases = {prompt: textwrap.shorten(plot_dynamics.escape(rows[0]["text"]), 64, placeholder=" …") for (prompt, _), rows in full.samples.items()}
-    moments = (full, 0), (full, -1), (lora, -1)
-
-    def row(name, text):
-        return f"| {name} | " + " | ".join(text(run, i) for run, i in moments) + " |"
-    return [row("loss on held-out answers", lambda run, i: f"{run.tuning[i]['heldout_loss']:.3f}"),
-            row("their tokens right, given those before", lambda run, i: f"{run.tuning[i]['token_acc']:.1%}"),
-            row("answers that end, of 32", lambda run, i: f"{run.tuning[i]['ended']:.0%}"),
-            row("cloze: acc / acc_norm / acc_pmi, ± 2.8 %", lambda run, i: plot_dynamics.percent(next(iter(run.benchmarks.values()))[i])),
-            *(f"| {plot_dynamics.escape(q)} | {bases[q]} | {answers[full.name][q]} | {answers[lora.name][q]} | {plot_dynamics.escape(question['answer'])} |"
-              for question in full.asked["questions"] for q in [question["question"]]),
-            f"{full.train[-1]['step']} steps, took {full.seconds:.0f} seconds, with adapters {lora.seconds:.0f}",
-            f"“{full.asked['frequent_answer']}” ({full.asked['frequent_share']:.2%})", f"{full.asked['rows']:,} questions",
-            f"{full.asked['useful']:.1%} of the tokens in a batch are useful"]
-
-
-def test_the_readme_tells_of_another_tuning():
-    full, lora = (plot_dynamics.read_run(ROOT / "logs" / name) for name in ("sft", "lora8"))
+def missing(claims):
+    """Those that README does not make, wherever it breaks its lines."""
     text = " ".join(README.split())
-    assert [claim for claim in claims_of_tuning(full, lora) if claim not in text] == []
-    other = copy.deepcopy(lora)  # control: an answer and a loss that are a little different
-    other.tuning[-1]["heldout_loss"] += 0.01
-    next(iter(other.samples.values()))[-1]["text"] += " Or not."
-    assert sum(claim not in text for claim in claims_of_tuning(full, other)) == 2
-    for run in (full, lora):
-        assert plot_dynamics.trajectory([run]) == (ROOT / "logs" / run.name / "trajectory.md").read_text(encoding="utf-8")
+    return [claim for claim in claims if " ".join(claim.split()) not in text]
 
 
-def test_the_readme_tells_of_another_run():
-    run = plot_dynamics.read_run(ROOT / "logs/default")
-    assert [claim for claim in claims(run) if claim not in README] == []
+# -------------------------------------------------------------------------------------------------
+# The default run
+
+def claims_of_default(run):
+    """What README tells about the default run, in its own words, from the log."""
+    last = run.rows["eval"][-1]
+    scores = run.rows["benchmark"][-1]
+    words = plot_dynamics.summary(run)
+    claims = [f"| steps, 1,024 tokens each | {words['steps']} |",
+              f"| tokens/s (median) | {words['tokens/s (median)']} |",
+              f"| seconds, training and evaluation | {words['seconds']} |",
+              f"| of them evaluating | {words['of them evaluating']} |",
+              f"| **{last['val_bpb']:.3f}** |",
+              f"val loss {last['val_loss']:.4f} | {last['val_bpb']:.4f} bits/byte | context gain "
+              f"{last['context_gain']:.3f} ± {last['context_gain_stderr']:.3f}"]
+    for name in ("", "_norm", "_pmi"):
+        share = 100 * scores[f"acc{name}"]
+        claims.append(f"(acc{name}) | {share:.1f} ± {100 * scores[f'stderr{name}']:.1f} % |")
+    losses = {row["step"]: row["val_loss"] for row in run.rows["eval"]}
+    for row in run.rows["sample"]:
+        step = row["step"]
+        if step in (0, 64, 1024, run.steps[-1]):
+            text = plot_dynamics.escape(row["text"])
+            claims.append(f"| {step:,} | {losses[step]:.2f} | {text[:40]}")
+    return claims
+
+
+def test_readme_tells_of_the_logged_run():
+    """Catches: a number or a sample in README that is not of logs/default."""
+    run = read_log("default")
+    assert missing(claims_of_default(run)) == []
     other = copy.deepcopy(run)  # control: a run that is a little different
-    other.eval[-1]["val_bpb"] += 0.01
-    other.samples[next(iter(other.samples))][-1]["text"] = "The answer."
-    next(iter(other.benchmarks.values()))[-1]["acc_pmi"] -= 0.01
-    assert sum(claim not in README for claim in claims(other)) == 4
-    assert plot_dynamics.trajectory([run]) == (ROOT / "logs/default/trajectory.md").read_text(encoding="utf-8")
+    other.rows["eval"][-1]["val_bpb"] += 0.01
+    other.rows["sample"][-1]["text"] = "The answer."
+    other.rows["benchmark"][-1]["acc_pmi"] -= 0.01
+    assert len(missing(claims_of_default(other))) == 4
 
 
-def test_a_promise_has_no_test():
-    tests = "".join(path.read_text(encoding="utf-8") for path in [ROOT / "test_model.py", *(ROOT / "tests").glob("test_*.py")])
+@pytest.mark.parametrize("name", ["default", "sft", "lora8"])
+def test_trajectory_of_a_log_is_redrawn(name):
+    """Catches: a trajectory.md in logs/ that is not drawn from the log beside it."""
+    written = (ROOT / "logs" / name / "trajectory.md").read_text(encoding="utf-8")
+    run = read_log(name)
+    assert plot_dynamics.trajectory([run]) == written
+    next(iter(run.samples.values()))[-1]["text"] += " Or not."  # control
+    assert plot_dynamics.trajectory([run]) != written
+
+
+# -------------------------------------------------------------------------------------------------
+# The two tunings
+
+def claims_of_tunings(full, adapted):
+    """The same of the two tunings: base, all weights, LoRA."""
+    columns = [(full, 0), (full, -1), (adapted, -1)]
+    ours = [run.rows["sft_eval"][i] for run, i in columns]
+    scores = [plot_dynamics.percent(run.rows["benchmark"][i]) for run, i in columns]
+    info = full.rows["instructions"][-1]
+    rows = [
+        ["loss on held-out answers", *[f"{row['heldout_loss']:.3f}" for row in ours]],
+        ["their tokens right, given those before", *[f"{row['token_acc']:.1%}" for row in ours]],
+        ["answers that end, of 32", *[f"{row['ended']:.0%}" for row in ours]],
+        ["cloze: acc / acc_norm / acc_pmi, ± 2.8 %", *scores],
+        ["seconds", "", f"{full.seconds:.0f}", f"{adapted.seconds:.0f}"],
+    ]
+    for question in info["questions"]:
+        rows.append(row_of_answers(question, full, adapted))
+    return [*[plot_dynamics.table_row(row) for row in rows],
+            f"{info['rows']:,} questions",
+            f"{info['useful']:.1%} of the tokens in a batch are not padding",
+            f"“{info['frequent_answer']}” ({info['frequent_share']:.2%})"]
+
+
+def row_of_answers(question, full, adapted):
+    key = (question["question"], "")
+    base = plot_dynamics.escape(full.samples[key][0]["text"])
+    return [plot_dynamics.escape(question["question"]),
+            textwrap.shorten(base, 64, placeholder=" …"),
+            plot_dynamics.escape(full.samples[key][-1]["text"]),
+            plot_dynamics.escape(adapted.samples[key][-1]["text"]),
+            plot_dynamics.escape(question["answer"])]
+
+
+def test_readme_tells_of_the_logged_tunings():
+    """Catches: a number or an answer in README that is not of logs/sft and logs/lora8."""
+    full = read_log("sft")
+    adapted = read_log("lora8")
+    assert missing(claims_of_tunings(full, adapted)) == []
+    other = copy.deepcopy(adapted)  # control: a loss and an answer that are a little different
+    other.rows["sft_eval"][-1]["heldout_loss"] += 0.01
+    next(iter(other.samples.values()))[-1]["text"] += " Or not."
+    assert len(missing(claims_of_tunings(full, other))) == 2
+
+
+# -------------------------------------------------------------------------------------------------
+# Promises, exercises, layout
+
+def test_promised_tests_exist():
+    """Catches: a promise in README whose test was renamed or removed."""
+    files = [ROOT / "test_model.py", *(ROOT / "tests").glob("test_*.py")]
+    tests = "".join(path.read_text(encoding="utf-8") for path in files)
     promised = re.findall(r"`(test_\w+)`", README)
-    assert len(promised) >= 10 and [name for name in promised if f"def {name}(" not in tests] == []
+    assert len(promised) >= 10
+    assert [name for name in promised if f"def {name}(" not in tests] == []
 
 
-@pytest.mark.parametrize("number, file, change", [(i, *found) for i, found in enumerate(re.findall(r"```diff\n--- (\S+)\n(.*?)```", EXERCISES, re.S))])
-def test_an_exercise_changes_a_line_that_is_gone(number, file, change):
+CHANGES = re.findall(r"```diff\n--- (\S+)\n(.*?)```", EXERCISES, re.S)
+
+
+@pytest.mark.parametrize("file, change", CHANGES, ids=[str(i) for i in range(len(CHANGES))])
+def test_exercises_change_existing_lines(file, change):
+    """Catches: an exercise that removes a line which is not in the code (any more)."""
+    lines = change.strip("\n").split("\n")
+    assert {line[0] for line in lines} <= {"-", "+"}
+    old = "".join(line[1:] + "\n" for line in lines if line[0] == "-")
+    new = "".join(line[1:] + "\n" for line in lines if line[0] == "+")
     source = (ROOT / file).read_text(encoding="utf-8")
-    old, new = ("".join(line[1:] + "\n" for line in change.splitlines() if line[0] == sign) for sign in "-+")
-    assert source.count(old) == 1 and change.strip().splitlines() == [line for line in change.strip().splitlines() if line[0] in "-+"]
+    assert source.count(old) == 1
     compile(source.replace(old, new), file, "exec")
+
+
+def modules_imported(file):
+    """The first names of all modules that a file imports."""
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        if isinstance(node, ast.ImportFrom):
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def test_support_never_imports_from_the_root():
+    """Catches: an import that goes the other way, so that a file cannot be read on its own."""
+    root = {file.stem for file in ROOT.glob("*.py")}
+    files = sorted((ROOT / "support").glob("*.py"))
+    assert {file.name: modules_imported(file) & root for file in files} == {
+        file.name: set() for file in files}
+    assert "model" in modules_imported(ROOT / "checkpoint.py") & root  # control
+
+
+SCRIPTS = [*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py"), *(ROOT / "tests").glob("*.py")]
+
+
+@pytest.mark.parametrize("file", SCRIPTS, ids=[file.name for file in SCRIPTS])
+def test_lines_fit_the_screen(file):
+    """Catches: a line of more than 100 columns; an assert for input, which python -O removes."""
+    source = file.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    assert [number for number, line in enumerate(lines, 1) if len(line) > 100] == []
+    if not file.name.startswith("test_") and file.parent.name != "tests":
+        nodes = ast.walk(ast.parse(source))
+        assert [node.lineno for node in nodes if isinstance(node, ast.Assert)] == []

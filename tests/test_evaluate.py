@@ -1,195 +1,376 @@
-"""Scores and samples: each against a plain loop that does one thing at a time, and each with a control.
-"""
+"""evaluate.py: scores against a plain loop that does one thing at a time, each with a control."""
 import json
 import math
 import shutil
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoint
 import evaluate
-import sample
-from conftest import QUESTIONS, evals, messages, rows
-from data import DataFolder, Tokenizer, Windows
+from checkpoint import load_model
+from conftest import evals, exit_code, messages, write_lines
+from data import Tokenizer, Windows
+from evaluate import Benchmark
 from model import PRESETS, Llama
+from support.runs import UserError
+from support.shards import Shard
 
 FP32 = torch.autocast("cpu", enabled=False)
+TOKENIZER = Tokenizer(300)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Text
-
-def test_scores_that_a_plain_loop_would_not_give(data, whole):
-    model, tokenizer, step = checkpoint.load_model(whole)
-    folder = DataFolder(data)
-    ids = np.load(data / "val_0000.npy").astype(np.int64)
-    nats, n_bytes, first, last, gains = 0.0, 0, [], [], []
-    for start in range(0, 256, 16):  # 16 windows of 16
-        window = torch.tensor(ids[start:start + 17])
-        logp = F.log_softmax(model(window[None, :-1])[0][0].double(), dim=-1)
-        losses = [-logp[i, window[i + 1]].item() for i in range(16)]
-        nats += sum(losses)
-        n_bytes += sum(len(tokenizer.decode_bytes([int(i)])) for i in window[1:] if i != tokenizer.eot)
-        first, last = first + losses[:2], last + losses[-2:]
-        gains.append(np.mean(losses[:2]) - np.mean(losses[-2:]))
-    found = evaluate.evaluate(model, Windows(folder.val, 16, 300), tokenizer, 256, torch.autocast("cpu", enabled=False))
-    assert step == 20 and math.isclose(found["val_loss"], nats / 256, rel_tol=1e-5)
-    assert math.isclose(found["val_bpb"], nats / math.log(2) / n_bytes, rel_tol=1e-5)
-    assert math.isclose(found["context_gain"], np.mean(first) - np.mean(last), abs_tol=1e-5)
-    assert math.isclose(found["context_gain_stderr"], np.std(gains) / math.sqrt(len(gains) - 1), rel_tol=1e-3)
-    assert math.isclose(found["val_loss"], evals(whole)[-1][1], rel_tol=1e-5)  # what the run wrote of itself
-    assert not math.isclose(found["val_loss"], evals(whole)[-2][1], rel_tol=1e-5)  # control: another step
+@pytest.fixture
+def model(whole):
+    model, _, _ = load_model(whole)
+    return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Multiple choice
+def random_windows(seq_len, n_tokens=700):
+    """Text with end-of-text in it, so that some tokens stand for no bytes."""
+    ids = np.random.RandomState(0).randint(0, 300, n_tokens).astype(np.uint16)
+    ids[::50] = TOKENIZER.eot
+    return Windows([Shard(Path("val.npy"), ids)], seq_len, 300, shuffle=False)
+
+
+# ---- text
+
+def losses_one_by_one(model, window):
+    """−ln p of each token of a window after the first, from the logits of one forward."""
+    tokens = torch.tensor(window)
+    logits, _ = model(tokens[None, :-1])
+    log_p = F.log_softmax(logits[0].double(), dim=-1)
+    return [-log_p[i, target].item() for i, target in enumerate(tokens[1:])]
+
+
+def test_text_scores_equal_a_plain_loop(model, monkeypatch):
+    """Catches: targets shifted by one, windows left out or scored twice, end-of-text counted as
+    bytes, eighths of unequal text, a standard error of something else."""
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 50)  # 3 windows a forward, 1 in the last
+    monkeypatch.setattr(evaluate, "ROWS", 7)
+    val = random_windows(seq_len=16)
+    windows = val.read(0, 13)
+    losses = np.array([losses_one_by_one(model, window) for window in windows])  # (13, 16)
+    targets = windows[:, 1:].flatten().tolist()
+    text = b"".join(TOKENIZER.decode_bytes([i]) for i in targets if i != TOKENIZER.eot)
+    eighths = losses.reshape(13, 8, 2).mean(axis=2)
+    gains = eighths[:, 0] - eighths[:, 7]
+
+    found = evaluate.evaluate(model, val, TOKENIZER, eval_tokens=13 * 16 + 15, autocast=FP32)
+    assert found == {
+        "val_loss": pytest.approx(losses.mean(), rel=1e-5),
+        "val_bpb": pytest.approx(losses.sum() / math.log(2) / len(text), rel=1e-5),
+        "position_loss": pytest.approx(eighths.mean(axis=0), rel=1e-5),
+        "context_gain": pytest.approx(gains.mean(), abs=1e-5),
+        "context_gain_stderr": pytest.approx(gains.std(ddof=1) / math.sqrt(13), rel=1e-3)}
+    # control: another window shows
+    more = evaluate.evaluate(model, val, TOKENIZER, eval_tokens=14 * 16, autocast=FP32)
+    assert more["val_loss"] != pytest.approx(found["val_loss"], rel=1e-5)
+
+
+def test_little_text_is_scored_whole(model):
+    """Catches: an error, or NaN, from one window, from windows below 8 tokens, from more
+    eval_tokens than there are."""
+    one = evaluate.evaluate(model, random_windows(16), TOKENIZER, eval_tokens=1, autocast=FP32)
+    assert one["context_gain_stderr"] == 0
+    short = evaluate.evaluate(model, random_windows(4), TOKENIZER, 10_000, FP32)
+    assert short["context_gain"] is None
+    assert short["position_loss"] == []
+    losses = [losses_one_by_one(model, window) for window in random_windows(4).read(0, 174)]
+    assert short["val_loss"] == pytest.approx(np.mean(losses), rel=1e-5)
+    assert evaluate.describe_text(short).startswith(f"val loss {short['val_loss']:.4f}")
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_evaluation_leaves_the_model_as_it_was(model, training):
+    """Catches: training that goes on in evaluation mode, evaluation that keeps gradients or draws
+    the random numbers of the training."""
+    seen = []
+    hook = model.model.register_forward_hook(
+        lambda decoder, *_: seen.append((decoder.training, torch.is_grad_enabled())))
+    model.train(training)
+    before = torch.get_rng_state()
+    evaluate.evaluate(model, random_windows(16), TOKENIZER, 256, FP32)
+    evaluate.log_likelihoods(model, random_pairs(3), FP32)
+    evaluate.continue_prompt(model, TOKENIZER, "a", FP32)
+    assert set(seen) == {(False, False)}
+    assert model.training == training
+    assert torch.equal(torch.get_rng_state(), before)
+
+    hook.remove()
+    with pytest.raises(IndexError):  # an id outside the embedding
+        evaluate.log_likelihoods(model, [((1,), (10**6,))], FP32)
+    assert model.training == training
+    assert torch.is_grad_enabled()  # control
+
+
+# ---- multiple choice
 
 def one_at_a_time(model, context, ending):
-    """ln P(ending | context): one forward, one row, no cache."""
-    logp = F.log_softmax(model(torch.tensor([context + ending[:-1]]))[0][0].double(), dim=-1)
-    return sum(logp[len(context) + i - 1, token].item() for i, token in enumerate(ending))
+    """ln P(ending | context): one forward, one row, no padding."""
+    logits, _ = model(torch.tensor([[*context, *ending[:-1]]]))
+    log_p = F.log_softmax(logits[0].double(), dim=-1)
+    return sum(log_p[len(context) + i - 1, token].item() for i, token in enumerate(ending))
 
 
-def random_questions(n, seed=0, longest=20, vocab_size=300):
-    draw = np.random.RandomState(seed)
-    ids = lambda k: draw.randint(0, vocab_size - 1, k).tolist()
-    return [(ids(1 + i % longest), [ids(draw.randint(1, 6)) for _ in range(4)]) for i in range(n)]
+def random_pairs(n, longest=20, vocab_size=300):
+    """Contexts of 1 to `longest` tokens with endings of 1 to 5."""
+    random = np.random.RandomState(0)
+    pairs = []
+    for i in range(n):
+        context = random.randint(0, vocab_size, 1 + i % longest)
+        ending = random.randint(0, vocab_size, random.randint(1, 6))
+        pairs.append((tuple(context), tuple(ending)))
+    return pairs
 
 
-def test_padding_or_the_shared_context_changes_a_score(whole):
-    model, _, _ = checkpoint.load_model(whole)
-    questions = random_questions(50)  # contexts of 1 to 20 tokens: without a cache, and with 8 and 16 tokens in it
-    found = evaluate.log_likelihoods(model, questions, FP32)
-    plain = torch.tensor([[one_at_a_time(model, context, ending) for ending in endings] for context, endings in questions])
+def test_choices_equal_one_at_a_time(model, monkeypatch):
+    """Catches: padding that changes a score, an ending scored a token early or late, scores in
+    another order than the pairs."""
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 100)
+    pairs = random_pairs(100)
+    plain = torch.tensor([one_at_a_time(model, *pair) for pair in pairs])
+    found = evaluate.log_likelihoods(model, pairs, FP32)
     assert (found - plain).abs().max() < 1e-4
-    first, second = (evaluate.log_likelihoods(model, questions, FP32, rank, 2) for rank in (0, 1))
-    assert torch.equal(first + second, found) and not torch.equal(first, found)
-    shorter = evaluate.log_likelihoods(model, [(context[1:] or context, endings) for context, endings in questions], FP32)
-    assert (shorter - plain).abs().max() > 1e-3  # control: without the first token of the context
+    # control: without the first token of the context
+    shorter = [(context[1:] or context, ending) for context, ending in pairs]
+    found = evaluate.log_likelihoods(model, shorter, FP32)
+    assert (found - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("score", [
+    lambda model: evaluate.evaluate(model, random_windows(16), TOKENIZER, 10_000, FP32),
+    lambda model: evaluate.log_likelihoods(model, random_pairs(50), FP32),
+], ids=["text", "choices"])
+def test_shares_of_two_processes_add_up(model, monkeypatch, score):
+    """Catches: a window or a question that both processes score, or neither."""
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 50)
+
+    def scored_by(rank, world):
+        rows = []
+        monkeypatch.setattr(evaluate, "processes", lambda: (rank, world))
+        monkeypatch.setattr(evaluate, "complete_rows", lambda row, device: rows.append(row) or row)
+        score(model)
+        return rows[0]
+
+    whole = scored_by(0, 1)
+    first = scored_by(0, 2)
+    second = scored_by(1, 2)
+    assert torch.equal(first + second, whole)
+    assert not torch.equal(first, whole)  # control: a share is not all
+    assert not torch.equal(second, whole)
+
+
+WORDS = ["a", "be", "the end", "1 2 3 4 5 6", "internationally", "it is what it was"]
+
+
+def question(random):
+    def words(n):
+        return " ".join(random.choice(WORDS, n))
+
+    return {"ctx": words(4), "activity_label": words(1), "ctx_a": words(2), "ctx_b": words(1),
+            "endings": [words(1), words(2), words(1), words(2)], "label": int(random.randint(4))}
+
+
+def words_of(item, style):
+    """Context and endings of a question, and the length that acc_norm divides by."""
+    endings = [TOKENIZER.encode(f" {ending}") for ending in item["endings"]]
+    if style == "token":
+        return item["ctx"], endings, [len(ids) for ids in endings]
+    context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}"
+    return context, endings, [len(ending) for ending in item["endings"]]
 
 
 @pytest.mark.parametrize("style", ["token", "harness"])
-def test_accuracies_are_not_what_they_say(data, whole, style):
-    model, tokenizer, _ = checkpoint.load_model(whole)
-    scores = evaluate.Benchmark(data / "cloze.jsonl", tokenizer, 32, style).score(model, FP32)
-    right = {"acc": [], "acc_norm": [], "acc_pmi": []}
-    for question in QUESTIONS:
-        context = question["ctx"] if style == "token" else f"{question['activity_label']}: {question['ctx_a']} Is"
-        ids = [tokenizer.encode(" " + ending) for ending in question["endings"]]
-        room = 33 - max(map(len, ids))
-        logp = np.array([one_at_a_time(model, tokenizer.encode(context)[-room:], e) for e in ids])
-        alone = np.array([one_at_a_time(model, [tokenizer.eot], e) for e in ids])
-        size = [len(e) for e in (ids if style == "token" else question["endings"])]
-        for name, by in (("acc", logp), ("acc_norm", logp / size), ("acc_pmi", logp - alone)):
-            right[name].append(by.argmax() == question["label"])
+def test_accuracies_equal_a_plain_loop(model, tmp_path, style):
+    """Catches: acc_norm by the length of something else, acc_pmi that adds what it should
+    subtract, another standard error."""
+    window = 48
+    random = np.random.RandomState(1)
+    items = [question(random) for _ in range(60)]
+    norms = []
+    right = {"": [], "_norm": [], "_pmi": []}
+    for item in items:
+        context, endings, lengths = words_of(item, style)
+        room = window + 1 - max(len(ids) for ids in endings)
+        context = TOKENIZER.encode(context)[-room:]
+        found = np.array([one_at_a_time(model, context, ids) for ids in endings])
+        alone = np.array([one_at_a_time(model, [TOKENIZER.eot], ids) for ids in endings])
+        norms.append(lengths)
+        right[""].append(found.argmax() == item["label"])
+        right["_norm"].append((found / lengths).argmax() == item["label"])
+        right["_pmi"].append((found - alone).argmax() == item["label"])
+
+    write_lines(tmp_path / "b.jsonl", items)
+    benchmark = Benchmark(tmp_path / "b.jsonl", TOKENIZER, window, style)
+    assert benchmark.norms.tolist() == norms
+    scores = benchmark.score(model, FP32)
     for name, column in right.items():
-        assert scores[name] == pytest.approx(np.mean(column))
-        assert scores[name.replace("acc", "stderr")] == pytest.approx(np.std(column) / math.sqrt(len(column) - 1))
-    assert scores["n"] == 6 and scores["n_choices"] == 4 and scores["style"] == style
-    blind = Llama(model.config)
-    torch.nn.init.zeros_(blind.lm_head.weight)  # control: every token as likely, so per token all endings tie and the first is chosen
-    share = evaluate.Benchmark(data / "cloze.jsonl", tokenizer, 32, style).score(blind, FP32)["acc_pmi"]
-    assert share == pytest.approx(np.mean([question["label"] == 0 for question in QUESTIONS]))
+        stderr = np.std(column, ddof=1) / math.sqrt(60)
+        assert scores[f"acc{name}"] == pytest.approx(np.mean(column))
+        assert scores[f"stderr{name}"] == pytest.approx(stderr)
+    assert scores["n"] == 60
+    assert scores["n_choices"] == 4
+    assert scores["style"] == style
+    assert len({scores["acc"], scores["acc_norm"], scores["acc_pmi"]}) == 3  # control
 
 
-def test_a_style_puts_other_words(tmp_path):
-    item = {"activity_label": "Baking [x]", "ctx_a": "Mix it [title] well.", "ctx_b": "then you", "ctx": "Mix it [title] well. then you",
-            "endings": ["wait [step] long", "  eat it"], "label": "1"}
-    (tmp_path / "b.jsonl").write_text(json.dumps(item) + "\n")
-    texts = {style: evaluate.Benchmark(tmp_path / "b.jsonl", Tokenizer(300), 200, style).texts[0] for style in ("token", "harness")}
-    assert texts["token"] == (item["ctx"], item["endings"])
-    assert texts["harness"] == ("Baking : Mix it. well. Then you", ["wait long", "eat it"])
+def test_repeated_pairs_are_scored_once(model, data, monkeypatch):
+    """Catches: endings after end-of-text alone, the same for many questions, scored for each."""
+    scored = []
+    benchmark = Benchmark(data / "cloze.jsonl", TOKENIZER, 48)
+    original = evaluate.log_likelihoods
+
+    def count(model, pairs, *args):
+        scored.extend(pairs)
+        return original(model, pairs, *args)
+
+    monkeypatch.setattr(evaluate, "log_likelihoods", count)
+    benchmark.score(model, FP32)
+    assert len(scored) == len(set(scored)) == 6 * 4 + 4  # 6 contexts and none, 4 endings
 
 
-@pytest.mark.parametrize("line", ["{", "[1]", '{"ctx": "a", "endings": ["b", "c"]}', '{"ctx": "a", "endings": ["b", "c"], "label": 2}',
-                                  '{"ctx": "a", "endings": ["b"], "label": 0}', '{"ctx": "a", "endings": ["b", ""], "label": 0}',
-                                  '{"ctx": "a", "endings": "bc", "label": 0}', '{"ctx": "a", "endings": ["b", "c"], "label": 0.7}',
-                                  '{"ctx": "a", "endings": ["b", "c"], "label": Infinity}', "[" * 100_000,
-                                  '{"ctx": 3, "endings": ["b", "c"], "label": 0}', '{"ctx": "a", "endings": ["b", "c", "d"], "label": 0}',
-                                  '{"ctx": "a", "endings": ["b", "%s"], "label": 0}' % ("long" * 20), "\udcff"])
-def test_a_broken_question_is_scored(whole, tmp_path, capsys, line):
-    good = json.dumps({"ctx": "a", "endings": ["b", "c"], "label": 0})
-    (tmp_path / "b.jsonl").write_text(f"{good}\n{line}\n", errors="surrogateescape")
-    with pytest.raises(SystemExit) as error:
-        evaluate.main([str(whole), "--benchmark", str(tmp_path / "b.jsonl")])
-    assert error.value.code == 2 and "b.jsonl:2: " in messages(capsys)[-1]
-    (tmp_path / "b.jsonl").write_text(good + "\n\n")  # control
-    assert not evaluate.main([str(whole), "--benchmark", str(tmp_path / "b.jsonl"), "--device", "cpu"])
-    (whole / "evaluations.jsonl").unlink()
+def test_a_style_has_its_own_words():
+    """Catches: scores that cannot be compared to those of the same style elsewhere."""
+    item = {"activity_label": "Baking [x]", "ctx_a": "Mix it [title] well.", "ctx_b": "then YOU",
+            "ctx": "Mix it [title] well. then YOU", "endings": ["wait [step] long", "  eat it"]}
+    assert evaluate.put_question(item, "token") == (item["ctx"], item["endings"])
+    words = evaluate.put_question(item, "harness")
+    assert words == ("Baking : Mix it. well. Then you", ["wait long", "eat it"])
+
+
+def test_a_long_context_loses_its_beginning(tmp_path):
+    """Catches: an ending cut instead of the context, or a question longer than the window."""
+    item = {"ctx": "0 1 2 3 4 5 6 7 8 9", "endings": ["one", "or two"], "label": "1"}
+    write_lines(tmp_path / "b.jsonl", [item] * 3)
+    ids = TOKENIZER.encode(item["ctx"])
+    longest = max(len(TOKENIZER.encode(f" {ending}")) for ending in item["endings"])
+    for window, kept in [(longest, 1), (longest + 3, 4), (100, len(ids))]:
+        benchmark = Benchmark(tmp_path / "b.jsonl", TOKENIZER, window, items=2)
+        assert benchmark.contexts == 2 * [ids[-kept:]]
+    with pytest.raises(UserError, match=f"b.jsonl:1: an ending of {longest} tokens"):
+        Benchmark(tmp_path / "b.jsonl", TOKENIZER, longest - 1)
+
+
+@pytest.mark.parametrize("line", [
+    '{', '[1]', '"text"', "[" * 100_000, "\udcff",
+    '{"ctx": "a", "endings": ["b", "c"]}',
+    '{"ctx": "a", "endings": ["b", "c"], "label": 2}',
+    '{"ctx": "a", "endings": ["b", "c"], "label": -1}',
+    '{"ctx": "a", "endings": ["b", "c"], "label": 0.7}',
+    '{"ctx": "a", "endings": ["b", "c"], "label": Infinity}',
+    '{"ctx": "a", "endings": ["b"], "label": 0}',
+    '{"ctx": "a", "endings": ["b", "c", "d"], "label": 0}',
+    '{"ctx": "a", "endings": ["b", ""], "label": 0}',
+    '{"ctx": "a", "endings": ["b", 3], "label": 0}',
+    '{"ctx": "a", "endings": "bc", "label": 0}',
+    '{"ctx": " ", "endings": ["b", "c"], "label": 0}',
+    '{"ctx": 3, "endings": ["b", "c"], "label": 0}',
+    '{"ctx": "a", "endings": ["b", "%s"], "label": 0}' % ("long" * 20)])
+def test_a_broken_question_is_refused(tmp_path, line):
+    """Catches: a traceback, or a score from a question that has no right answer."""
+    file = tmp_path / "b.jsonl"
+    good = '{"ctx": "a", "endings": ["b", "c"], "label": 0}'
+    file.write_text(f"{good}\n{line}\n", errors="surrogateescape")
+    with pytest.raises(UserError, match="b.jsonl:2: .*remove"):
+        Benchmark(file, TOKENIZER, 48)
+    file.write_text(f"{good}\n\n")
+    assert len(Benchmark(file, TOKENIZER, 48).labels) == 1  # control
+
+
+def test_a_file_has_questions_with_a_choice(tmp_path):
+    """Catches: accuracies of no question, or of one ending."""
+    file = tmp_path / "b.jsonl"
+    file.write_text("")
+    with pytest.raises(UserError, match="b.jsonl: no questions"):
+        Benchmark(file, TOKENIZER, 48)
+    write_lines(file, [{"ctx": "a", "endings": ["b"], "label": 0}])
+    with pytest.raises(UserError, match="b.jsonl:1: "):
+        Benchmark(file, TOKENIZER, 48)
 
 
 @pytest.mark.slow
-def test_batches_are_hardly_faster():
+def test_batches_are_faster_than_one_at_a_time():
+    """Catches: multiple choice that costs as much as without batches. Prints what it costs."""
     torch.manual_seed(0)
     model = Llama(PRESETS["tiny"]).eval()
-    questions = random_questions(200, longest=100, vocab_size=4096)
-    speed = {}  # questions per second
+    pairs = random_pairs(800, longest=100, vocab_size=4096)  # 200 questions of 4 endings
+
+    def in_batches():
+        evaluate.log_likelihoods(model, pairs, FP32)
+
+    def one_by_one():
+        for context, ending in pairs[:160]:
+            one_at_a_time(model, context, ending)
+
+    speeds = []
     with torch.no_grad():
-        for name, n, score in (("batches", 200, lambda: evaluate.log_likelihoods(model, questions, FP32)),
-                               ("one", 40, lambda: [one_at_a_time(model, c, ending) for c, endings in questions[:40] for ending in endings])):
+        for name, score, questions in (("batches", in_batches, 200), ("one", one_by_one, 40)):
             score()
             start = time.perf_counter()
             score()
-            speed[name] = n / (time.perf_counter() - start)
-    print(speed)
-    assert speed["batches"] > 3 * speed["one"]  # 5.8 times on an idle machine; with room for a busy one
+            seconds = (time.perf_counter() - start) / questions
+            speeds.append(1 / seconds)
+            print(f"{name}: {1 / seconds:.0f} questions/s, {1000 * seconds:.2f} ms a question")
+    assert speeds[0] > speeds[1]  # 1.4 to 1.9 times as fast on one busy core
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Samples, commands
+# ---- samples and the command
 
-def test_statistics_of_a_text():
+def test_text_statistics_by_hand():
+    """Catches: n-grams of another n, or an error from a text shorter than that."""
     assert evaluate.text_statistics([1, 2, 3, 4]) == {"distinct_2": 1.0, "repetition": 0.0}
     assert evaluate.text_statistics([1, 2] * 4) == {"distinct_2": 2 / 7, "repetition": 3 / 5}
     assert evaluate.text_statistics([7]) == {"distinct_2": 1.0, "repetition": 0.0}
 
 
-def test_evaluate_and_sample_as_commands(data, whole, capsys):
-    assert not evaluate.main([str(whole), "--step", "8"])
+def test_sample_depends_on_weights_and_seed_alone(model):
+    """Catches: samples of two steps that differ by luck."""
+    samples = [evaluate.continue_prompt(model, TOKENIZER, "a", FP32, seed=n) for n in (0, 0, 1)]
+    assert samples[0] == samples[1]
+    assert samples[0] != samples[2]  # control
+
+
+@pytest.fixture
+def copied(whole, tmp_path, monkeypatch):
+    """A copy of the run, in the folder where scripts look for the newest one."""
+    monkeypatch.chdir(tmp_path)
+    return shutil.copytree(whole, Path("runs/whole"))
+
+
+def events(run):
+    lines = (run / "evaluations.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def test_command_repeats_the_scores_of_the_training(copied, capsys):
+    """Catches: another step, window or text than asked for; scores that are only printed."""
+    assert not evaluate.main(["--step", "8", "--eval_tokens", "256"])
     assert "step 8" in capsys.readouterr().out
-    assert json.loads((whole / "evaluations.jsonl").read_text().splitlines()[-1])["step"] == 8
-    (whole / "evaluations.jsonl").unlink()
-    texts = []
-    for seed in (0, 0, 1):
-        sample.main([str(whole), "--prompt", "Zürich <|endoftext|>", "--samples", "2", "--seed", str(seed), "--max_new_tokens", "40"])
-        texts.append(capsys.readouterr().out)
-    assert texts[0] == texts[1] != texts[2] and texts[0].startswith("Zürich <|endoftext|>")
-    for prompt in ("", "long " * 100, "\udcff"):
-        sample.main([str(whole), "--prompt", prompt, "--max_new_tokens", "3"])
-    for wrong in (["--step", "7"], ["--temperature", "-1"], ["--top_p", "0"]):
-        with pytest.raises(SystemExit) as error:
-            sample.main([str(whole), *wrong])
-        assert error.value.code == 2
+    text, choice = events(copied)
+    losses = {row[0]: row[1] for row in evals(copied)}
+    assert text["val_loss"] == pytest.approx(losses[8], rel=1e-5)
+    assert text["val_loss"] != pytest.approx(losses[16], rel=1e-5)  # control
+    assert text["event"] == "eval"
+    assert choice["event"] == "benchmark"
+    assert choice["step"] == 8
 
 
-def test_streaming_breaks_a_character(whole):
-    class Speaker:
-        def generate(self, *args):
-            return iter([torch.tensor([b]) for b in (tokenizer.encode("é")[0], tokenizer.encode("é")[1], tokenizer.eot)])
-    _, tokenizer, _ = checkpoint.load_model(whole)
-    args = type("Args", (), {"temperature": 1, "top_k": None, "top_p": None})
-    assert list(sample.stream(Speaker(), tokenizer, [1], 9, args, None, "cpu")) == ["", "é", ""]
-    assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd"  # control: piece by piece it would break
-
-
-def test_the_trajectory_is_of_one_moment(whole, tmp_path, capsys):
-    run = tmp_path / "r"
-    shutil.copytree(whole, run)
-    (run / "checkpoints/step_00000004/model.pt").write_bytes(b"?")
-    assert not sample.main([str(run), "--trajectory"])
-    printed = capsys.readouterr()
-    assert "step_00000004 is damaged" in printed.err
-    events = [json.loads(line) for line in (run / "evaluations.jsonl").read_text().splitlines()]
-    assert [e["step"] for e in events] == [0, 1, 2, 8, 15, 16, 20] and all(e["prompt"] == "The" and e["seed"] == 0 for e in events)
-    assert [e["text"] for e in events if e["step"] in (0, 8, 16, 20)][0] == rows(run, "sample", ("text",))[0][0]  # as the run itself drew it
-    assert len({e["text"] for e in events}) > 3  # control: other weights, other words
-    sample.main([str(run), "--trajectory", "--seed", "1"])
-    assert [json.loads(line)["text"] for line in (run / "evaluations.jsonl").read_text().splitlines()[7:]] != [e["text"] for e in events]
-    for wrong in (["--step", "8"], ["--samples", "2"]):
-        with pytest.raises(SystemExit) as error:
-            sample.main([str(run), "--trajectory", *wrong])
-        assert error.value.code == 2
+def test_command_ends_in_one_line(copied, data, capsys):
+    """Catches: a traceback from a wrong flag or file; a damaged checkpoint that is scored."""
+    other = shutil.copytree(data, Path("other"))
+    meta = (other / "meta.json").read_text()
+    (other / "meta.json").write_text(meta.replace("300", "301").replace("299", "300"))
+    (copied / "checkpoints/step_00000020/model.pt").write_bytes(b"?")
+    for flags, message in [(["--step", 7], "no checkpoint of step 7"),
+                           (["--step", 20], "no usable checkpoint (step 20: model.pt has 1 bytes"),
+                           (["--seq_len", 65], "more than the model's max_seq_len 64"),
+                           (["--benchmark", "absent.jsonl"], "absent.jsonl: No such file"),
+                           (["--data", other], "other has a vocabulary of 301")]:
+        assert exit_code(evaluate.main, flags) == 2
+        assert message in messages(capsys)[-1]
+    assert not evaluate.main([])  # control
+    assert events(copied)[0]["step"] == 16  # the newest undamaged one

@@ -1,6 +1,9 @@
-"""What may happen to a run, and what must follow: after every fault the same command, repeated, ends in the same bits as a
-run that nothing happened to. Each group has a control that shows that a difference would be seen.
+"""What may happen to a run, and what must follow: after a fault the same command, repeated, ends in
+the same bits as a run without one. Rows are those of the table of faults.
+
+Each group has a control, which shows that a difference would be seen.
 """
+import functools
 import json
 import os
 import random
@@ -11,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,398 +22,906 @@ import torch
 
 import checkpoint
 import evaluate
-import runs
 import sample
 import train
-from conftest import CHILD, FLAGS, evals, messages, rows, run, same, state
+from conftest import CHILD, FLAGS, ROOT, evals, exit_code, messages, rows, run, same, state
+from support import devices, durable, runs
+from support.runs import UserError
 
-HERE = Path(__file__).parent
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 
 @pytest.fixture
 def resume(server, data):
-    """Runs the same command with --resume, with or without a fault."""
-    return lambda folder, *flags, **fault: server("--data", data, "--run", folder, "--resume", *flags, **fault)
-
-
-def steps_once(folder, steps=20):
-    return [row[0] for row in rows(folder)] == list(range(1, steps + 1))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Killed: rows 3, 4, 9, 28
-
-SHORT = ["--max_steps", 8, "--save_every", 3]  # saves at 0, 1, 2, 3, 4, 6 and 8, and prunes at 6 and 8
-
-
-@pytest.fixture(scope="module")
-def short(server, data, tmp_path_factory):
-    """(folder, file operations, seconds) of a run with SHORT that nothing happened to."""
-    for name in ("warm", "r"):
-        folder, start = tmp_path_factory.mktemp("short") / name, time.monotonic()
-        found = server("--data", data, "--run", folder, *SHORT)
-    assert found["code"] == 0 and found["operations"] > 150
-    return folder, found["operations"], time.monotonic() - start
-
-
-def killed_at(resume, folder, whole, n):
-    """Kill a run at its n-th file operation, see what is left, let the same command finish."""
-    assert resume(folder, *SHORT, fault=["kill", n])["code"] == -signal.SIGKILL
-    left = checkpoint.checkpoints(folder)
-    if left:
-        assert checkpoint.find(folder, full=True) is not None  # raises if there are some and none is good
-        assert min(left) == 0
-    assert resume(folder, *SHORT)["code"] == 0
-    assert same(folder, whole, 8) and steps_once(folder, 8)
-    assert not list((folder / "checkpoints").glob(".tmp*"))
-    for place in checkpoint.checkpoints(folder).values():  # nothing that its meta.json does not know of
-        assert {path.name for path in place.iterdir()} - {".meta.json.tmp"} == {"meta.json", *checkpoint.read_meta(place)["files"]}
-    shutil.rmtree(folder)
-
-
-def test_a_kill_at_some_file_operations(resume, short, tmp_path):
-    whole, total, _ = short
-    for n in random.Random(0).sample(range(1, total + 1), 16):
-        killed_at(resume, tmp_path / "r", whole, n)
-
-
-@pytest.mark.slow
-def test_a_kill_at_every_file_operation(resume, short, tmp_path):
-    whole, total, _ = short
-    for n in range(1, total + 1):
-        killed_at(resume, tmp_path / "r", whole, n)
-
-
-def test_a_kill_at_20_random_moments(resume, short, tmp_path):
-    whole, _, seconds = short
-    draw, kills, in_a_save = random.Random(os.getpid()), 0, 0
-    while kills < 20:  # several kills to a run, as they come
-        while (code := resume(tmp_path / "r", *SHORT, kill_after=draw.uniform(0, seconds))["code"]) == -signal.SIGKILL:
-            kills += 1
-            in_a_save += any((tmp_path / "r/checkpoints").glob(".tmp*"))
-        assert code == 0 and same(tmp_path / "r", whole, 8) and steps_once(tmp_path / "r", 8)
-        shutil.rmtree(tmp_path / "r")
-    print(f"{kills} kills, {in_a_save} of them in a save")
-
-
-def test_control_a_shorter_run_is_another(short, whole):
-    assert rows(short[0]) != rows(whole)[:8]  # another horizon, another schedule
-
-
-def test_what_a_kill_leaves_stays_in_the_way(resume, whole, tmp_path):
-    shutil.copytree(whole, tmp_path / "r")
-    (tmp_path / "r/checkpoints/.tmp_step_00000030").mkdir()
-    (tmp_path / "r/checkpoints/.tmp_step_00000030/model.pt").write_bytes(b"half")
-    held = runs.lock(tmp_path / "r")  # in a run that is going on, they are its own: only the holder sweeps
-    (tmp_path / "r/checkpoints/.tmp_step_00000031").mkdir()
-    assert resume(tmp_path / "r", "--max_steps", 30)["code"] == 2
-    assert (tmp_path / "r/checkpoints/.tmp_step_00000031").exists()
-    held.close()
-    assert resume(tmp_path / "r", "--max_steps", 30)["code"] == 0
-    assert not list((tmp_path / "r/checkpoints").glob(".tmp*"))
-
-
-@pytest.mark.slow
-def test_a_kill_while_starting_over_brings_the_old_run_back(server, data, stopped, tmp_path):
-    whole = tmp_path / "whole"
-    assert server("--data", data, "--run", whole, "--seed", 2, *SHORT)["code"] == 0
-    overwrite = ["--data", data, "--run", tmp_path / "r", "--seed", 2, *SHORT, "--overwrite"]
-    for n in range(1, 40, 3):
-        shutil.copytree(stopped, tmp_path / "r")
-        assert server(*overwrite, fault=["kill", n])["code"] == -signal.SIGKILL
-        found = server(*overwrite[:-1], "--resume")  # without --overwrite: goes on with the new run, or says why it cannot
-        assert found["code"] == 0 or found["code"] == 2 and ("not the run that was saved" in found["stderr"] or "start over with --overwrite" in found["stderr"])
-        assert found["code"] == 0 or server(*overwrite)["code"] == 0
-        assert same(tmp_path / "r", whole, 8) and steps_once(tmp_path / "r", 8)
-        shutil.rmtree(tmp_path / "r")
-
-
-@pytest.mark.slow
-def test_the_horizon_is_timed_again_after_a_kill(server, data, tmp_path):
-    flags = ["--data", data, "--run", tmp_path / "r", "--resume"]
-    base = FLAGS[:2] + FLAGS[4:]  # without --max_steps
-    horizon = lambda: rows(tmp_path / "r", "horizon", ("step", "max_steps"))
-    server("--data", data, "--run", tmp_path / "warm", base=base, max_minutes=0.01)
-    for attempt in range(10):
-        assert server(*flags, "--save_every", 0, base=base, max_minutes=0.1, kill_after=1 + 0.4 * attempt)["code"] == -signal.SIGKILL
-        if (tmp_path / "r/checkpoints/step_00000020").exists():  # the step at which it is fixed
-            break
-    first = horizon()
-    assert first and server(*flags, base=base, max_minutes=0.1)["code"] == 0
-    assert horizon() == first and rows(tmp_path / "r")[-1][0] == first[0][1]
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Damaged: rows 5, 6, 7, 8
-
-def truncate(path, size):
-    os.truncate(path, size if size >= 0 else path.stat().st_size + size)
-
-
-def flip(path, share):
-    """Turn one bit, at a share of the file's length."""
-    content = bytearray(path.read_bytes())
-    content[min(len(content) - 1, int(share * len(content)))] ^= 4
-    path.write_bytes(content)
-
-
-META = {"missing": lambda path: path.unlink(), "empty": lambda path: path.write_text(""), "half": lambda path: truncate(path, 40),
-        "hash": lambda path: path.write_text(path.read_text().replace('"sha256": "', '"sha256": "0', 1)),
-        "step": lambda path: path.write_text(path.read_text().replace('"step": 15', '"step": 14'))}
-DAMAGES = {**{f"{name} cut to {size}": (name, lambda path, size=size: truncate(path, size))
-              for name in ("model.pt", "train_state.pt") for size in (0, 1, 30_000, -1)},
-           **{f"{name} flipped at {share}": (name, lambda path, share=share: flip(path, share))
-              for name in ("model.pt", "train_state.pt") for share in (0.0, 0.001, 0.5, 1.0)},
-           **{f"meta.json {name}": ("meta.json", how) for name, how in META.items()}}
+    """Runs the same command with --resume in a forked process, with or without a fault."""
+    def resumed(folder, *flags, **options):
+        return server("--data", data, "--run", folder, "--resume", *flags, **options)
+    return resumed
 
 
 @pytest.fixture(scope="module")
 def stopped(server, data, tmp_path_factory):
-    """A run stopped at step 15: its full states are of steps 10 and 15."""
+    """A run stopped at step 15. Its full states are those of steps 10 and 15."""
     folder = tmp_path_factory.mktemp("stopped") / "r"
     assert server("--data", data, "--run", folder, "--stop_at", 15)["code"] == 75
     return folder
 
 
+@pytest.fixture
+def copy(stopped, tmp_path):
+    """A copy of the stopped run."""
+    return shutil.copytree(stopped, tmp_path / "copy")
+
+
+def steps(folder):
+    return [row[0] for row in rows(folder)]
+
+
+def first(n):
+    """Steps 1 to n."""
+    return list(range(1, n + 1))
+
+
+def newest(folder):
+    """The step of the newest full state that is undamaged."""
+    return int(durable.find(folder, full=True).name[5:])
+
+
+def place(folder, step):
+    return folder / "checkpoints" / f"step_{step:08d}"
+
+
+def log_of(folder):
+    """What the logs of equal runs have in common: these rows in their order, without times."""
+    found = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["event"] in ("train", "eval", "benchmark", "sample"):
+            found.append({key: value for key, value in row.items()
+                          if key not in ("seconds", "dt_ms", "tok_per_s")})
+    return found
+
+
+# -------------------------------------------------------------------------------------------------
+# Killed: rows 3, 4, 9, 28, 41
+
+SHORT = ("--max_steps", 6, "--save_every", 3)  # saves at 0, 1, 2, 3, 4 and 6, and prunes
+
+
+@pytest.fixture(scope="module")
+def short(server, data, tmp_path_factory):
+    """A run with SHORT that was not disturbed: its folder, file operations and seconds."""
+    for name in ("warm", "r"):
+        folder = tmp_path_factory.mktemp("short") / name
+        begin = time.monotonic()
+        found = server("--data", data, "--run", folder, *SHORT)
+    assert found["code"] == 0
+    assert found["operations"] > 150
+    return SimpleNamespace(folder=folder, operations=found["operations"],
+                           seconds=time.monotonic() - begin)
+
+
+def ends_like(resume, folder, short):
+    """The killed run, resumed, ends like the undisturbed one and leaves nothing unfinished."""
+    assert resume(folder, *SHORT)["code"] == 0
+    assert same(folder, short.folder, 6)
+    assert log_of(folder) == log_of(short.folder)
+    assert not list((folder / "checkpoints").glob(".tmp*"))
+    for step in durable.checkpoints(folder).values():
+        files = {path.name for path in step.iterdir()} - {".meta.json.tmp"}
+        assert files == {"meta.json", *durable.read_meta(step)["files"]}
+    return True
+
+
+def survives_kill(resume, folder, short, n):
+    """Kill a run at its n-th file operation. What is left is usable; the resume is bitwise."""
+    assert resume(folder, *SHORT, fault=["kill", n])["code"] == -signal.SIGKILL
+    left = durable.checkpoints(folder)
+    if left:
+        assert min(left) == 0
+        assert durable.find(folder, full=True) is not None  # raises if none can be used
+    assert ends_like(resume, folder, short)
+    shutil.rmtree(folder)
+    return True
+
+
+def test_kill_at_some_file_operations_changes_nothing(resume, short, tmp_path):
+    """Catches: a save or a prune that is not whole at some moment. (Rows 4, 28, 30.)"""
+    for n in random.Random(0).sample(range(1, short.operations + 1), 12):
+        assert survives_kill(resume, tmp_path / "r", short, n)
+
+
+@pytest.mark.slow
+def test_kill_at_every_file_operation_changes_nothing(resume, short, tmp_path):
+    """Catches: as the test before, at every moment. (Rows 4, 28, 30.)"""
+    for n in range(1, short.operations + 1):
+        assert survives_kill(resume, tmp_path / "r", short, n)
+
+
+def test_kill_at_20_random_moments_changes_nothing(resume, short, tmp_path):
+    """Catches: a moment without a file operation at which a kill changes the run. (Row 3.)"""
+    draw = random.Random(os.getpid())
+    folder = tmp_path / "r"
+    kills = 0
+    in_a_save = 0
+    while kills < 20:
+        found = resume(folder, *SHORT, kill_after=draw.uniform(0, short.seconds))
+        if found["code"] == -signal.SIGKILL:
+            kills += 1
+            in_a_save += any(folder.glob("checkpoints/.tmp*"))
+            continue  # often killed again
+        assert found["code"] == 0
+        assert same(folder, short.folder, 6)
+        assert log_of(folder) == log_of(short.folder)
+        shutil.rmtree(folder)
+    print(f"{kills} kills, {in_a_save} of them in a save")
+    assert ends_like(resume, folder, short)
+
+
+@pytest.mark.parametrize("step", [0, 4, 6])
+@pytest.mark.parametrize("where", ["evaluate", "benchmark", "sample"])
+def test_kill_in_an_evaluation_loses_no_step(resume, short, tmp_path, where, step):
+    """Catches: an evaluation or a sample before the save that is due at the same step; a resume
+    that does not repeat it, or that logs it twice. (Row 41.)"""
+    folder = tmp_path / "r"
+    fault = ["signal", where, step, "SIGKILL"]
+    assert resume(folder, *SHORT, fault=fault)["code"] == -signal.SIGKILL
+    assert steps(folder) == first(step)
+    assert newest(folder) == step
+    assert ends_like(resume, folder, short)
+
+
+def test_kill_in_a_step_loses_the_steps_since_the_save(resume, short, tmp_path):
+    """Catches: a test before this one that could not fail: there are kills that lose steps."""
+    folder = tmp_path / "r"
+    resume(folder, *SHORT, fault=["signal", "step", 6, "SIGKILL"])
+    assert steps(folder) == first(5)
+    assert newest(folder) == 4
+    assert ends_like(resume, folder, short)
+
+
+def test_leftovers_of_a_kill_are_removed_by_the_holder_of_the_lock(resume, copy):
+    """Catches: half a checkpoint that stays; a second process that removes what the first one is
+    writing. (Rows 9, 28.)"""
+    half = copy / "checkpoints/.tmp_step_00000030"
+    half.mkdir()
+    (half / "model.pt").write_bytes(b"half")
+    lock = runs.hold(copy)
+    assert not half.exists()
+    half.mkdir()  # now it is of the run that holds the lock
+    assert resume(copy)["code"] == 2
+    assert half.exists()
+    lock.close()
+    assert resume(copy)["code"] == 0
+    assert not half.exists()
+
+
+class Killed(BaseException):
+    """In the place of SIGKILL, in a process that goes on."""
+
+
+def files_of(folder):
+    return {path.relative_to(folder): path.read_bytes()
+            for path in (folder / "checkpoints").glob("step_*/*.*") if path.is_file()}
+
+
+def prune_killed_at(number, folder, keep_every):
+    """Prune, and raise Killed in the place of the file operation of that number, from 0; returns
+    whether there were so many."""
+    done = []
+
+    def counted(function):
+        def call(*args, **kwargs):
+            if len(done) == number:
+                raise Killed
+            done.append(function)
+            return function(*args, **kwargs)
+        return call
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("rename", "replace", "unlink", "rmdir"):
+            patch.setattr(os, name, counted(getattr(os, name)))
+        try:
+            durable.prune(folder, 15, keep_last=1, keep_every=keep_every)
+        except Killed:
+            return True
+    return False
+
+
+@pytest.mark.parametrize("keep_every", [0, 10])  # step 10 is removed, or shrinks to its weights
+def test_prune_is_whole_at_every_moment(stopped, tmp_path, keep_every):
+    """Catches: an old checkpoint that is half removed, or whose meta.json promises a file that is
+    gone. (Row 4.)"""
+    expected = shutil.copytree(stopped, tmp_path / "expected")
+    durable.prune(expected, 15, keep_last=1, keep_every=keep_every)
+    assert files_of(expected) != files_of(stopped)
+    number = 0
+    killed = True
+    while killed:
+        folder = shutil.copytree(stopped, tmp_path / str(number))
+        killed = prune_killed_at(number, folder, keep_every)
+        for step in durable.checkpoints(folder).values():
+            files = durable.read_meta(step)["files"]
+            for name in files:
+                durable.verify(step, name, files)
+        durable.prune(folder, 15, keep_last=1, keep_every=keep_every)  # at the next save
+        assert files_of(folder) == files_of(expected)
+        number += 1
+    assert number > 2
+
+
+@pytest.mark.slow
+def test_kill_while_starting_over_never_mixes_two_runs(server, data, stopped, tmp_path):
+    """Catches: rows or checkpoints of the run before in the one that overwrites it. (Row 4.)"""
+    other = ("--data", data, "--seed", 2, *SHORT)
+    whole = tmp_path / "whole"
+    folder = tmp_path / "r"
+    assert server(*other, "--run", whole)["code"] == 0
+    refusals = ("not the run that was saved", "start over with --overwrite")
+    for n in range(1, 40, 3):
+        shutil.copytree(stopped, folder)
+        found = server(*other, "--run", folder, "--overwrite", fault=["kill", n])
+        assert found["code"] == -signal.SIGKILL
+        found = server(*other, "--run", folder, "--resume")
+        if found["code"] == 2:  # still the old run, or what is left of it
+            assert any(refusal in found["stderr"] for refusal in refusals)
+            found = server(*other, "--run", folder, "--overwrite")
+        assert found["code"] == 0
+        assert same(folder, whole, 6)
+        assert steps(folder) == first(6)
+        shutil.rmtree(folder)
+
+
+# -------------------------------------------------------------------------------------------------
+# Damaged: rows 5, 6, 7, 8, 31, 32, 38
+
+def cut(path, size):
+    """Keep that many bytes; a negative number counts from the end, a share from the start."""
+    whole = path.stat().st_size
+    if isinstance(size, float):
+        size = int(size * whole)
+    os.truncate(path, size if size >= 0 else whole + size)
+
+
+def flip(path, share):
+    """Flip one bit, at a share of the file's length."""
+    content = bytearray(path.read_bytes())
+    content[min(len(content) - 1, int(share * len(content)))] ^= 4
+    path.write_bytes(content)
+
+
+def replace(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+DAMAGES = {
+    "meta.json missing": ("meta.json", Path.unlink),
+    "meta.json empty": ("meta.json", functools.partial(cut, size=0)),
+    "meta.json half": ("meta.json", functools.partial(cut, size=0.5)),
+    "meta.json with another hash":
+        ("meta.json", functools.partial(replace, old='"sha256": "', new='"sha256": "0')),
+    "meta.json of another step":
+        ("meta.json", functools.partial(replace, old='"step": 15', new='"step": 14')),
+}
+for name in ("model.pt", "train_state.pt"):
+    DAMAGES[f"{name} missing"] = (name, Path.unlink)
+    for size in (0, 1, 0.5, -1):
+        DAMAGES[f"{name} cut to {size}"] = (name, functools.partial(cut, size=size))
+    for share in (0.001, 0.5, 1.0):
+        DAMAGES[f"{name} flipped at {share}"] = (name, functools.partial(flip, share=share))
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_a_damaged_checkpoint_is_used_or_ends_the_run(resume, stopped, whole, tmp_path, damage):
-    shutil.copytree(stopped, tmp_path / "r")
-    name, how = DAMAGES[damage]
-    how(tmp_path / "r/checkpoints/step_00000015" / name)
-    found = resume(tmp_path / "r")
-    assert found["code"] == 0 and "step_00000015 is damaged" in found["stderr"]
-    assert same(tmp_path / "r", whole) and steps_once(tmp_path / "r")
-    assert len(list((tmp_path / "r/checkpoints/step_00000015").iterdir())) == 3  # replaced by a good one on the way
+def test_damaged_checkpoint_is_named_and_skipped(resume, copy, whole, damage):
+    """Catches: a damaged state that is trained on, or that ends a run with an older good one.
+    (Rows 5, 6, 7.)"""
+    name, spoil = DAMAGES[damage]
+    spoil(place(copy, 15) / name)
+    found = resume(copy)
+    assert found["code"] == 0
+    assert "step_00000015 is damaged" in found["stderr"]
+    assert rows(copy, "resume", ("step",)) == [(10,)]
+    assert same(copy, whole)
+    assert steps(copy) == first(20)
 
 
-def test_control_an_undamaged_one_is_not_passed_over(resume, stopped, whole, tmp_path):
-    shutil.copytree(stopped, tmp_path / "r")
-    assert "damaged" not in resume(tmp_path / "r")["stderr"] and same(tmp_path / "r", whole)
+@pytest.mark.parametrize("damage", ["meta.json missing", "model.pt cut to 0.5"])
+def test_damaged_checkpoint_is_replaced(resume, copy, damage):
+    """Catches: a damaged folder in the way of the good one of the same step. (Row 5.)"""
+    name, spoil = DAMAGES[damage]
+    spoil(place(copy, 15) / name)
+    assert resume(copy, "--stop_at", 15)["code"] == 75
+    assert newest(copy) == 15
 
 
-def test_with_every_checkpoint_bad_it_starts_again_from_nothing(resume, stopped, tmp_path, capsys):
-    shutil.copytree(stopped, tmp_path / "r")
-    log = (tmp_path / "r/metrics.jsonl").read_bytes()
-    for place in (tmp_path / "r/checkpoints").iterdir():
-        flip(place / "model.pt", 0.5)
-    found = resume(tmp_path / "r")
-    assert found["code"] == 2 and all(f"step {step}: model.pt" in found["stderr"].splitlines()[-1] for step in (10, 15))
-    assert (tmp_path / "r/metrics.jsonl").read_bytes() == log
-    for command in ([sample.main, []], [evaluate.main, []], [sample.main, ["--step", "15"]], [evaluate.main, ["--step", "15"]]):
-        with pytest.raises(SystemExit) as error:  # row 38
-            command[0]([str(tmp_path / "r"), *command[1]])
-        assert error.value.code == 2 and "no usable checkpoint (step" in messages(capsys)[-1]
+def test_damaged_newer_checkpoint_is_not_one_of_the_kept(resume, copy):
+    """Catches: a damaged state that counts as kept, so that the last good one is removed. (Row
+    5.)"""
+    flip(place(copy, 15) / "model.pt", 0.5)
+    assert resume(copy, "--save_every", 12, "--stop_at", 12)["code"] == 75
+    for step in (10, 12):
+        files = durable.read_meta(place(copy, step))["files"]
+        durable.verify(place(copy, step), "train_state.pt", files)
 
 
-def test_with_its_checkpoints_gone_it_starts_again_from_nothing(resume, stopped, tmp_path):
-    shutil.copytree(stopped, tmp_path / "r")
-    (tmp_path / "r/checkpoints").rename(tmp_path / "r/elsewhere")
-    log = (tmp_path / "r/metrics.jsonl").read_bytes()
-    found = resume(tmp_path / "r")
-    assert found["code"] == 2 and "no checkpoint" in found["stderr"] and (tmp_path / "r/metrics.jsonl").read_bytes() == log
-    (tmp_path / "r/checkpoints").mkdir()  # put aside by hand, and the log with them
-    (tmp_path / "r/elsewhere").rename(tmp_path / "r/checkpoints/backup")
-    (tmp_path / "r/metrics.jsonl").rename(tmp_path / "log")
-    assert resume(tmp_path / "r")["code"] == 2 and len(list((tmp_path / "r/checkpoints/backup").iterdir())) > 2
-    (tmp_path / "r/checkpoints/backup").rename(tmp_path / "r/elsewhere")
-    (tmp_path / "r/checkpoints").rmdir()
-    (tmp_path / "r/elsewhere").rename(tmp_path / "r/checkpoints")
-    (tmp_path / "log").rename(tmp_path / "r/metrics.jsonl")
-    assert resume(tmp_path / "r")["code"] == 0  # control
+def test_undamaged_checkpoint_is_used(resume, copy, whole):
+    """Catches: a good checkpoint that is skipped. The control of the tests before."""
+    found = resume(copy)
+    assert "damaged" not in found["stderr"]
+    assert rows(copy, "resume", ("step",)) == [(15,)]
+    assert same(copy, whole)
 
 
-def test_a_link_or_a_file_in_the_place_of_a_checkpoint_is_in_the_way(resume, stopped, whole, tmp_path):
-    shutil.copytree(stopped, tmp_path / "r")
-    (tmp_path / "r/checkpoints/step_00000016").write_text("a file")
-    (tmp_path / "far").mkdir()
-    (tmp_path / "r/checkpoints/step_00000010").rename(tmp_path / "far/step_00000010")
-    (tmp_path / "r/checkpoints/step_00000010").symlink_to(tmp_path / "far/step_00000010")
-    assert resume(tmp_path / "r")["code"] == 0 and same(tmp_path / "r", whole)
-    assert len(list((tmp_path / "far/step_00000010").iterdir())) == 3  # of a link only the link was removed
-    (tmp_path / "r/checkpoints").rename(tmp_path / "far/checkpoints")
-    (tmp_path / "r/checkpoints").symlink_to(tmp_path / "far/checkpoints")
-    assert resume(tmp_path / "r", "--max_steps", 30)["code"] == 0
+def test_run_without_a_good_checkpoint_never_starts_over(resume, copy):
+    """Catches: a silent restart from step 0 that deletes the run. (Row 8.)"""
+    log = (copy / "metrics.jsonl").read_bytes()
+    for folder in durable.checkpoints(copy).values():
+        flip(folder / "model.pt", 0.5)
+    found = resume(copy)
+    assert found["code"] == 2
+    last = found["stderr"].splitlines()[-1]
+    for step in (10, 15):
+        assert f"step {step}: model.pt is not what was written" in last
+    assert (copy / "metrics.jsonl").read_bytes() == log
 
 
-def test_readers_take_a_damaged_checkpoint(stopped, tmp_path, capsys):
-    shutil.copytree(stopped, tmp_path / "r")
-    flip(tmp_path / "r/checkpoints/step_00000015/model.pt", 0.5)
-    assert not evaluate.main([str(tmp_path / "r")])
-    printed = capsys.readouterr()
-    assert "step 10" in printed.out and "step_00000015 is damaged" in printed.err
+def test_run_without_checkpoints_never_starts_over(resume, copy):
+    """Catches: checkpoints on a disk that is not mounted taken for a run that has not begun.
+    (Row 8.)"""
+    (copy / "checkpoints").rename(copy / "elsewhere")
+    log = (copy / "metrics.jsonl").read_bytes()
+    found = resume(copy)
+    assert found["code"] == 2
+    assert "holds a run but no checkpoint" in found["stderr"]
+    assert (copy / "metrics.jsonl").read_bytes() == log
+    # control
+    (copy / "elsewhere").rename(copy / "checkpoints")
+    assert resume(copy, "--stop_at", 15)["code"] == 75
+
+
+READERS = {"sample": sample.main, "evaluate": evaluate.main}
+
+
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_skip_damaged_checkpoints(copy, tmp_path, capsys, reader):
+    """Catches: a sample or a score of damaged weights; a traceback. (Row 38.)"""
+    def read(*argv):
+        code = exit_code(READERS[reader], [copy, *argv])
+        return code, capsys.readouterr().err
+
+    _, message = read()
+    assert "damaged" not in message  # control
+    flip(place(copy, 15) / "model.pt", 0.5)
+    code, message = read()
+    assert not code
+    assert "step_00000015 is damaged" in message
+    code, message = read("--step", 15)
+    assert code == 2
+    assert "no usable checkpoint (step 15: " in message.splitlines()[-1]
+    for folder in durable.checkpoints(copy).values():
+        cut(folder / "model.pt", 1)
+    code, message = read()
+    assert code == 2
+    assert "no usable checkpoint (step 15: " in message.splitlines()[-1]
+
+
+@pytest.mark.parametrize("reader", READERS)
+@pytest.mark.parametrize("name", ["empty", "absent"])
+def test_readers_refuse_a_folder_without_a_run(tmp_path, capsys, reader, name):
+    """Catches: a traceback at a wrong path. (Row 38.)"""
     (tmp_path / "empty").mkdir()
-    for folder, message in (("empty", "no such run, or one without checkpoints"), ("absent", "no such run")):
-        for script in (sample, evaluate):
-            with pytest.raises(SystemExit) as error:
-                script.main([str(tmp_path / folder)])
-            assert error.value.code == 2 and message in messages(capsys)[-1]
+    assert exit_code(READERS[reader], [tmp_path / name]) == 2
+    message, = messages(capsys)
+    assert "no such run" in message
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+class Bomb:
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "train_state.pt"])
+def test_checkpoint_that_runs_code_is_refused(data, copy, tmp_path, capsys, name):
+    """Catches: code in a downloaded checkpoint that runs, or that is skipped in silence. (Row
+    31.)"""
+    contents = {file: durable.load_file(place(copy, 15) / file)
+                for file in ("model.pt", "train_state.pt")}
+    contents[name]["bomb"] = Bomb(tmp_path / "exploded")
+    durable.write_checkpoint(copy, 15, contents)  # with the right hash
+    assert run(data, copy, "--resume") == 2
+    message, = messages(capsys)
+    assert f"{name}: holds more than tensors and plain values, so it is not loaded" in message
+    if name == "model.pt":
+        for reader in READERS.values():
+            assert exit_code(reader, [copy]) == 2
+            assert "not loaded" in messages(capsys)[-1]
+    assert not (tmp_path / "exploded").exists()
+    # control: the bomb works
+    torch.load(place(copy, 15) / name, weights_only=False)
+    assert (tmp_path / "exploded").exists()
+
+
+@pytest.fixture
+def restored(stopped):
+    """Restores a state into a new network and its optimizer; returns both."""
+    def restore(state):
+        model, _, _ = checkpoint.load_model(stopped)
+        optimizer = train.make_optimizer(model, train.read_settings(FLAGS), torch.device("cpu"))
+        scaler = torch.amp.GradScaler("cpu", enabled=False)
+        checkpoint.restore(state, model, optimizer, scaler)
+        return model, optimizer
+    return restore
+
+
+@pytest.fixture
+def saved(stopped):
+    """The full state of step 15."""
+    return checkpoint.load(place(stopped, 15))
+
+
+UP = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]  # of one shape
+
+
+def test_moments_are_restored_by_name(saved, restored):
+    """Catches: moments that another parameter gets when the code creates them in another order.
+    (Row 32.)"""
+    moments = saved["optimizer"]
+    saved["optimizer"] = dict(reversed(moments.items()))
+    model, optimizer = restored(saved)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(optimizer.state[parameter]["exp_avg"], moments[name]["exp_avg"])
+        assert torch.equal(optimizer.state[parameter]["exp_avg_sq"], moments[name]["exp_avg_sq"])
+    # control: by position these two would be taken for each other
+    saved["optimizer"] = {**moments, UP[0]: moments[UP[1]], UP[1]: moments[UP[0]]}
+    model, optimizer = restored(saved)
+    parameter = dict(model.named_parameters())[UP[0]]
+    assert not torch.equal(optimizer.state[parameter]["exp_avg"], moments[UP[0]]["exp_avg"])
+
+
+def rename_weight(state):
+    state["model"]["model.norm.scale"] = state["model"].pop("model.norm.weight")
+
+
+def reshape_weight(state):
+    state["model"][UP[0]] = state["model"][UP[0]].flatten()
+
+
+def lose_moments(state):
+    del state["optimizer"][UP[0]]
+
+
+def add_moments(state):
+    state["optimizer"]["lm_head.bias"] = state["optimizer"][UP[0]]
+
+
+def reshape_moments(state):
+    state["optimizer"][UP[0]]["exp_avg_sq"] = torch.zeros(3)
+
+
+def lose_all_moments(state):
+    state["optimizer"] = {}
+
+
+@pytest.mark.parametrize("spoil, message", [
+    (rename_weight, r"weights do not fit .* 2 parameters: .*model.norm.scale \(.*absent in the"),
+    (reshape_weight, r"weights do not fit .* 1 parameters: .*up_proj.weight \(\(2048,\) saved"),
+    (lose_moments, r"optimizer state exp_avg do not fit .* 1 parameters: .*\(absent saved"),
+    (add_moments, r"optimizer state exp_avg do not fit .* lm_head.bias"),
+    (reshape_moments, r"optimizer state exp_avg_sq do not fit .* \(\(3,\) saved"),
+    (lose_all_moments, r"optimizer state exp_avg do not fit"),
+])
+def test_state_of_another_network_is_refused(saved, restored, spoil, message):
+    """Catches: weights or moments that are left out, or loaded into another parameter. (Row
+    32.)"""
+    spoil(saved)
+    with pytest.raises(UserError, match=message):
+        restored(saved)
+
+
+def test_state_of_another_step_is_refused(data, copy, capsys):
+    """Catches: a renamed checkpoint, with which the data would go on at another place."""
+    place(copy, 15).rename(place(copy, 16))
+    replace(place(copy, 16) / "meta.json", '"step": 15', '"step": 16')
+    assert run(data, copy, "--resume") == 2
+    message, = messages(capsys)
+    assert "holds the state of step 15" in message
+
+
+def add_setting(state):
+    state["config"]["dropout"] = 0.1
+
+
+def lose_setting(state):
+    del state["config"]["beta2"]
+
+
+@pytest.mark.parametrize("spoil, name", [(add_setting, "dropout"), (lose_setting, "beta2")])
+def test_settings_of_another_version_are_refused(data, copy, saved, capsys, spoil, name):
+    """Catches: a run that goes on with a setting forgotten, or with a default in its place."""
+    spoil(saved)
+    checkpoint.save(copy, saved, keep_last=2, keep_every=0)
+    log = (copy / "metrics.jsonl").read_bytes()
+    assert run(data, copy, "--resume") == 2
+    message, = messages(capsys)
+    assert "another version of this code" in message
+    assert name in message
+    assert (copy / "metrics.jsonl").read_bytes() == log
+
+
+# -------------------------------------------------------------------------------------------------
 # The disk: rows 10, 11, 12, 30
 
-@pytest.mark.parametrize("n", [1, 5, 100, 150, 260, 500])
-def test_a_full_disk_breaks_what_was_saved(resume, whole, tmp_path, n):
-    found = resume(tmp_path / "r", fault=["full", n])
-    assert found["code"] == 4 and "No space left" in found["stderr"] and "it needs" in found["stderr"] and "MB are free" in found["stderr"]
-    assert not list((tmp_path / "r/checkpoints").glob(".tmp*"))
-    assert not checkpoint.checkpoints(tmp_path / "r") or checkpoint.find(tmp_path / "r", full=True)
-    assert resume(tmp_path / "r")["code"] == 0 and same(tmp_path / "r", whole)
+@pytest.mark.parametrize("n", [5, 100, 150, 260, 500])  # which write into a checkpoint fails
+def test_full_disk_keeps_older_checkpoints(resume, whole, tmp_path, n):
+    """Catches: half a checkpoint in the place of a whole one; a reason that is not told. (Row
+    10.)"""
+    folder = tmp_path / "r"
+    found = resume(folder, fault=["full", n])
+    assert found["code"] == 4
+    message, = found["stderr"].strip().splitlines()
+    assert "not saved ([Errno 28] No space left on device); it needs " in message
+    assert " MB are free" in message
+    assert not list(folder.glob("checkpoints/.tmp*"))
+    for step in durable.checkpoints(folder).values():
+        durable.verify(step, "model.pt", durable.read_meta(step)["files"])
+    assert resume(folder)["code"] == 0
+    assert same(folder, whole)
 
 
 @pytest.mark.parametrize("limit", [60_000, 200_000])  # within model.pt, within train_state.pt
-def test_what_the_system_says_is_hidden_by_torch(resume, whole, tmp_path, limit):
+def test_reason_of_the_system_is_told(resume, whole, tmp_path, limit):
+    """Catches: PyTorch's "unexpected pos" in the place of the system's reason. (Row 10.)"""
     found = resume(tmp_path / "r", fault=["limit", limit])
-    assert found["code"] == 4 and "File too large" in found["stderr"] and ": not saved" in found["stderr"]
-    assert resume(tmp_path / "r")["code"] == 0 and same(tmp_path / "r", whole)
+    assert found["code"] == 4
+    assert "File too large" in found["stderr"]
+    assert "unexpected pos" not in found["stderr"]
+    assert resume(tmp_path / "r")["code"] == 0
+    assert same(tmp_path / "r", whole)
 
 
-SAVE_2_GB = """
+def test_disk_too_small_for_one_state_ends_before_the_first_step(resume, whole, tmp_path):
+    """Catches: hours of training that cannot be saved. (Row 12.)"""
+    folder = tmp_path / "r"
+    found = resume(folder, fault=["full", 1])
+    assert found["code"] == 4
+    assert log_of(folder) == []  # not even an evaluation
+    assert durable.checkpoints(folder) == {}
+    assert resume(folder)["code"] == 0
+    assert same(folder, whole)
+
+
+def test_unusable_folder_is_one_line(data, tmp_path, capsys):
+    """Catches: a run folder that cannot be made, or not be written, found after the first step.
+    (Row 12.)"""
+    (tmp_path / "file").write_text("")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    assert run(data, tmp_path / "file/r") == 2
+    message, = messages(capsys)
+    assert "r: Not a directory" in message
+    if os.getuid() != 0:  # root may write everywhere
+        assert run(data, tmp_path / "closed/r") == 2
+        message, = messages(capsys)
+        assert "r: Permission denied" in message
+
+
+@pytest.mark.parametrize("n", [1, 7, 30])  # which line of the log is cut
+def test_half_a_line_of_a_full_disk_is_not_taken_for_a_line(resume, whole, tmp_path, n):
+    """Catches: a log that goes on after half a line; a full disk that nobody sees. (Row 11.)"""
+    folder = tmp_path / "r"
+    found = resume(folder, fault=["log full", n])
+    assert found["code"] == 4
+    assert "metrics.jsonl: not written at step" in found["stderr"]
+    assert not (folder / "metrics.jsonl").read_text().endswith("\n")
+    assert resume(folder)["code"] == 0
+    assert same(folder, whole)
+    assert steps(folder) == first(20)
+
+
+def test_log_longer_than_the_checkpoint_is_cut(resume, copy, whole):
+    """Catches: steps that stand twice in the log, or a row behind half a row. (Row 30.)"""
+    with open(copy / "metrics.jsonl", "a") as log:
+        log.write('{"event": "train", "step": 16, "loss": 1.0}\n{"event": "train", "st')
+    assert resume(copy)["code"] == 0
+    assert steps(copy) == first(20)
+    assert same(copy, whole)
+
+
+@pytest.mark.parametrize("change", ["shorter", "edited", "deleted"])
+def test_log_that_was_changed_is_refused(resume, copy, change):
+    """Catches: rows that are lost or cut in the middle because the log is not the saved one. (Row
+    30.)"""
+    log = copy / "metrics.jsonl"
+    text = log.read_text()
+    if change == "shorter":
+        log.write_text(text[:len(text) // 2])
+    if change == "edited":
+        log.write_text(text.replace('"loss"', '"nats"', 1).replace(" ", "", 3))
+    if change == "deleted":
+        log.unlink()
+    found = resume(copy)
+    assert found["code"] == 2
+    message, = found["stderr"].strip().splitlines()
+    assert "was changed since the state to resume was saved" in message
+    log.write_text(text)  # control
+    assert resume(copy, "--stop_at", 15)["code"] == 75
+
+
+def test_save_is_forced_to_the_disk_before_its_rename(data, tmp_path, monkeypatch):
+    """Catches: a checkpoint that after a power failure has its name but not its bytes, or that
+    counts rows of the log that are not on the disk. (Row 4.)"""
+    fsync = os.fsync
+    rename = os.rename
+    log = tmp_path / "r/metrics.jsonl"
+    forced = set()  # inodes since the last commit
+    commits = []
+
+    def watched_fsync(handle):
+        forced.add(os.fstat(handle).st_ino)
+        fsync(handle)
+
+    def watched_rename(source, target):
+        if Path(target).name.startswith("step_"):
+            files = {path.name: path.stat().st_ino for path in [*source.iterdir(), log]}
+            commits.append(sorted(files))
+            assert set(files.values()) <= forced
+            forced.clear()
+        rename(source, target)
+    monkeypatch.setattr(os, "fsync", watched_fsync)
+    monkeypatch.setattr(os, "rename", watched_rename)
+    assert run(data, tmp_path / "r", "--stop_at", 2) == 75
+    assert commits == [["meta.json", "metrics.jsonl", "model.pt", "train_state.pt"]] * 3
+    assert (tmp_path / "r/checkpoints").stat().st_ino in forced  # the rename itself
+
+
+SAVE_1_GB = """
 import sys, time
 sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import torch, checkpoint
 from model import Llama, ModelConfig
+from support import durable
 
 def memory(name):
-    return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith(name))
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name))
 
 run = Path(sys.argv[2])
-model = Llama(ModelConfig(dim=1024, n_layers=8, n_heads=16, n_kv_heads=4, intermediate_size=2816, vocab_size=42000, max_seq_len=64))
+model = Llama(ModelConfig(dim=1024, n_layers=4, n_heads=16, n_kv_heads=4, intermediate_size=2816,
+                          vocab_size=30_000, max_seq_len=64))
 optimizer = torch.optim.AdamW(model.parameters())
 for parameter in model.parameters():
     parameter.grad = torch.full_like(parameter, 1e-3)
 optimizer.step()
 optimizer.zero_grad()
-weights, state = checkpoint.capture(model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
-size = sum(tensor.nbytes for tensor in checkpoint.named_tensors(weights, state).values())
+scaler = torch.amp.GradScaler("cpu", enabled=False)
+state = checkpoint.capture(model, optimizer, scaler, step=1)
+size = sum(tensor.nbytes for tensor in durable.named_tensors(state).values())
 largest = max(parameter.nbytes for parameter in model.parameters())
 open("/proc/self/clear_refs", "w").write("5")  # the peak of memory starts anew
-before, start = memory("VmRSS"), time.perf_counter()
-checkpoint.save(run, 1, weights, state)
-seconds = time.perf_counter() - start
+before = memory("VmRSS")
+start = time.perf_counter()
+checkpoint.save(run, state, keep_last=2, keep_every=0)
+saved = time.perf_counter()
 extra = memory("VmHWM") - before
-start = time.perf_counter()
-folder = checkpoint.find(run, full=True)
-verified = time.perf_counter() - start
-start = time.perf_counter()
-kept = [checkpoint.load_file(folder / name) for name in ("model.pt", "train_state.pt")]
-loaded = time.perf_counter() - start
-print(f"{size / 1e9:.2f} GB: saved in {seconds:.1f} s ({size / seconds / 1e9:.2f} GB/s), with {extra / 1e9:.2f} GB more memory (largest tensor {largest / 1e9:.2f} GB); "
-      f"verified in {verified:.1f} s, loaded in {loaded:.1f} s; computed: a 1.7b state of 20.6 GB in {20.6e9 / size * seconds:.0f} s")
+folder = durable.find(run, full=True)
+verified = time.perf_counter()
+checkpoint.load(folder)
+loaded = time.perf_counter()
+print(f"{size / 1e9:.2f} GB: saved in {saved - start:.1f} s, verified in {verified - saved:.1f} s, "
+      f"loaded in {loaded - verified:.1f} s; saving took {extra / 1e9:.2f} GB more memory, the "
+      f"largest tensor has {largest / 1e9:.2f} GB")
+assert size > 1e9
 assert extra < largest, extra
 """
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_saving_needs_a_second_copy_in_memory(tmp_path):
-    child = subprocess.run([sys.executable, "-c", SAVE_2_GB, str(HERE.parent), str(tmp_path)], capture_output=True, text=True)
+def test_saving_needs_no_second_copy_in_memory(tmp_path):
+    """Catches: a save that copies the state, for which a GPU machine may lack the memory."""
+    command = [sys.executable, "-c", SAVE_1_GB, str(ROOT), str(tmp_path)]
+    child = subprocess.run(command, capture_output=True, text=True)
     print(child.stdout, child.stderr)
+    shutil.rmtree(tmp_path / "checkpoints")
     assert child.returncode == 0
-    shutil.rmtree(tmp_path)
 
 
-@pytest.mark.parametrize("n", [1, 7, 30])
-def test_half_a_line_of_a_full_disk_counts_as_a_line(resume, whole, tmp_path, n):
-    found = resume(tmp_path / "r", fault=["log full", n])
-    assert found["code"] == 4 and "metrics.jsonl: not written at step" in found["stderr"]
-    assert not (tmp_path / "r/metrics.jsonl").read_text().endswith("\n")
-    assert resume(tmp_path / "r")["code"] == 0 and same(tmp_path / "r", whole) and steps_once(tmp_path / "r")
+# -------------------------------------------------------------------------------------------------
+# Signals: rows 18, 50
+
+@pytest.mark.parametrize("where, name", [
+    ("step", "SIGTERM"), ("step", "SIGINT"), ("step", "SIGHUP"),
+    ("evaluate", "SIGTERM"), ("evaluate", "SIGINT"),
+    ("save", "SIGTERM"), ("save", "SIGINT"),
+])
+def test_signal_saves_the_step(resume, whole, tmp_path, where, name):
+    """Catches: a step that is lost, or half done, when the run is told to stop. (Row 18.)"""
+    folder = tmp_path / "r"
+    found = resume(folder, fault=["signal", where, 8, name])
+    assert found["code"] == 75
+    last = 8 if where == "step" else 9  # outside of a step, one more is made
+    assert steps(folder) == first(last)
+    assert newest(folder) == last
+    assert rows(folder, "end", ("step", "reason")) == [(last, "stopped")]
+    assert resume(folder)["code"] == 0
+    assert same(folder, whole)
 
 
-def test_an_impossible_folder_is_found_out_after_the_first_step(data, tmp_path, capsys, monkeypatch):
-    (tmp_path / "file").write_text("")
-    assert run(data, tmp_path / "file/r") == 2 and "check the path" in messages(capsys)[-1]
-    if os.getuid():  # root may write everywhere
-        (tmp_path / "closed").mkdir(mode=0o500)
-        assert run(data, tmp_path / "closed/r") == 2 and "check the path" in messages(capsys)[-1]
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 10**5, 10**5))
-    assert run(data, tmp_path / "r") == 2 and "do not fit" in messages(capsys)[-1]
-    assert not (tmp_path / "r/metrics.jsonl").exists()
+@pytest.mark.parametrize("flags, fault", [
+    (["--stop_at", 20], []),
+    ([], ["signal", "step", 20, "SIGTERM"]),
+])
+def test_stop_at_the_last_step_leaves_its_evaluation_to_the_resume(
+        resume, whole, tmp_path, flags, fault):
+    """Catches: a run that counts as finished without its last evaluation."""
+    folder = tmp_path / "r"
+    assert resume(folder, *flags, fault=fault)["code"] == 75
+    assert steps(folder) == first(20)
+    assert newest(folder) == 20
+    assert [row[0] for row in evals(folder)] == [0, 1, 2, 4, 8, 16]
+    assert resume(folder)["code"] == 0
+    assert same(folder, whole)
+    assert rows(folder, "end", ("step", "reason")) == [(20, "done")]
 
 
-def test_a_log_changed_by_hand_loses_or_doubles_rows(resume, stopped, whole, tmp_path):
-    for number, change in enumerate((lambda text: text.replace('{"event"', '{"note": "the best", "event"', 1), lambda text: text.replace(" ", ""), lambda text: "")):
-        folder = tmp_path / str(number)
-        shutil.copytree(stopped, folder)
-        assert resume(folder, "--stop_at", 18)["code"] == 75
-        flip(folder / "checkpoints/step_00000018/model.pt", 0.5)  # so that it goes back to step 15
-        (folder / "metrics.jsonl").write_text(change((folder / "metrics.jsonl").read_text()))
-        found = resume(folder)
-        assert found["code"] == 0 and "is not as it was when step 15 was saved" in found["stderr"]
-        assert [row[0] for row in rows(folder)] == (list(range(1, 21)) if number < 2 else list(range(16, 21)))
+@pytest.mark.parametrize("names, code", [
+    (["SIGTERM", "SIGTERM"], 75),
+    (["SIGINT", "SIGTERM"], 75),
+    (["SIGINT", "SIGINT"], -signal.SIGINT),
+    (["SIGTERM", "SIGINT"], -signal.SIGINT),
+])
+def test_second_signal_at_once(resume, whole, tmp_path, names, code):
+    """Catches: a cluster that sends one stop twice and so prevents the save; a second Ctrl-C that
+    does not end the process. (Rows 18, 50.)"""
+    folder = tmp_path / "r"
+    assert resume(folder, fault=["signal", "step", 7, *names])["code"] == code
+    saved_at = 7 if code == 75 else 5
+    assert newest(folder) == saved_at
+    assert resume(folder)["code"] == 0
+    assert same(folder, whole)
 
 
-@pytest.mark.slow
-def test_a_closed_screen_ends_the_training(data, whole, tmp_path):
-    process = start(data, tmp_path / "r", stdout=subprocess.PIPE)
-    process.stdout.close()
-    assert codes([process]) == [0] and same(tmp_path / "r", whole)
+@pytest.mark.parametrize("seconds, ends", [(9, []), (11, [signal.SIGTERM])])
+def test_second_signal_after_10_seconds_ends_the_process(monkeypatch, seconds, ends):
+    """Catches: a process that cannot be stopped any more, as its save hangs. (Row 50.)"""
+    now = [1000.0]
+    raised = []
+    monkeypatch.setattr(devices.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr(signal, "raise_signal", raised.append)
+    stop = devices.StopSignals(SimpleNamespace(say=print))
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.requested
+    now[0] += seconds
+    os.kill(os.getpid(), signal.SIGTERM)
+    stop.restore()
+    assert raised == ends
 
 
-def test_a_closed_terminal_loses_the_step(data, tmp_path):
-    process = start(data, tmp_path / "r", "--max_steps", 100_000)
-    wait_for(tmp_path / "r", 20)
-    process.send_signal(signal.SIGHUP)
-    assert codes([process]) == [75] and checkpoint.find(tmp_path / "r", full=True).name == f"step_{rows(tmp_path / 'r')[-1][0]:08d}"
+def test_ignored_hangup_stays_ignored():
+    """Catches: a run under nohup that ends with its terminal. (Row 18.)"""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    stop = devices.StopSignals(SimpleNamespace(say=print))
+    os.kill(os.getpid(), signal.SIGHUP)
+    assert not stop.requested
+    os.kill(os.getpid(), signal.SIGTERM)  # control
+    assert stop.requested
+    stop.restore()
+    signal.signal(signal.SIGHUP, before)
 
 
-def test_a_log_longer_than_the_checkpoint_tells_steps_twice(resume, stopped, whole, tmp_path):
-    shutil.copytree(stopped, tmp_path / "r")
-    with open(tmp_path / "r/metrics.jsonl", "a") as log:
-        log.write('{"event": "train", "step": 16, "loss": 1.0}\n{"event": "train", "st')
-    assert resume(tmp_path / "r")["code"] == 0
-    assert steps_once(tmp_path / "r") and same(tmp_path / "r", whole)
+# -------------------------------------------------------------------------------------------------
+# Whole processes, one or two: rows 15, 18, 19, 20
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Signals: rows 18, 19, 20
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("where", ["step", "evaluate", "save"])
-def test_a_signal_loses_the_step(resume, whole, tmp_path, where, name):
-    assert resume(tmp_path / "r", fault=["signal", where, 8, name])["code"] == 75
-    assert rows(tmp_path / "r")[-1][0] == (8 if where == "step" else 9)  # while looking at step 8: step 9 is made and saved
-    assert checkpoint.find(tmp_path / "r", full=True).name == f"step_{rows(tmp_path / 'r')[-1][0]:08d}"
-    assert resume(tmp_path / "r")["code"] == 0 and same(tmp_path / "r", whole)
-
-
-def start(data, folder, *flags, rank=None, port=None, stdout=subprocess.DEVNULL):
-    """train.py as a process of its own; of two, if `rank` is given."""
-    folder.parent.mkdir(exist_ok=True)
+def start(data, folder, *flags, stdout=subprocess.DEVNULL, rank=None, port=None):
+    """train.py --resume as a process of its own; as one of two if `rank` is given."""
     child = folder.parent / "child.py"
-    if not child.exists():
-        child.write_text(CHILD)
-    env = {**os.environ, "OMP_NUM_THREADS": "1"} | (
-        {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)} if port else {})
-    return subprocess.Popen([sys.executable, str(child), *FLAGS, "--data", str(data), "--run", str(folder), "--resume", *map(str, flags)],
-                            env=env, stdout=stdout, stderr=subprocess.PIPE, text=True)
+    child.write_text(CHILD)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    if rank is not None:
+        env.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
+                   MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    argv = [*FLAGS, "--data", data, "--run", folder, "--resume", *flags]
+    command = [sys.executable, str(child), *map(str, argv)]
+    return subprocess.Popen(command, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
 def two(data, folder, *flags):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    return [start(data, folder, "--micro_batch", 2, *flags, rank=rank, port=port) for rank in (0, 1)]
+    flags = ("--micro_batch", 2, *flags)
+    return [start(data, folder, *flags, rank=rank, port=port) for rank in (0, 1)]
 
 
-def codes(processes):
-    found = [process.wait(60) for process in processes]
-    print(*(process.stderr.read() for process in processes))  # shown when the test fails
-    return found
+def ends(processes):
+    """Wait for them; returns their exit codes and their error messages."""
+    messages = [process.communicate(timeout=60)[1] for process in processes]
+    print(*messages)  # shown when the test fails
+    return [process.returncode for process in processes], messages
 
 
-def wait_for(folder, steps):
+def wait_for(folder, step):
+    """Wait until the log has that many steps."""
+    log = folder / "metrics.jsonl"
     end = time.monotonic() + 60
-    while not (folder / "metrics.jsonl").exists() or (folder / "metrics.jsonl").read_text().count('"train"') < steps:
+    while not log.exists() or log.read_text().count('"train"') < step:
         assert time.monotonic() < end
         time.sleep(0.01)
 
 
+def distance(folder, other):
+    """The largest relative difference of the losses of two runs of equal length."""
+    ours = np.array(rows(folder, keys=("loss",)))
+    theirs = np.array(rows(other, keys=("loss",)))
+    assert len(ours) == len(theirs)
+    return np.abs(ours / theirs - 1).max()
+
+
+def test_number_of_processes_may_change(data, whole, tmp_path):
+    """Catches: a batch that two processes read twice or in part, gradients that are averaged
+    where the sum is meant; a state that only as many processes can read. (Row 15.)"""
+    folder = tmp_path / "r"
+    assert run(data, folder, "--stop_at", 5) == 75
+    codes, _ = ends(two(data, folder, "--stop_at", 14))
+    assert codes == [75, 75]
+    assert run(data, folder, "--resume") == 0
+    worlds = [env["world_size"] for env, in rows(folder, "resume", ("env",))]
+    assert worlds == [2, 1]
+    assert rows(folder, keys=("step", "tokens")) == rows(whole, keys=("step", "tokens"))
+    assert distance(folder, whole) < 1e-5
+    # control
+    assert run(data, tmp_path / "other", "--seed", 2) == 0
+    assert distance(tmp_path / "other", whole) > 1e-3
+
+
 @pytest.mark.slow
-def test_a_second_ctrl_c_is_not_heard(data, tmp_path):
-    process = start(data, tmp_path / "r", "--max_steps", 100_000, "--batch_tokens", 128 * 512)  # long steps
+def test_two_processes_train_the_same_run(data, tmp_path):
+    """Catches: as the test before, over 50 steps; evaluations of a part of the text or of the
+    questions. (Row 15.)"""
+    flags = ("--max_steps", 50, "--micro_batch", 2)
+    codes, _ = ends(two(data, tmp_path / "two", *flags))
+    assert codes == [0, 0]
+    assert run(data, tmp_path / "one", *flags) == 0
+    assert run(data, tmp_path / "other", *flags, "--seed", 2) == 0
+    assert distance(tmp_path / "two", tmp_path / "one") < 1e-5
+    assert distance(tmp_path / "other", tmp_path / "one") > 1e-3  # control
+
+    def scores(name):
+        keys = ("step", "acc", "acc_norm", "acc_pmi", "n")
+        return rows(tmp_path / name, "benchmark", keys)
+    assert scores("two") == scores("one")
+    assert scores("other") != scores("one")  # control
+    one = [row[1] for row in evals(tmp_path / "one")]
+    two_ = [row[1] for row in evals(tmp_path / "two")]
+    assert np.allclose(two_, one, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_ctrl_c_at_a_random_moment_changes_nothing(data, tmp_path):
+    """Catches: a moment at which Ctrl-C ends a real process without a save. (Row 18.)"""
+    flags = ("--max_steps", 150, "--eval_every", 50)
+    process = start(data, tmp_path / "r", *flags)
+    wait_for(tmp_path / "r", 20)
+    time.sleep(0.2 * random.random())
+    process.send_signal(signal.SIGINT)
+    codes, _ = ends([process])
+    assert codes == [75]
+    assert run(data, tmp_path / "r", *flags, "--resume") == 0
+    assert run(data, tmp_path / "straight", *flags) == 0
+    assert same(tmp_path / "r", tmp_path / "straight", 150)
+
+
+@pytest.mark.slow
+def test_second_ctrl_c_ends_a_long_step(data, tmp_path):
+    """Catches: a second Ctrl-C that waits for the end of the step. (Row 18.)"""
+    long = ("--max_steps", 100_000, "--batch_tokens", 128 * 512)
+    process = start(data, tmp_path / "r", *long)
     wait_for(tmp_path / "r", 1)
     process.send_signal(signal.SIGINT)
     time.sleep(0.2)
@@ -418,148 +930,201 @@ def test_a_second_ctrl_c_is_not_heard(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_mistake_is_a_traceback_on_other_processes(data, stopped, tmp_path):
-    shutil.copytree(stopped, tmp_path / "r")
-    processes = two(data, tmp_path / "r", "--seed", 5)
-    found = [process.wait(60) for process in processes]
-    said = [process.stderr.read().strip().splitlines()[-1] for process in processes]
-    assert found == [2, 2] and "not the run that was saved: seed" in said[0]
-    processes = two(data / "nowhere", tmp_path / "r")
-    assert [process.wait(60) for process in processes] == [2, 2] and not any("Traceback" in process.stderr.read() for process in processes)
+def test_closed_screen_does_not_end_the_training(data, whole, tmp_path):
+    """Catches: a run that ends with its terminal, or with `| head`."""
+    process = start(data, tmp_path / "r", stdout=subprocess.PIPE)
+    process.stdout.close()
+    process.stdout = None
+    codes, _ = ends([process])
+    assert codes == [0]
+    assert same(tmp_path / "r", whole)
 
 
 @pytest.mark.slow
-def test_one_of_two_processes_goes_on_alone(data, tmp_path):
-    processes = two(data, tmp_path / "r", "--max_steps", 2000)
-    wait_for(tmp_path / "r", 20)
+def test_signal_to_one_of_two_processes_stops_both(data, tmp_path):
+    """Catches: one process that goes on alone and waits for ever; a killed one that leaves half a
+    checkpoint. (Rows 19, 20.)"""
+    folder = tmp_path / "r"
+    processes = two(data, folder, "--max_steps", 2000)
+    wait_for(folder, 20)
     processes[1].terminate()  # rank 1, which writes nothing
-    assert codes(processes) == [75, 75]
-    step = rows(tmp_path / "r")[-1][0]
-    assert checkpoint.find(tmp_path / "r", full=True).name == f"step_{step:08d}"
-    processes = two(data, tmp_path / "r", "--max_steps", 2000)
-    wait_for(tmp_path / "r", step + 20)
+    codes, _ = ends(processes)
+    assert codes == [75, 75]
+    step = steps(folder)[-1]
+    assert newest(folder) == step
+
+    processes = two(data, folder, "--max_steps", 2000)
+    wait_for(folder, step + 20)
     processes[1].kill()
-    assert processes[0].wait(60) not in (0, 75)  # in bounded time
-    assert checkpoint.find(tmp_path / "r", full=True)
-    assert run(data, tmp_path / "r", "--max_steps", rows(tmp_path / "r")[-1][0] + 5, "--resume") == 0
+    codes, _ = ends(processes)  # within a minute
+    assert codes[0] not in (0, 75)
+    step = newest(folder)
+    assert run(data, folder, "--max_steps", step + 5, "--resume") == 0
 
 
 @pytest.mark.slow
-def test_torchrun_hides_the_stop(data, tmp_path):
+def test_mistake_is_one_line_on_each_process(data, copy):
+    """Catches: tracebacks of the processes that wait for the one with the message."""
+    codes, found = ends(two(data, copy, "--seed", 5))
+    assert codes == [2, 2]
+    assert "not the run that was saved: seed" in found[0]
+    codes, found = ends(two(data / "nowhere", copy))
+    assert codes == [2, 2]
+    assert "Traceback" not in found[0] + found[1]
+
+
+@pytest.mark.slow
+def test_torchrun_passes_the_stop_on(data, tmp_path):
+    """Catches: a launcher that is stopped before its workers have saved. (Row 18.)"""
+    folder = tmp_path / "r"
     (tmp_path / "child.py").write_text(CHILD)
-    launcher = subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", str(tmp_path / "child.py"), *FLAGS,
-                                 "--data", str(data), "--run", str(tmp_path / "r"), "--max_steps", "5000", "--micro_batch", "2"],
-                                env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    wait_for(tmp_path / "r", 20)
-    launcher.send_signal(signal.SIGTERM)
-    launcher.communicate(timeout=60)
-    assert launcher.returncode != 0
-    assert rows(tmp_path / "r", "end", ("reason",)) == [("stopped",)] and checkpoint.find(tmp_path / "r", full=True)
+    flags = [*FLAGS, "--data", data, "--run", folder, "--max_steps", 5000, "--micro_batch", 2]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc_per_node=2", "--", tmp_path / "child.py", *flags]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    launcher = subprocess.Popen([str(word) for word in torchrun], env=env,
+                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(folder, 20)
+    launcher.terminate()
+    codes, _ = ends([launcher])
+    assert codes != [0]
+    assert rows(folder, "end", ("reason",)) == [("stopped",)]
+    assert newest(folder) == steps(folder)[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Another experiment, or the same one elsewhere: rows 13 to 16, 25, 36
+# -------------------------------------------------------------------------------------------------
+# Another experiment, or the same one elsewhere: rows 13, 14, 16, 25, 36
 
-CHANGES = {"preset": ["--preset", "tiny"], "seed": ["--seed", 1], "batch_tokens": ["--batch_tokens", 64], "seq_len": ["--seq_len", 32],
-           "lr": ["--lr", 0.02], "min_lr": ["--min_lr", 0.002], "warmup_steps": ["--warmup_steps", 7], "schedule": ["--schedule", "linear"],
-           "weight_decay": ["--weight_decay", 0], "beta1": ["--beta1", 0.8], "beta2": ["--beta2", 0.9], "grad_clip": ["--grad_clip", 2],
-           "shuffle": ["--no-shuffle"], "init_from": ["--init_from", "runs/tiny"]}
+CHANGES = {
+    "preset": ["--preset", "tiny"],
+    "init_from": ["--init_from", "runs/tiny"],
+    "seed": ["--seed", 1],
+    "batch_tokens": ["--batch_tokens", 64],
+    "seq_len": ["--seq_len", 32],
+    "lr": ["--lr", 0.02],
+    "min_lr": ["--min_lr", 0.002],
+    "warmup_steps": ["--warmup_steps", 7],
+    "schedule": ["--schedule", "linear"],
+    "weight_decay": ["--weight_decay", 0],
+    "beta1": ["--beta1", 0.8],
+    "beta2": ["--beta2", 0.9],
+    "grad_clip": ["--grad_clip", 2],
+    "shuffle": ["--no-shuffle"],
+}
 
 
-def test_a_resume_becomes_another_experiment(stopped, data, tmp_path, capsys):
+@pytest.mark.parametrize("name", CHANGES)
+def test_resume_of_another_experiment_is_refused(data, copy, capsys, name):
+    """Catches: a flag that turns the run into another one half way. (Row 13.)"""
     assert set(CHANGES) == set(train.EXPERIMENT)
-    saved = json.loads((stopped / "config.json").read_text())
-    shutil.copytree(stopped, tmp_path / "r")
-    for name, flags in CHANGES.items():
-        assert run(data, tmp_path / "r", "--resume", *flags) == 2
-        assert f"{name} (saved {saved[name]}, given " in messages(capsys)[-1]
-    assert run(data, tmp_path / "r", "--resume", "--lr", 0.02, "--seed", 3) == 2
-    assert all(f"{name} (saved" in messages_ for messages_ in messages(capsys)[-1:] for name in ("lr", "seed"))
+    saved = json.loads((copy / "config.json").read_text())
+    log = (copy / "metrics.jsonl").read_bytes()
+    assert run(data, copy, "--resume", *CHANGES[name]) == 2
+    message, = messages(capsys)
+    assert f"not the run that was saved: {name} (saved {saved[name]}, given " in message
+    assert (copy / "metrics.jsonl").read_bytes() == log
 
 
-def test_what_changed_on_resume_is_not_said(stopped, data, whole, tmp_path, capsys):
-    shutil.copytree(stopped, tmp_path / "r")
-    assert run(data, tmp_path / "r", "--resume", "--eval_every", 2, "--micro_batch", 2, "--threads", 2, "--stop_at", 18) == 75
+def test_resume_of_another_experiment_names_all_settings(data, copy, capsys):
+    """Catches: a message that has to be met once for each setting. (Row 13.)"""
+    assert run(data, copy, "--resume", "--lr", 0.02, "--seed", 3) == 2
+    message, = messages(capsys)
+    assert "seed (saved 1337, given 3), lr (saved 0.01, given 0.02)" in message
+    assert run(data, copy, "--resume", "--lr", 0.01, "--stop_at", 15) == 75  # control
+
+
+@pytest.fixture
+def one_thread_afterwards():
+    yield
+    torch.set_num_threads(1)
+
+
+def test_harmless_changes_are_printed_and_logged(data, copy, whole, capsys, one_thread_afterwards):
+    """Catches: a change of speed or last bits that nobody can find afterwards. (Rows 13, 16,
+    36.)"""
+    changes = ("--eval_every", 2, "--micro_batch", 2, "--threads", 2)
+    assert run(data, copy, "--resume", *changes, "--stop_at", 16) == 75
     printed = capsys.readouterr().out
-    assert all(change in printed for change in ("eval_every 8 → 2", "micro_batch 4 → 2", "threads 1 → 2"))
-    assert "dtype" not in printed.split("changed since")[1].split("\n")[0]
-    env, = rows(tmp_path / "r", "resume", ("env",))[0]
-    assert env["threads"] == 2 and env["micro_batch"] == 2
-    assert np.allclose([row[2] for row in rows(tmp_path / "r")], [row[2] for row in rows(whole)][:18], rtol=1e-5)
-    train.torch.set_num_threads(1)
+    line, = [line for line in printed.splitlines() if "changed since it was saved" in line]
+    for change in ("eval_every 8 → 2", "micro_batch 4 → 2", "threads 1 → 2"):
+        assert change in line
+    assert "dtype" not in line  # control
+    (env, config), = rows(copy, "resume", ("env", "config"))
+    assert env["threads"] == 2
+    assert env["micro_batch"] == 2
+    assert config["eval_every"] == 2
+    assert np.allclose(rows(copy), rows(whole)[:16], rtol=1e-4)
 
 
-def test_the_horizon_moves_by_itself(stopped, data, whole, tmp_path, capsys):
-    for flags, lr in (([], rows(whole)[-1][3]), (["--max_steps", 40], None)):
-        shutil.copytree(stopped, tmp_path / "r", dirs_exist_ok=True)
-        base = FLAGS[:2] + FLAGS[4:]  # without --max_steps 20
-        assert run(data, tmp_path / "r", "--resume", *flags, base=base) == 0
-        assert rows(tmp_path / "r")[-1][0] == (40 if flags else 20)
-        printed = capsys.readouterr().out
-        settings = json.loads((tmp_path / "r/config.json").read_text())
-        assert f"lr {train.lr_at(15, {**settings, 'max_steps': 20}):.2e} as saved, {train.lr_at(15, settings):.2e} now" in printed
-        assert lr is None or rows(tmp_path / "r")[-1][3] == lr
-        shutil.rmtree(tmp_path / "r")
+WITHOUT_END = FLAGS[:2] + FLAGS[4:]  # FLAGS without --max_steps 20
 
 
-def test_two_processes_or_one_go_on_differently(data, tmp_path, whole):
-    straight = tmp_path / "straight"
-    assert run(data, straight, "--max_steps", 50, "--save_every", 0) == 0
-    for counts in ((1, 2), (2, 1)):
-        folder = tmp_path / f"r{counts[0]}"
-        for count, stop in zip(counts, (25, 50)):
-            flags = ["--max_steps", 50, "--save_every", 0, *(["--stop_at", 25] if stop == 25 else [])]
-            assert (codes(two(data, folder, *flags)) if count == 2 else [run(data, folder, *flags, "--resume")]) == [75 if stop == 25 else 0] * count
-        losses, wanted = (np.array([row[2] for row in rows(place)]) for place in (folder, straight))
-        assert len(losses) == 50 and np.abs(losses / wanted - 1).max() < 1e-5
-        assert [row[1] for row in rows(folder)] == [row[1] for row in rows(straight)]
-    assert run(data, tmp_path / "other", "--max_steps", 50, "--seed", 2, "--save_every", 0) == 0  # control
-    assert np.abs(np.array([row[2] for row in rows(tmp_path / "other")]) / wanted - 1).max() > 1e-3
+@pytest.mark.parametrize("flags, end", [([], 20), (["--max_steps", 30], 30)])
+def test_end_moves_only_on_request(data, copy, whole, capsys, flags, end):
+    """Catches: an end that moves by itself, or a schedule that changes in silence. (Row 14.)"""
+    assert run(data, copy, "--resume", *flags, base=WITHOUT_END) == 0
+    assert steps(copy) == first(end)
+    assert (rows(copy)[:20] == rows(whole)) == (end == 20)
+    assert json.loads((copy / "config.json").read_text())["max_steps"] == end
+    (config,), = rows(copy, "resume", ("config",))
+    assert config["max_steps"] == end
+    printed = capsys.readouterr().out
+    # The formula of the cosine, at 9 of the 14 or 24 steps after the warm-up.
+    before, now = [0.001 + 0.009 * (1 + np.cos(np.pi * 9 / length)) / 2
+                   for length in (14, end - 6)]
+    assert f"lr {before:.2e} as saved, {now:.2e} now" in printed
+    assert (f"max_steps 20 → {end}" in printed) == (end != 20)
 
 
-def test_other_data_is_trained_on(stopped, data, tmp_path, capsys):
-    shutil.copytree(data, tmp_path / "data")
-    ids = np.load(tmp_path / "data/train_0001.npy")
-    ids[700] = (ids[700] + 1) % 299
-    np.save(tmp_path / "data/train_0001.npy", ids)
-    shutil.copytree(stopped, tmp_path / "r")
-    assert run(tmp_path / "data", tmp_path / "r", "--resume") == 2
-    assert "changed: train_0001.npy" in messages(capsys)[-1]
-    meta = json.loads((data / "meta.json").read_text())
-    np.save(tmp_path / "data/train_0001.npy", np.load(data / "train_0001.npy"))
-    meta["splits"]["train"].reverse()  # the same shards in another order
-    (tmp_path / "data/meta.json").write_text(json.dumps(meta))
-    assert run(tmp_path / "data", tmp_path / "r", "--resume") == 2 and "changed: train_000" in messages(capsys)[-1]
-    shutil.copy(data / "meta.json", tmp_path / "data")
-    assert run(tmp_path / "data", tmp_path / "r", "--resume") == 0  # control: the same bytes elsewhere
+@pytest.fixture
+def data_copy(data, tmp_path):
+    return shutil.copytree(data, tmp_path / "data")
 
 
-def test_moments_go_to_another_parameter(stopped, tmp_path):  # row 32
-    place = stopped / "checkpoints/step_00000015"
-    weights, kept = (checkpoint.load_file(place / name) for name in ("model.pt", "train_state.pt"))
-    model, _, _ = checkpoint.load_model(stopped)
-    settings, scaler = json.loads((stopped / "config.json").read_text()), torch.amp.GradScaler("cpu", enabled=False)
-
-    def restored(moments):
-        optimizer = train.make_optimizer(model, settings, torch.device("cpu"))
-        checkpoint.restore(weights, {**kept, "optimizer": moments}, model, optimizer, scaler)
-        return {name: optimizer.state[p]["exp_avg"] for name, p in model.named_parameters()}
-
-    moments = kept["optimizer"]
-    other_order = restored(dict(reversed(moments.items())))
-    assert all(torch.equal(value, moments[name]["exp_avg"]) for name, value in other_order.items())
-    keys = [f"model.layers.{i}.mlp.up_proj.weight" for i in (0, 1)]  # of one shape: by position they would be taken for each other
-    swapped = restored({**moments, keys[0]: moments[keys[1]], keys[1]: moments[keys[0]]})
-    assert not torch.equal(swapped[keys[0]], moments[keys[0]]["exp_avg"])  # control
-    for wrong in ({name: value for name, value in moments.items() if name != keys[0]}, {**moments, "lm_head.bias": moments[keys[0]]}):
-        with pytest.raises(checkpoint.UserError, match="optimizer state differ from the network in 1 parameters"):
-            restored(wrong)
+def test_data_edited_between_stop_and_resume_is_refused(copy, data, data_copy, capsys):
+    """Catches: the rest of a run on other text. (Row 25.)"""
+    tokens = np.load(data_copy / "train_0001.npy")
+    tokens[700] = (tokens[700] + 1) % 299
+    np.save(data_copy / "train_0001.npy", tokens)
+    assert run(data_copy, copy, "--resume") == 2
+    message, = messages(capsys)
+    assert "is not this run's data (changed: train_0001.npy)" in message
+    # control: the same bytes in another folder
+    shutil.copy(data / "train_0001.npy", data_copy)
+    assert run(data_copy, copy, "--resume", "--stop_at", 15) == 75
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Numbers that are none: rows 21, 22
+@pytest.mark.parametrize("change", ["reordered", "fewer"])
+def test_data_with_other_shards_is_refused(copy, data_copy, capsys, change):
+    """Catches: the same shards in another order, or not all of them. (Row 25.)"""
+    meta = json.loads((data_copy / "meta.json").read_text())
+    if change == "reordered":
+        meta["splits"]["train"].reverse()
+    if change == "fewer":
+        meta["splits"]["train"].pop()
+    (data_copy / "meta.json").write_text(json.dumps(meta))
+    assert run(data_copy, copy, "--resume") == 2
+    message, = messages(capsys)
+    assert "is not this run's data (changed: " in message
 
-def test_a_gradient_that_is_no_number_reaches_the_weights(data, whole, tmp_path, capsys, monkeypatch):
+
+@pytest.mark.parametrize("name", ["train_0001.npy", "val_0000.npy"])
+def test_flipped_bit_in_a_shard_is_refused_at_a_fresh_start(data_copy, tmp_path, capsys, name):
+    """Catches: shards whose hashes are written but never compared. (Row 24.)"""
+    assert run(data_copy, tmp_path / "r", "--stop_at", 0) == 75  # control
+    flip(data_copy / name, 0.7)
+    assert run(data_copy, tmp_path / "fresh") == 2
+    message, = messages(capsys)
+    assert name in message
+    assert "SHA-256 differs" in message
+    assert not (tmp_path / "fresh/metrics.jsonl").exists()
+
+
+# -------------------------------------------------------------------------------------------------
+# NaN and infinity: rows 21, 22
+
+def break_gradient(patch):
+    """The gradient of step 7 has a NaN."""
     clip = torch.nn.utils.clip_grad_norm_
     calls = []
 
@@ -569,32 +1134,97 @@ def test_a_gradient_that_is_no_number_reaches_the_weights(data, whole, tmp_path,
         if len(calls) == 7:
             parameters[0].grad[0, 0] = float("nan")
         return clip(parameters, *args)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
-    assert run(data, tmp_path / "r") == 3
-    report = json.loads((tmp_path / "r/non_finite.json").read_text())
-    assert report["step"] == 7 and len(report["windows"]) == 8 and report["grad_norm"] == "nan" and report["lr"] == rows(whole)[6][3]
-    assert rows(tmp_path / "r") == rows(whole)[:6]
-    assert all(tensor.isfinite().all() for tensor in state(tmp_path / "r", 5).values())
+    patch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
 
 
-def test_a_failed_update_is_saved(data, tmp_path, capsys, monkeypatch):
+def break_loss(patch):
+    """The loss of step 7 is infinite."""
+    forward = train.Llama.forward
+    calls = []
+
+    def broken(*args, **kwargs):
+        logits, loss = forward(*args, **kwargs)
+        if kwargs.get("reduction") == "sum":
+            calls.append(1)
+            if len(calls) == 14:
+                loss = loss + float("inf")
+        return logits, loss
+    patch.setattr(train.Llama, "forward", broken)
+
+
+@pytest.mark.parametrize("fail, message", [
+    (break_gradient, "gradient norm nan, lr 1.00e-02; this update was not made"),
+    (break_loss, "step 7: loss inf, gradient norm "),
+])
+def test_nan_never_reaches_the_weights(data, whole, tmp_path, capsys, monkeypatch, fail, message):
+    """Catches: an update with a NaN or an infinity, after which every weight is NaN; good steps
+    that are lost with it. (Row 21.)"""
+    folder = tmp_path / "r"
+    with monkeypatch.context() as patch:
+        fail(patch)
+        assert run(data, folder) == 3
+    line, = messages(capsys)
+    assert line.startswith("train.py: step 7: loss ")
+    assert message in line
+    assert rows(folder) == rows(whole)[:6]
+    assert newest(folder) == 6  # where only the failure saves
+    assert run(data, folder, "--resume") == 0
+    assert same(folder, whole)
+
+
+def test_diverging_run_ends_with_its_last_good_state(data, tmp_path, capsys):
+    """Catches: a NaN in a checkpoint after too high a learning rate. (Row 21.)"""
+    folder = tmp_path / "r"
+    diverging = ("--lr", 1e12, "--grad_clip", 0, "--warmup_steps", 0)
+    assert run(data, folder, *diverging) == 3
+    message, = messages(capsys)
+    assert "a lower --lr" in message
+    for tensor in state(folder, newest(folder)).values():
+        assert tensor.isfinite().all()
+
+
+def test_nan_is_never_saved(data, tmp_path, capsys, monkeypatch):
+    """Catches: a checkpoint with an infinity, whatever made it. (Row 22.)"""
     step = torch.optim.AdamW.step
+    calls = []
 
     def broken(self, *args, **kwargs):
-        result = step(self, *args, **kwargs)
-        if len(self.state) and int(next(iter(self.state.values()))["step"]) == 10:
+        step(self, *args, **kwargs)
+        calls.append(1)
+        if len(calls) == 10:
             with torch.no_grad():
                 self.param_groups[0]["params"][3][0] = float("inf")
-        return result
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
     monkeypatch.setattr(train.Observer, "evaluate", lambda *args: None)
-    assert run(data, tmp_path / "r") == 3
-    assert "step 10: 1 tensors are no longer finite" in messages(capsys)[-1]
-    newest = checkpoint.find(tmp_path / "r", full=True)
-    assert newest.name == "step_00000005" and all(tensor.isfinite().all() for tensor in state(tmp_path / "r", 5).values())
-    monkeypatch.undo()
+    folder = tmp_path / "r"
+    assert run(data, folder) == 3
+    message, = messages(capsys)
+    assert "step 10: NaN or infinity in 1 tensors (model." in message
+    assert newest(folder) == 8
+    for tensor in state(folder, 8).values():
+        assert tensor.isfinite().all()
 
 
-def test_rows_and_losses_of_two_runs_are_equal_by_construction(whole):
-    losses = [row[1] for row in rows(whole, keys=("step", "loss"))]
-    assert len(set(losses)) == 20 and len({row[1] for row in evals(whole)}) == len(evals(whole))
+# -------------------------------------------------------------------------------------------------
+
+def test_comparison_of_runs_sees_one_changed_number(whole, tmp_path):
+    """Catches: comparisons here that cannot fail, because `same` leaves something out or all
+    numbers are equal. The control of them all."""
+    copy = shutil.copytree(whole, tmp_path / "copy")
+    assert same(copy, whole)
+    losses = [row[0] for row in rows(whole, keys=("loss",))]
+    assert len(set(losses)) == 20
+    assert len({row[1] for row in evals(whole)}) == len(evals(whole))
+
+    log = (copy / "metrics.jsonl").read_text()
+    replace(copy / "metrics.jsonl", '"grad_norm": ', '"grad_norm": 1')
+    assert not same(copy, whole)
+    (copy / "metrics.jsonl").write_text(log)
+    replace(copy / "metrics.jsonl", '"position_loss": [', '"position_loss": [1')
+    assert not same(copy, whole)
+    (copy / "metrics.jsonl").write_text(log)
+    file = place(copy, 20) / "train_state.pt"
+    contents = durable.load_file(file)
+    contents["optimizer"][UP[0]]["exp_avg"][0, 0] += 1e-7
+    torch.save(contents, file)
+    assert not same(copy, whole)

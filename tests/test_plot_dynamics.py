@@ -1,4 +1,4 @@
-"""What is drawn is what the logs say: numbers of the page and of the table against the lines of the log."""
+"""plot_dynamics.py shows what the logs say: figure and tables against the lines of a log."""
 import json
 import re
 import shutil
@@ -12,144 +12,366 @@ import pytest
 
 import plot_dynamics
 from conftest import messages, rows
+from plot_dynamics import Page, read_run
 
 ROOT = Path(__file__).parent.parent
-DRAW = plot_dynamics.main  # conftest replaces the one that train.py calls
+DRAW = plot_dynamics.main  # conftest replaces plot_dynamics.main, which train.py calls
 
 
 def draw(*arguments):
+    """The exit code of plot_dynamics.py."""
     try:
-        return DRAW([str(a) for a in arguments])
+        return DRAW([str(argument) for argument in arguments])
     except SystemExit as error:
         return error.code
 
 
-def lines_of(page, title, label):
-    """(x, y) of the line with that label in the panel whose title starts so."""
-    axes = next(axes for axes in page.figure.axes if axes.get_title().startswith(title))
-    return next(line.get_data() for line in axes.lines if line.get_label().startswith(label))
+def events_of(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_run_drew_itself(whole):
-    assert (whole / "dynamics.png").read_bytes()[:4] == b"\x89PNG" and "| 20 |" in (whole / "trajectory.md").read_text()
+def write_log(folder, events):
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [json.dumps(event) + "\n" for event in events]
+    (folder / "metrics.jsonl").write_text("".join(lines))
+    return folder
 
 
-def test_a_curve_or_a_row_is_not_the_logs(whole, tmp_path):
+def panel(page, title):
+    """The axes of the first panel whose title starts with `title`, or None."""
+    found = [axes for axes in page.figure.axes if axes.get_title().startswith(title)]
+    return found[0] if found else None
+
+
+def curve(page, title, label):
+    """(x, y) of the curve in that panel whose label starts with `label`."""
+    lines = panel(page, title).lines
+    return next(line.get_data() for line in lines if line.get_label().startswith(label))
+
+
+def test_training_draws_its_run(whole):
+    """Catches: a finished run folder without figure, or with one of an earlier moment."""
+    assert (whole / "dynamics.png").read_bytes()[:4] == b"\x89PNG"
+    assert "| 20 |" in (whole / "trajectory.md").read_text()
+
+
+def test_page_has_a_panel_for_all_that_is_logged(whole):
+    """Catches: a panel that is lost, or drawn without numbers (a tuning has some of its own)."""
+    page = Page([read_run(whole)], "log")
+    assert [axes.get_title().split()[0].strip(":,") for axes in page.figure.axes] == [
+        "Loss", "Bits", "Accuracy", "Context", "Samples", "Learning", "Gradient", "Throughput",
+        "Loss"]
+
+
+@pytest.mark.parametrize("title, label, event, key", [
+    ("Loss", "validation", "eval", "val_loss"),
+    ("Accuracy", "acc_pmi", "benchmark", "acc_pmi"),
+])
+def test_curves_are_those_of_the_log(whole, title, label, event, key):
+    """Catches: a curve of another key, at other steps, or over steps instead of tokens."""
+    x, y = curve(Page([read_run(whole)], "log"), title, label)
+    wanted = np.array(rows(whole, event, ("step", key)))
+    assert np.array_equal(x, wanted[:, 0] * 128)
+    assert np.array_equal(y, wanted[:, 1])
+    other = np.array(rows(whole, event, ("seconds",)))
+    assert not np.array_equal(y, other[:, 0])  # control
+
+
+def test_trajectory_shows_the_samples(whole, tmp_path):
+    """Catches: a sample beside the loss of another step, or one that Markdown swallows."""
     assert draw(whole, "--out", tmp_path) == 0
-    page = plot_dynamics.Page([plot_dynamics.read_run(whole)], "log")
-    assert [axes.get_title().split(":")[0].split(",")[0].split(" ")[0] for axes in page.figure.axes] == [
-        "Loss", "Bits", "Accuracy", "Context", "Loss", "Samples", "Learning", "Gradient", "Throughput"]
-    for title, label, event, key in (("Loss", "validation", "eval", "val_loss"), ("Accuracy", "acc_pmi", "benchmark", "acc_pmi")):
-        x, y = lines_of(page, title, label)
-        wanted = np.array(rows(whole, event, ("step", key)))
-        assert np.array_equal(x, wanted[:, 0] * 128) and np.array_equal(y, wanted[:, 1])
-    other = lines_of(page, "Accuracy", "acc_norm")[1]
-    assert not np.array_equal(other, rows(whole, "benchmark", ("acc",)))  # control
     table = (tmp_path / "trajectory.md").read_text()
-    text, loss = rows(whole, "sample", ("text",))[-1][0], rows(whole, "eval", ("val_loss",))[-1][0]
-    assert f"| 20 | 2,560 | {loss:.4f} |" in table and plot_dynamics.escape(text) in table
+    last_loss = rows(whole, "eval", ("val_loss",))[-1][0]
+    last_text = rows(whole, "sample", ("text",))[-1][0]
+    assert f"| 20 | 2,560 | {last_loss:.4f} |" in table
+    assert plot_dynamics.escape(last_text) in table
+    assert plot_dynamics.escape("<b> a|b\n*c*") == r"\<b\> a\|b \*c\*"
 
 
-def test_a_foreign_log_is_read_as_it_is_not(whole, tmp_path, capsys):
+def test_tuning_shows_base_and_tuned_answers(whole, tmp_path):
+    """Catches: a question whose answer is another's, another step's, or sample.py's."""
+    question = {"question": "a?", "answer": "right"}
+    answer = {"event": "sample", "prompt": "a?"}
+    write_log(tmp_path, [
+        {"event": "instructions", "step": 0, "frequent_answer": "often", "frequent_share": 0.25,
+         "questions": [question]},
+        {"event": "sft_eval", "step": 0, "heldout_loss": 3.0, "token_acc": 0.1, "ended": 0.0},
+        {**answer, "step": 0, "text": "base", "cut": True},
+        {**answer, "step": 12, "text": "tuned", "cut": False},
+        {**answer, "step": 12, "text": "other", "seed": 1},
+    ])
+    table = plot_dynamics.trajectory([read_run(tmp_path)])
+    assert "| a? | base … | tuned | often | right |" in table
+    assert "answer (25.00%)" in table
+    assert "“a?” is answered (seed 1):" in table
+    assert "question, held out" not in plot_dynamics.trajectory([read_run(whole)])  # control
+
+
+def test_tuning_is_drawn_over_steps(whole, tmp_path):
+    """Catches: tokens on the x axis of a tuning, whose steps differ in their number of tokens."""
+    tuning = {"event": "sft_eval", "step": 0, "heldout_loss": 3.0, "token_acc": 0.1, "ended": 0.5}
+    run = read_run(write_log(tmp_path, [*events_of(whole), tuning]))
+    page = Page([run], "log")
+    assert panel(page, "Held-out answers").get_xlabel() == "steps"
+    assert curve(page, "Held-out answers", "tokens right")[1].tolist() == [0.1]
+    assert panel(Page([read_run(whole)], "log"), "Loss").get_xlabel() == "tokens"  # control
+    assert panel(Page([run, read_run(whole)], "log"), "Loss").get_xlabel() == "steps"
+
+
+def test_later_evaluations_are_added(whole, tmp_path):
+    """Catches: losses of other text, or scores of another benchmark, in the curves of a run."""
+    folder = write_log(tmp_path, events_of(whole))
+    own = rows(whole, "benchmark", ("step", "acc"))
+    score = next(event for event in events_of(whole) if event["event"] == "benchmark")
+    added = [
+        {"event": "eval", "step": 3, "val_loss": 99.0},
+        {**score, "acc": 0.99},
+        {**score, "name": "hellaswag", "acc": 0.5, "step": 20},
+        {"event": "sample", "step": 20, "prompt": "p", "text": "later", "seed": 0, "top_k": None},
+    ]
+    lines = [json.dumps(event) + "\n" for event in added]
+    (folder / "evaluations.jsonl").write_text("".join(lines))
+    run = read_run(folder)
+    assert run.rows["eval"] == read_run(whole).rows["eval"]
+    assert [(row["step"], row["acc"]) for row in run.rows["benchmark"]] == own
+    assert "hellaswag (token, 6 questions), %" in plot_dynamics.summary(run)
+    assert list(run.samples)[-1] == ("p", "seed 0")
+    assert "“p” goes on with (seed 0):" in plot_dynamics.trajectory([run])
+
+
+def test_new_event_is_drawn_by_one_line_in_panels(whole, tmp_path, monkeypatch):
+    """Catches: a reader that drops keys it does not know, so that a new curve needs more edits."""
+    measured = [{"event": "measured", "step": step, "norm.0": 1.5, "norm.1": step / 7}
+               for step in (0, 10, 20)]
+    run = read_run(write_log(tmp_path, events_of(whole) + measured))
+    assert panel(Page([run], "log"), "A new panel") is None  # control: not without the line
+    monkeypatch.setattr(plot_dynamics, "PANELS", [
+        *plot_dynamics.PANELS,
+        ("A new panel", "L2", [("measured", f"norm.{i}", f"layer {i}") for i in range(3)]),
+    ])
+    page = Page([run], "log")
+    x, y = curve(page, "A new panel", "layer 1")
+    assert x.tolist() == [0, 1280, 2560]
+    assert y.tolist() == [0, 10 / 7, 20 / 7]
+    assert len(panel(page, "A new panel").lines) == 2  # layer 2 has no numbers
+    assert panel(Page([read_run(whole)], "log"), "A new panel") is None
+
+
+PLAIN_LOG = """0 val 10.9
+0 train 10.95
+2 train 8.0
+1 train 9.0
+1 train 9.5
+2 val 7.5
+2 hella 0.2504
+2 grad 3.0
+what is this
+3 train
+
+3 train 7.0"""
+
+
+def test_plain_log_is_read(tmp_path, capsys):
+    """Catches: an unsorted or repeated step that is drawn twice, a stream under another name."""
     log = tmp_path / "log.txt"
-    log.write_text("0 val 10.9\n0 train 10.95\n1 train 9.0\n2 train 8.0\n1 train 9.5\n2 val 7.5\n2 hella 0.2504\n2 grad 3.0\n"
-                   "what is this\n3 train\n\n3 train 7.0")
-    run = plot_dynamics.read_run(log, batch_tokens=1000)
-    assert [(row["step"], row["loss"]) for row in run.train] == [(0, 10.95), (1, 9.5), (2, 8.0), (3, 7.0)]  # of two lines the last
-    assert [row["val_loss"] for row in run.eval] == [10.9, 7.5] and next(iter(run.benchmarks.values()))[0]["acc_norm"] == 0.2504
-    assert "2 broken lines left out (line 9, 10)" in messages(capsys)[-1]
-    assert draw(log, "--out", tmp_path / "out", "--batch_tokens", 1000) == 0 and (tmp_path / "out/dynamics.png").stat().st_size > 10_000
-    x, y = lines_of(plot_dynamics.Page([run], "linear"), "Accuracy", "acc_norm")
-    assert x.tolist() == [2000] and y.tolist() == [0.2504]
-    x, _ = lines_of(plot_dynamics.Page([plot_dynamics.read_run(log)], "linear"), "Accuracy", "acc_norm")
-    assert x.tolist() == [2]  # nobody said how many tokens a step has
-    assert draw(log, whole, "--out", tmp_path / "out", "--batch_tokens", 1000) == 0  # one without speeds, first
-    assert "whole: steps 20, tokens 2,560" in capsys.readouterr().out  # a log that says how many is believed
+    log.write_text(PLAIN_LOG)
+    run = read_run(log, batch_tokens=1000)
+    losses = [(row["step"], row["loss"]) for row in run.rows["train"]]
+    assert losses == [(0, 10.95), (1, 9.5), (2, 8.0), (3, 7.0)]  # of two lines the last
+    assert [row["val_loss"] for row in run.rows["eval"]] == [10.9, 7.5]
+    assert run.rows["grad"] == [{"event": "grad", "step": 2, "grad": 3.0}]
+    assert "broken lines left out: 2 (line 9, 10)" in messages(capsys)[-1]
+    x, y = curve(Page([run], "linear"), "Accuracy on hellaswag", "acc_norm")
+    assert (x.tolist(), y.tolist()) == ([2000], [0.2504])
+    x, _ = curve(Page([read_run(log)], "linear"), "Accuracy", "acc_norm")
+    assert x.tolist() == [2]  # nothing tells how many tokens a step has
+    assert draw(log, "--out", tmp_path / "out", "--batch_tokens", 1000) == 0
+    assert (tmp_path / "out/dynamics.png").stat().st_size > 10_000
 
 
-def test_a_live_or_broken_log_stops_the_drawing(whole, tmp_path, capsys):
-    lines = (whole / "metrics.jsonl").read_text().splitlines()
-    (tmp_path / "r").mkdir()
-    (tmp_path / "r/metrics.jsonl").write_text("\n".join(lines[:20] + ["{}", "[]", '{"event": "train", "step": "x"}'] + lines[20:-3]) + "\n" + lines[-3][:25])
-    assert draw(tmp_path / "r", "--out", tmp_path / "out") == 0
-    assert "4 broken lines left out (line 21, 22, 23, " in messages(capsys)[-1]
-    (tmp_path / "r/metrics.jsonl").write_text(lines[0] + "\n" + '{"event": "train", "step": 1, "loss": null, "lr": "high"}\n')
-    assert draw(tmp_path / "r", "--out", tmp_path / "out") == 2 and "no number" in messages(capsys)[-1]
-    (tmp_path / "r/metrics.jsonl").write_text("".join(line + "\n" for line in lines[:2]))
-    assert draw(tmp_path / "r", "--out", tmp_path / "out") == 0  # the first evaluation is all there is yet
-    for content, message in (("", "nothing to draw"), ("\x00\xff\n", "nothing to draw")):
-        (tmp_path / "r/metrics.jsonl").write_text(content)
-        assert draw(tmp_path / "r") == 2 and message in messages(capsys)[-1]
-    for arguments, message in (([tmp_path / "none"], "no such file"), ([tmp_path], "no metrics.jsonl"),
-                               ([whole, "--out", whole / "metrics.jsonl"], "check the path"), ([whole, "--batch_tokens", 0], "out of range")):
-        assert draw(*arguments) == 2 and message in messages(capsys)[-1]
-
-
-ODD = ['"loss": 1e999', '"loss": 1' + "0" * 400, '"tokens": "x", "loss": true', '"seconds": null', '"n_choices": [4]', '"position_loss": 3.0', '"step": -1',
-       '"step": true', '"step": 1' + "0" * 400, '"prompt": "\\ud800", "text": ["$x^{"]', '"name": "$x^{"', '"question": 3, "heldout_loss": "x"', '"questions": [3, {}]', '"questions": null']
-
-
-def test_an_odd_event_stops_the_drawing(whole, tmp_path):
-    folder = tmp_path / "_a$x^{$b"  # as a name in a figure: hidden, and a formula
-    folder.mkdir()
-    odd_ones = [f'{{"event": "{event}", "step": 20, {odd}}}' for odd in ODD
-                for event in ("train", "eval", "benchmark", "sample", "end", "resume", "sft_eval", "instructions")]
-    (folder / "metrics.jsonl").write_text((whole / "metrics.jsonl").read_text() + "\n".join(odd_ones) + "\n" + "[" * 100_000 + "\n")
-    assert draw(folder, "--out", tmp_path / "out") == 0 and draw(folder, whole, "--out", tmp_path / "out") == 0
-
-
-def test_smoothing_moves_a_straight_line():
-    line = np.arange(1.0, 400.0)
-    assert np.allclose(plot_dynamics.smooth(line), line)
-    assert not np.allclose(plot_dynamics.smooth(line**2), line**2)  # control: it does smooth
-
-
-def test_a_resume_or_another_machine_leaves_no_mark(whole, tmp_path, capsys):
-    events = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    start = events[0]
-    for at, fields in ((25, {}), (30, {"restored_optimizer": False}), (32, {"env": {**start["env"], "threads": 64}, "restored_optimizer": True})):
-        step = next(e["step"] for e in reversed(events[:at]) if e["event"] == "train")
-        events.insert(at, {**start, "event": "resume", "step": step, "restored_optimizer": True, **fields})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
-    run = plot_dynamics.read_run(tmp_path)
-    threads = start["env"]["threads"]
-    assert [mark[1:] for mark in run.marks] == [("resume", "resume"), ("optimizer", "without optimizer state"), ("hardware", f"threads {threads} → 64")]
-    vertical = lambda run: [line.get_xdata()[0] for line in plot_dynamics.Page([run], "log").figure.axes[0].lines if len(set(line.get_xdata())) == 1]
-    assert vertical(run) == [128 * step for step, _, _ in run.marks]
-    assert vertical(plot_dynamics.read_run(whole)) == []  # control
-    assert re.search(r"64: [\d,]+ → [\d,]+ tokens/s", plot_dynamics.speed_change(run, *run.marks[2][::2]))
-
-
-def test_several_runs_take_each_others_place(whole, tmp_path, capsys):
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        shutil.copy(whole / "metrics.jsonl", tmp_path / name)
-    (tmp_path / "c").mkdir()
-    shutil.copytree(tmp_path / "a", tmp_path / "c/a")
-    shutil.copy(whole / "metrics.jsonl", tmp_path / "c/other.jsonl")
-    assert draw(tmp_path / "a", tmp_path / "b", tmp_path / "c/other.jsonl", whole, tmp_path / "c/a", "--out", tmp_path / "out") == 0
+def test_log_overrules_batch_tokens(whole, tmp_path, capsys):
+    """Catches: --batch_tokens, meant for another log on the page, that changes what a run says."""
+    log = tmp_path / "log.txt"
+    log.write_text(PLAIN_LOG)
+    assert draw(log, whole, "--out", tmp_path / "out", "--batch_tokens", 1000) == 0
     printed = capsys.readouterr().out
-    assert all(f"{name}: steps 20" in printed for name in ("b", "other", "whole", tmp_path / "a", tmp_path / "c/a"))
-    page = plot_dynamics.Page([plot_dynamics.read_run(tmp_path / name) for name in ("a", "b")], "log")
-    assert [text.get_text() for text in page.figure.axes[0].get_legend().get_texts()] == ["a", "b"]
+    assert "steps 3, tokens 3,000" in printed
+    assert "whole: steps 20, tokens 2,560" in printed
+
+
+def test_live_and_broken_logs_are_drawn(whole, tmp_path, capsys):
+    """Catches: a drawing that fails on a half-written line, or before the first training step."""
+    lines = (whole / "metrics.jsonl").read_text().splitlines()
+    broken = ["{}", "[]", '{"event": "train", "step": "x"}']
+    half = lines[-3][:25]
+    log = tmp_path / "r/metrics.jsonl"
+    log.parent.mkdir()
+    log.write_text("\n".join([*lines[:20], *broken, *lines[20:-3], half]))
+    assert draw(log.parent, "--out", tmp_path / "out") == 0
+    assert "broken lines left out: 4 (line 21, 22, 23, " in messages(capsys)[-1]
+    log.write_text("\n".join(lines[:2]) + "\n")  # the start and the first evaluation
+    assert draw(log.parent, "--out", tmp_path / "out") == 0
+    assert messages(capsys) == []
+
+
+@pytest.mark.parametrize("content, message", [
+    ("", "nothing to draw"),
+    ("\x00\xff\n", "nothing to draw"),
+    ("some text\n", "nothing to draw"),
+    ('{"event": "weights", "step": 1, "norm": 2.0}\n', "nothing to draw"),
+    ('{"event": "train", "step": 1, "loss": null, "lr": "high"}\n', "no number"),
+])
+def test_log_without_numbers_is_one_line_and_exit_2(tmp_path, capsys, content, message):
+    """Catches: a traceback, or an empty page, where there is nothing to draw."""
+    (tmp_path / "metrics.jsonl").write_text(content)
+    assert draw(tmp_path, "--out", tmp_path) == 2
+    assert message in messages(capsys)[-1]
+    assert not (tmp_path / "dynamics.png").exists()
+
+
+def test_bad_arguments_are_one_line_and_exit_2(whole, tmp_path, capsys):
+    """Catches: a traceback where the user mistyped a path or a number."""
+    for arguments, message in [([tmp_path / "none"], "no log"),
+                               ([tmp_path], "no log"),
+                               ([whole, "--out", whole / "metrics.jsonl"], "File exists"),
+                               ([whole, "--batch_tokens", 0], "out of range")]:
+        assert draw(*arguments) == 2
+        last_line = messages(capsys)[-1]
+        assert last_line.startswith("plot_dynamics.py: ")
+        assert message in last_line
+
+
+ODD = [
+    '"loss": 1e999', '"loss": 1' + "0" * 400, '"tokens": "x", "loss": true', '"seconds": null',
+    '"tokens": -20', '"n_choices": [4]', '"n": "x"', '"position_loss": 3.0', '"position_loss": []',
+    '"position_loss": [null, "x"]', '"step": -1', '"step": true', '"step": 1' + "0" * 400,
+    '"prompt": "\\ud800", "text": ["$x^{"]', '"name": "$x^{"', '"question": 3, "heldout_loss": "x"',
+    '"questions": [3, {}]', '"questions": null', '"questions": 3', '"env": {"a": [1]}',
+]
+
+
+def test_odd_values_do_not_stop_the_drawing(whole, tmp_path):
+    """Catches: a value of another type, a huge one, or a $ or _ in a name, that ends in a
+    traceback."""
+    folder = tmp_path / "_a$x^{$b"  # in a figure: hidden, and a formula
+    folder.mkdir()
+    log = (whole / "metrics.jsonl").read_text()
+    for step, odd in enumerate(ODD, 20):  # each at its own step: the last row of a step counts
+        for event in ("start", "train", "eval", "benchmark", "sample", "end", "resume", "sft_eval",
+                      "instructions"):
+            log += f'{{"event": "{event}", "step": {step}, {odd}}}\n'
+    (folder / "metrics.jsonl").write_text(log + '{"a": ' + "[" * 100_000 + "\n")
+    assert draw(folder, "--out", tmp_path / "out") == 0
+    assert draw(folder, whole, "--out", tmp_path / "out") == 0
+    legend = panel(Page([read_run(folder), read_run(whole)], "log"), "Learning rate").get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == [r"a\$x^{\$b", "whole"]
+
+
+def test_smoothing_keeps_a_straight_line():
+    """Catches: a smoothed curve that lags behind, or ends above or below the values it shows."""
+    x = np.arange(1.0, 400.0)
+    smooth_x, smooth_y = plot_dynamics.smooth(x, 3 * x)
+    assert np.allclose(smooth_y, 3 * smooth_x)
+    assert np.array_equal(smooth_x[:5], x[:5])  # the first steps stay single
+    assert len(smooth_x) < 90
+    smooth_x, smooth_y = plot_dynamics.smooth(x, x**2)
+    assert not np.allclose(smooth_y, smooth_x**2)  # control: it does smooth
+
+
+def resumed(run):
+    """Events of a finished run, as if it had been resumed three times; and its first env."""
+    events = events_of(run)
+    env = events[0]["env"]
+    changes = {5: {}, 10: {"restored_optimizer": False}, 12: {"env": {**env, "threads": 64}}}
+    with_resumes = []
+    for event in events:
+        with_resumes.append(event)
+        if event["event"] == "train" and event["step"] in changes:
+            resume = {"event": "resume", "env": env, "restored_optimizer": True}
+            with_resumes.append({**resume, "step": event["step"], **changes[event["step"]]})
+    return with_resumes, env
+
+
+def test_resumes_and_changes_are_marked(whole, tmp_path):
+    """Catches: a jump in a curve whose cause, a resume or another machine, is not on the page."""
+    events, env = resumed(whole)
+    run = read_run(write_log(tmp_path, events))
+    assert run.marks == [(5, "resume", "resume"),
+                         (10, "optimizer", "without optimizer state"),
+                         (12, "hardware", f"threads {env['threads']} → 64")]
+    page = Page([run], "log")
+    for axes in page.figure.axes[:-1]:  # all but the one by position
+        vertical = [line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1]
+        assert vertical == [5 * 128, 10 * 128, 12 * 128]
+    texts = [text.get_text() for text in panel(page, "Throughput").texts]
+    texts = [" ".join(text.split()) for text in texts]  # they are wrapped
+    assert len(texts) == 2
+    assert re.fullmatch(r"without optimizer state: [\d,]+ → [\d,]+ tokens/s", texts[0])
+    assert re.fullmatch(r"threads \d+ → 64: [\d,]+ → [\d,]+ tokens/s", texts[1])
+    assert read_run(whole).marks == []  # control
+
+
+def test_seconds_are_those_of_an_undisturbed_run(whole, tmp_path):
+    """Catches: a duration with the pause before a resume in it, or without what came before."""
+    events = [event for event in events_of(whole) if event["event"] != "end"]
+    events[0]["time"] = 1000.0
+    unfinished = read_run(write_log(tmp_path / "a", events))
+    assert "seconds" not in plot_dynamics.summary(unfinished)
+    end = {"event": "end", "step": 20, "reason": "done"}
+    new = read_run(write_log(tmp_path / "b", [*events, {**end, "seconds": 12.0}]))
+    assert plot_dynamics.summary(new)["seconds"] == "12"
+    old = read_run(write_log(tmp_path / "c", [*events, {**end, "time": 1034.0}]))
+    assert plot_dynamics.summary(old)["seconds"] == "34"
+    events.append({"event": "resume", "step": 20})
+    again = read_run(write_log(tmp_path / "d", [*events, {**end, "seconds": 1.0}]))
+    assert "seconds" not in plot_dynamics.summary(again)
+
+
+def test_several_runs_stay_apart(whole, tmp_path, capsys):
+    """Catches: two runs with the same name, of which one replaces the other or cannot be told."""
+    for name in ("a", "b", "c/a"):
+        write_log(tmp_path / name, events_of(whole))
+    shutil.copy(whole / "metrics.jsonl", tmp_path / "c/other.jsonl")
+    logs = [tmp_path / "a", tmp_path / "b", tmp_path / "c/other.jsonl", whole, tmp_path / "c/a"]
+    assert draw(*logs, logs[0], "--out", tmp_path / "out") == 0
+    printed = capsys.readouterr().out
+    for name in (tmp_path / "a", "b", "other", "whole", tmp_path / "c/a"):
+        assert printed.count(f"{name}: steps 20") == 1
+    page = Page([read_run(tmp_path / name) for name in ("a", "b")], "log")
+    legend = panel(page, "Loss (pale: training)").get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["a: val_loss", "b: val_loss"]
+    accuracies = [line for line in panel(page, "Accuracy").lines if line.get_marker() == "o"]
+    assert len(accuracies) == 2  # one for each run; a single run shows three
 
 
 @pytest.mark.slow
-def test_long_logs_take_minutes(tmp_path):
+def test_long_logs_are_drawn_in_seconds(tmp_path):
+    """Catches: a drawing that takes minutes at the end of a run of 50,000 steps."""
     noise = np.random.RandomState(0).rand(50_000)
-    (tmp_path / "long.jsonl").write_text("".join(
-        json.dumps({"event": "train", "step": i + 1, "tokens": 1000 * (i + 1), "loss": 3 + noise[i], "lr": 1e-3, "grad_norm": noise[i],
-                    "dt_ms": 10.0, "tok_per_s": 1e5 * noise[i]}) + "\n" for i in range(50_000)))
-    for name in "0123456789":
-        (tmp_path / f"{name}.jsonl").write_text("".join((tmp_path / "long.jsonl").read_text().splitlines(True)[:5000]))
-    for logs in (["long.jsonl"], [f"{name}.jsonl" for name in "0123456789"]):
+    lines = []
+    for i in range(50_000):
+        event = {"event": "train", "step": i + 1, "tokens": 1000 * (i + 1), "loss": 3 + noise[i],
+                 "lr": 1e-3, "grad_norm": noise[i], "dt_ms": 10.0, "tok_per_s": 1e5 * noise[i]}
+        lines.append(json.dumps(event) + "\n")
+    (tmp_path / "long.jsonl").write_text("".join(lines))
+    shorter = [tmp_path / f"{name}.jsonl" for name in "0123456789"]
+    for path in shorter:
+        path.write_text("".join(lines[:5000]))
+    for logs in [tmp_path / "long.jsonl"], shorter:
         start = time.perf_counter()
-        assert draw(*(tmp_path / log for log in logs), "--out", tmp_path) == 0
+        assert draw(*logs, "--out", tmp_path) == 0
         assert time.perf_counter() - start < 20  # a few seconds, with room for a busy machine
 
 
-def test_it_needs_torch_or_a_file_of_ours(whole, tmp_path):
-    shutil.copy(ROOT / "plot_dynamics.py", tmp_path)
-    code = ("import sys, plot_dynamics as p; p.main(sys.argv[1:]); "
-            f"assert 'torch' not in sys.modules and not [m for m in sys.modules.values() if str(getattr(m, '__file__', '')).startswith({str(ROOT) + '/'!r})]")
-    subprocess.run([sys.executable, "-c", code, str(whole), "--out", str(tmp_path)], check=True, cwd=tmp_path, capture_output=True)
+def test_drawing_needs_no_torch(whole, tmp_path):
+    """Catches: an import that makes logs unreadable on a computer without PyTorch."""
+    (tmp_path / "support").mkdir()
+    for name in ("plot_dynamics.py", "support/runs.py", "support/flags.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    code = ("import sys; sys.modules['torch'] = None; "  # an import of it now fails
+            "import plot_dynamics; plot_dynamics.main(sys.argv[1:]); "
+            "import torch")
+    command = [sys.executable, "-c", code, str(whole), "--out", str(tmp_path)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert "drawn: " in result.stdout
+    assert "import of torch halted" in result.stderr  # control: this one did fail

@@ -1,4 +1,5 @@
-"""prepare_data.py: the corpus of docstrings (built once), its leaks, its quizzes; your own text; kills and bad input."""
+"""prepare_data.py: the corpus of docstrings and the questions from it; the user's own text; kills
+and bad input. The corpus is built once for all tests."""
 import copy
 import gzip
 import hashlib
@@ -13,293 +14,557 @@ import numpy as np
 import pytest
 
 import prepare_data
-import pydocs
 from data import DataFolder, Tokenizer
 from prepare_data import main
-from pydocs import build_corpus, prose, public_name, source_files
+from support import pydocs
 
 STORY = "".join(f"Line {i}: the quick brown fox met {i * i} lazy dogs.\n" for i in range(400))
+QUALITIES = ("prose", "raw", "shuffled")
+MARKUP = (">>>", "::", "`", "----", "\\", "{")
+
+
+def run(*argv):
+    main([str(argument) for argument in argv])
+
+
+def fails(capsys, *argv):
+    """Run the script on bad input; returns its one line on stderr."""
+    with pytest.raises(SystemExit) as exit_:
+        run(*argv)
+    assert exit_.value.code == 2
+    lines = re.split("[\r\n]", capsys.readouterr().err)  # a progress bar ends lines with \r
+    messages = [line for line in lines if "prepare_data.py: " in line]
+    assert len(messages) == 1
+    return messages[0]
 
 
 def documents_of(folder, split):
-    """The documents of a split as texts: what a reader of the shards sees."""
+    """The documents of a split as texts, read back from the shards."""
     data = DataFolder(folder)
-    ids = np.concatenate([shard.tokens for shard in getattr(data, split)])
-    assert ids[0] == data.tokenizer.eot
-    return [data.tokenizer.decode(part[1:].tolist()) for part in np.split(ids, np.flatnonzero(ids == data.tokenizer.eot))[1:]]
+    shards = data.train if split == "train" else data.val
+    ids = np.concatenate([shard.tokens for shard in shards])
+    starts = np.flatnonzero(ids == data.tokenizer.eot)
+    assert starts[0] == 0
+    rows = np.split(ids, starts)[1:]
+    return [data.tokenizer.decode(row[1:].tolist()) for row in rows]
 
 
 def contents(folder):
     return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
-def fails(capsys, *argv):
-    """Run the script on bad input; its one line on stderr."""
-    with pytest.raises(SystemExit) as exit_:
-        main([str(a) for a in argv])
-    lines = [line for line in re.split("[\r\n]", capsys.readouterr().err) if "prepare_data.py: " in line]
-    assert exit_.value.code == 2 and len(lines) == 1
-    return lines[0]
+def names_in(folder):
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.fixture
+def story(tmp_path):
+    file = tmp_path / "story.txt"
+    file.write_text(STORY)
+    return file
 
 
 # ---- pydocs
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """The real corpus, read once and written in the three qualities: {quality: folder}."""
-    root, documents = tmp_path_factory.mktemp("corpus"), build_corpus()
+    """{quality: folder}: the real corpus, read once and written in the three qualities."""
+    root = tmp_path_factory.mktemp("corpus")
+    documents = pydocs.build_corpus()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_data, "build_corpus", lambda: copy.deepcopy(documents))
-        for quality in ("prose", "raw", "shuffled"):
-            main(["pydocs", "--quality", quality, "--out", str(root / quality)])
-    return {quality: root / quality for quality in ("prose", "raw", "shuffled")}
+        for quality in QUALITIES:
+            run("pydocs", "--quality", quality, "--out", root / quality)
+    return {quality: root / quality for quality in QUALITIES}
 
 
-def leaks(val, train):
-    """Validation texts that share a sentence or 13 words in a row with training. Shares no code with prepare_data."""
-    def words(text):
-        return [w for w in re.split(r"[^0-9a-z_]+", text.lower()) if w]
-
-    def shared(text):
-        body = text.partition("\n")[2]  # the first line is a name
-        found = {tuple(words(sentence)) for line in body.split("\n") for sentence in re.split(r"(?<=[.!?])\s+", line)} - {()}
-        for run in map(words, body.split("\n")):
-            found |= {tuple(run[i:i + 13]) for i in range(len(run) - 12)}
-        return found
-    known = set().union(*map(shared, train))
-    return [text for text in val if shared(text) & known]
+@pytest.fixture(scope="session")
+def texts(corpus):
+    """{(quality, split): documents}, decoded once."""
+    found = {}
+    for quality in QUALITIES:
+        for split in ("train", "val"):
+            found[quality, split] = documents_of(corpus[quality], split)
+    return found
 
 
-@pytest.mark.parametrize("quality", ["prose", "raw", "shuffled"])
-def test_validation_text_leaks_into_training(corpus, quality):
-    val, train = documents_of(corpus[quality], "val"), documents_of(corpus[quality], "train")
-    assert leaks(val, train) == []
-    sentence = "Surely no one has ever written exactly this."
-    assert leaks([f"a\nFirst. {sentence}"], [*train, f"b\n{sentence}  Other."])  # control: one sentence
-    thirteen = " ".join(val[0].split("\n")[1].split()) + " " + " ".join(f"w{i}" for i in range(13))
-    assert leaks([f"a\nx {thirteen}"], [*train, f"b\ny {thirteen} z."])  # control: a run of words
+def name_of(document):
+    return document.split("\n")[0]
 
 
-def test_corpus_is_small_lopsided_or_full_of_markup(corpus):
-    train, val = documents_of(corpus["prose"], "train"), documents_of(corpus["prose"], "val")
+def words_of(text):
+    return [word for word in re.split(r"[^0-9a-z_]+", text.lower()) if word]
+
+
+def fragments(document):
+    """Its sentences and all runs of 13 words in a line. Shares no code with prepare_data."""
+    found = set()
+    for line in document.split("\n")[1:]:  # the first line is a name
+        for sentence in re.split(r"(?<=[.!?])\s+", line):
+            found.add(tuple(words_of(sentence)))
+        words = words_of(line)
+        for i in range(len(words) - 12):
+            found.add(tuple(words[i:i + 13]))
+    return found - {()}
+
+
+@pytest.mark.parametrize("quality", QUALITIES)
+def test_validation_shares_no_text_with_training(texts, quality):
+    """Catches: a sentence, or 13 words in a row, that is in both splits."""
+    training = set()
+    for document in texts[quality, "train"]:
+        training |= fragments(document)
+    val = texts[quality, "val"]
+    assert not [document for document in val if fragments(document) & training]
+
+    # control: one sentence in a document of training shows
+    training |= fragments("b\nSurely no one has ever written exactly this.  Other.")
+    assert fragments("a\nFirst. Surely no one has ever written exactly this.") & training
+    # control: 13 words in a row show, 12 do not
+    row = " ".join(f"w{i}" for i in range(13))
+    training |= fragments(f"b\ny {row} z.")
+    assert fragments(f"a\nx {row}") & training
+    assert not fragments(f"a\nx {row[:-4]}") & training
+
+
+def test_corpus_is_large_balanced_and_free_of_markup(texts):
+    """Catches: lost files, a dominant package, private names, code or repeated paragraphs in the
+    prose."""
+    train = texts["prose", "train"]
+    val = texts["prose", "val"]
     text = "\n".join(train)
-    assert len(text) > 2.5e6 and 0.02 < len("".join(val)) / len(text) < 0.1
-    for left in (">>>", "::", "`", "----", "\\", "{"):
-        assert left not in text
-    raw = "\n".join(documents_of(corpus["raw"], "train"))
-    assert all(left in raw for left in (">>>", "::", "`", "----", "\\", "{"))  # control
-    assert sum(text.startswith("torch.") for text in train) < 0.45 * len(train)
-    for name in ("json.dumps", "torch.nn.Linear", "numpy.mean", "matplotlib.axes.Axes.plot", "decimal.Decimal.sqrt"):
-        assert any(document.split("\n")[0] == name for document in train + val), name
-    assert not [document for document in train if re.match(r"[\w.]*\._|_|test\.", document)]  # private, tests
-    paragraphs = [line for document in train + val for line in document.split("\n")[1:]]
+    raw = "\n".join(texts["raw", "train"])
+    assert len(text) > 2.5e6
+    assert 0.02 < len("".join(val)) / len(text) < 0.1
+    for mark in MARKUP:
+        assert mark not in text
+        assert mark in raw  # control
+
+    of_torch = [document for document in train if document.startswith("torch.")]
+    assert len(of_torch) < 0.45 * len(train)
+    names = {name_of(document) for document in train + val}
+    assert "json.dumps" in names
+    assert "torch.nn.Linear" in names
+    assert "numpy.mean" in names
+    assert "matplotlib.axes.Axes.plot" in names
+    assert "decimal.Decimal.sqrt" in names
+    assert not [name for name in names if re.match(r"[\w.]*\._|_|test\.", name)]
+
+    paragraphs = []
+    for document in train + val:
+        paragraphs += document.split("\n")[1:]
     assert len(paragraphs) == len(set(paragraphs))
 
 
-def test_quality_changes_the_validation_shard(corpus):
-    val = {quality: (folder / "val_0000.npy").read_bytes() for quality, folder in corpus.items()}
-    assert val["prose"] == val["raw"] == val["shuffled"]
-    train = {quality: documents_of(folder, "train") for quality, folder in corpus.items()}
-    assert train["prose"] != train["raw"] and train["prose"] != train["shuffled"]  # control
-    pieces = {quality: sorted(" ".join(text.replace("\n", " ") for text in train[quality]).split()) for quality in train}
-    assert pieces["prose"] == pieces["shuffled"] != pieces["raw"]  # the same words in another order
+def test_quality_changes_only_the_training_shard(corpus, texts):
+    """Catches: scores on different validation texts compared with each other; "shuffled" that
+    loses words or leaves the order."""
+    shards = {quality: (corpus[quality] / "val_0000.npy").read_bytes() for quality in QUALITIES}
+    assert shards["prose"] == shards["raw"]
+    assert shards["prose"] == shards["shuffled"]
+    # control: the training shards differ
+    assert texts["prose", "train"] != texts["raw", "train"]
+    assert texts["prose", "train"] != texts["shuffled", "train"]
+
+    words = {quality: sorted(" ".join(texts[quality, "train"]).split()) for quality in QUALITIES}
+    assert words["prose"] == words["shuffled"]
+    assert words["prose"] != words["raw"]  # control
 
 
-def test_meta_does_not_describe_the_shards(corpus):
-    meta = json.loads((corpus["prose"] / "meta.json").read_text())
-    assert meta["vocab_size"] == prepare_data.DEFAULT_VOCAB_SIZE and meta["eot"] == meta["vocab_size"] - 1
-    assert meta["tokenizer"] == "gpt2" and meta["dtype"] == "uint16" and meta["source"]["numpy"] == np.__version__
+def test_meta_describes_the_shards(corpus, texts):
+    """Catches: wrong hashes, lengths, byte counts, or an end-of-text id of another vocabulary."""
+    folder = corpus["prose"]
+    meta = json.loads((folder / "meta.json").read_text())
+    assert meta["tokenizer"] == "gpt2"
+    assert meta["dtype"] == "uint16"
+    assert meta["vocab_size"] == prepare_data.DEFAULT_VOCAB_SIZE
+    assert meta["eot"] == meta["vocab_size"] - 1
+    assert meta["source"]["numpy"] == np.__version__
     for split in ("train", "val"):
         for shard in meta["splits"][split]:
-            file = corpus["prose"] / shard["file"]
-            assert hashlib.sha256(file.read_bytes()).hexdigest() == shard["sha256"] and len(np.load(file)) == shard["tokens"]
-        assert meta["bytes"][split] == sum(len(text.encode()) for text in documents_of(corpus["prose"], split))
+            file = folder / shard["file"]
+            assert hashlib.sha256(file.read_bytes()).hexdigest() == shard["sha256"]
+            assert len(np.load(file)) == shard["tokens"]
+        size = sum(len(document.encode()) for document in texts["prose", split])
+        assert meta["bytes"][split] == size
 
 
-def accuracy(items, scorer):
-    """Share of items whose best-scored ending is the right one; `scorer(item, ending)`."""
-    return np.mean([max(range(4), key=lambda i: scorer(item, item["endings"][i])) == item["label"] for item in items])
+@pytest.fixture(scope="session")
+def items(corpus):
+    lines = (corpus["prose"] / "cloze.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
 
 
-def test_cloze_can_be_answered_without_reading_the_context(corpus):
-    items = [json.loads(line) for line in (corpus["prose"] / "cloze.jsonl").read_text().splitlines()]
-    assert len(items) >= 500 and [item["ind"] for item in items] == list(range(len(items)))
-    blind = {"length": lambda e: len(e), "brevity": lambda e: -len(e), "hash": lambda e: hashlib.sha256(e.encode()).digest(),
-             "alphabet": lambda e: e, "first": lambda e: 0, "vowels": lambda e: sum(c in "aeiou" for c in e)}
-    for scorer in blind.values():
-        assert accuracy(items, lambda item, ending: scorer(ending)) == 0.25
-    right = "\n".join(documents_of(corpus["prose"], "val"))
-    assert accuracy(items, lambda item, ending: f"{item['ctx']} {ending}" in right) == 1.0  # control: it can be answered
-    broken = [{**item, "label": 0 if item["endings"][0] == max(item["endings"]) else item["label"]} for item in items]
-    assert accuracy(broken, lambda item, ending: ending) > 0.25  # control: unbalanced labels would show
+def accuracy(items, score):
+    """Share of the items whose right ending scores best; score(item, ending)."""
+    right = 0
+    for item in items:
+        scores = [score(item, ending) for ending in item["endings"]]
+        right += scores.index(max(scores)) == item["label"]
+    return right / len(items)
+
+
+BLIND = {
+    "length": lambda item, ending: len(ending),
+    "brevity": lambda item, ending: -len(ending),
+    "alphabet": lambda item, ending: ending,
+    "first": lambda item, ending: 0,
+    "vowels": lambda item, ending: sum(letter in "aeiou" for letter in ending),
+    "hash": lambda item, ending: hashlib.sha256(ending.encode()).digest(),
+}
+
+
+@pytest.mark.parametrize("rule", BLIND)
+def test_cloze_without_the_context_is_chance(items, rule):
+    """Catches: right endings that are longer, or more common, or at one place more often."""
+    assert accuracy(items, BLIND[rule]) == 0.25
+
+
+def test_cloze_with_the_context_can_be_answered(items, texts):
+    """Catches: an ending that does not continue its context in the validation text."""
+    val = "\n".join(texts["prose", "val"])
+
+    def is_in_val(item, ending):
+        return f"{item['ctx']} {ending}" in val
+
+    assert accuracy(items, is_in_val) == 1.0
+    # control: labels that favour one ending of a block show without the context
+    broken = copy.deepcopy(items)
+    for item in broken:
+        if item["endings"][0] == max(item["endings"]):
+            item["label"] = 0
+    assert accuracy(broken, BLIND["alphabet"]) > 0.25
+
+
+def test_cloze_blocks_share_their_endings(items):
+    """Catches: a block with two documents of one file, a repeated ending, or a label twice."""
+    assert len(items) >= 500
+    assert [item["ind"] for item in items] == list(range(len(items)))
     for start in range(0, len(items), 4):
         block = items[start:start + 4]
-        assert len({item["block"] for item in block}) == 1 and len({tuple(item["endings"]) for item in block}) == 1
-        assert sorted(item["label"] for item in block) == [0, 1, 2, 3] and len(set(block[0]["endings"])) == 4
-        assert len({item["source_id"].split(":")[0] for item in block}) == 4
-        lengths = [len(ending) for ending in block[0]["endings"]]
+        endings = block[0]["endings"]
+        assert all(item["endings"] == endings for item in block)
+        assert all(item["block"] == start // 4 for item in block)
+        assert len(set(endings)) == 4
+        assert sorted(item["label"] for item in block) == [0, 1, 2, 3]
+        modules = {item["source_id"].split(":")[0] for item in block}
+        assert len(modules) == 4
+        lengths = [len(ending) for ending in endings]
         assert max(lengths) - min(lengths) <= 4
-    train = "\n".join(documents_of(corpus["prose"], "train"))
-    assert not [item for item in items if f"{item['ctx_b']} {item['endings'][item['label']]}" in train]
 
 
-def test_instructions_are_marked_with_the_wrong_split(corpus):
+def test_cloze_sentences_are_not_in_training(items, texts):
+    """Catches: questions made from documents of training."""
+    train = "\n".join(texts["prose", "train"])
+    val = "\n".join(texts["prose", "val"])
+    for item in items:
+        sentence = f"{item['ctx_b']} {item['endings'][item['label']]}"
+        assert sentence not in train
+        assert sentence in val  # control
+
+
+def test_instructions_carry_the_split_of_their_document(corpus, texts):
+    """Catches: a held-out answer that was in the training text."""
     rows = json.loads((corpus["prose"] / "instruct.json").read_text())
-    questions = {row["instruction"]: row for row in rows}
-    assert len(rows) == len(questions) > 3000
-    assert questions["What does `json.dumps` do?"]["output"].startswith("Serialize obj to a JSON formatted str.")
-    for split in ("train", "val"):
-        names = {text.split("\n")[0] for text in documents_of(corpus["prose"], split)}
-        asked = {re.search("`(.*)`", row["instruction"])[1] for row in rows if row["split"] == split}
-        assert asked and asked <= names
-    train = "\n".join(documents_of(corpus["prose"], "train"))
-    assert not [row for row in rows if row["split"] == "val" and row["output"] in train]
-    assert any(row["output"] in train for row in rows if row["split"] == "train")  # control
+    answers = {row["instruction"]: row["output"] for row in rows}
+    assert len(rows) == len(answers)
+    assert len(rows) > 3000
+    start = "Serialize obj to a JSON formatted str."
+    assert answers["What does `json.dumps` do?"].startswith(start)
+
+    by_split = {"train": [], "val": []}
+    for row in rows:
+        by_split[row["split"]].append(row)
+    for split, chosen in by_split.items():
+        names = {name_of(document) for document in texts["prose", split]}
+        asked = {re.search("`(.*)`", row["instruction"])[1] for row in chosen}
+        assert asked
+        assert asked <= names
+    train = "\n".join(texts["prose", "train"])
+    assert not [row for row in by_split["val"] if row["output"] in train]
+    assert any(row["output"] in train for row in by_split["train"])  # control
 
 
-def test_number_of_cores_changes_the_bytes(tmp_path, monkeypatch):
-    files = source_files()
-    chosen = [file for file in files if file[1].startswith(("json", "logging", "unittest", "tqdm", "email"))]
-    monkeypatch.setattr(pydocs, "source_files", lambda: chosen)
-    for count in (1, 3):
-        monkeypatch.setattr(os, "cpu_count", lambda: count)
-        main(["pydocs", "--out", str(tmp_path / str(count))])
-    assert contents(tmp_path / "1") == contents(tmp_path / "3")
-    monkeypatch.setattr(pydocs, "source_files", lambda: chosen[:-1])  # control: one file less shows
-    main(["pydocs", "--out", str(tmp_path / "less")])
-    assert contents(tmp_path / "less") != contents(tmp_path / "1")
+def test_number_of_cores_does_not_change_the_bytes(tmp_path, monkeypatch):
+    """Catches: an order that depends on which core is first."""
+    packages = ("json", "logging", "unittest", "tqdm", "email")
+    files = [file for file in pydocs.source_files() if file[1].startswith(packages)]
+    monkeypatch.setattr(pydocs, "source_files", lambda: files)
+    monkeypatch.setattr(os, "cpu_count", lambda: 1)
+    run("pydocs", "--out", tmp_path / "one")
+    monkeypatch.setattr(os, "cpu_count", lambda: 3)
+    run("pydocs", "--out", tmp_path / "three")
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+
+    monkeypatch.setattr(pydocs, "source_files", lambda: files[:-1])
+    run("pydocs", "--out", tmp_path / "less")
+    assert contents(tmp_path / "less") != contents(tmp_path / "one")  # control
+
+
+DOCTEST = """Return the
+sum of two numbers.
+
+    >>> add(1, 2)
+    3
+"""
+CODE_BLOCK = """Parse a file.
+
+Use it like this::
+
+    Some code that looks like words here.
+
+Then close the file again."""
+NUMPY = """Mean of it all.
+
+Parameters
+----------
+x : array_like, optional
+    The numbers to take the mean of.
+
+See Also
+--------
+median : The number in the middle of them.
+
+Notes
+-----
+It needs ``O(n)`` time to run."""
+GOOGLE = """Args:
+    dim (int): the dimension to reduce, with
+        a second line.
+    out (Tensor): a place.
+
+Returns:
+    A tensor of the same type."""
+ROLES = """See :class:`~torch.nn.Module` and :func:`os.path.join`
+for *more* about `this <http://x.y>`_."""
+DIRECTIVES = """.. note::
+    This one is slow on purpose.
+
+.. code-block:: python
+
+    This is code for you.
+
+That is all there is."""
+TABLE = """name   | size of it
+-------+------
+alpha  | one
+
+x = y + 1
+
+Two sentences, e.g. This one. And that one here."""
 
 
 @pytest.mark.parametrize("raw, expected", [
-    ("Return the\nsum of two numbers.\n\n    >>> add(1, 2)\n    3\n", ["Return the sum of two numbers."]),
-    ("Parse a file.\n\nUse it like this::\n\n    Some code that looks like words here.\n\nThen close the file again.",
-     ["Parse a file.", "Then close the file again."]),
-    ("Mean of it all.\n\nParameters\n----------\nx : array_like, optional\n    The numbers to take the mean of.\n\n"
-     "See Also\n--------\nmedian : The number in the middle of them.\n\nNotes\n-----\nIt needs ``O(n)`` time to run.",
-     ["Mean of it all.", "The numbers to take the mean of.", "It needs O(n) time to run."]),
-    ("Args:\n    dim (int): the dimension to reduce, with\n        a second line.\n    out (Tensor): a place.\n\nReturns:\n"
-     "    A tensor of the same type.", ["The dimension to reduce, with a second line.", "A tensor of the same type."]),
-    ("See :class:`~torch.nn.Module` and :func:`os.path.join` for *more* about `this <http://x.y>`_.",
-     ["See Module and os.path.join for more about this."]),
-    (".. note::\n    This one is slow on purpose.\n\n.. code-block:: python\n\n    This is code for you.\n\nThat is all there is.",
-     ["This one is slow on purpose.", "That is all there is."]),
-    ("name   | size of it\n-------+------\nalpha  | one\n\nx = y + 1\n\nTwo sentences, e.g. This one. And that one here.",
-     ["Two sentences, e.g. This one. And that one here."]),
+    (DOCTEST, ["Return the sum of two numbers."]),
+    (CODE_BLOCK, ["Parse a file.", "Then close the file again."]),
+    (NUMPY, ["Mean of it all.", "The numbers to take the mean of.",
+             "It needs O(n) time to run."]),
+    (GOOGLE, ["The dimension to reduce, with a second line.", "A tensor of the same type."]),
+    (ROLES, ["See Module and os.path.join for more about this."]),
+    (DIRECTIVES, ["This one is slow on purpose.", "That is all there is."]),
+    (TABLE, ["Two sentences, e.g. This one. And that one here."]),
     ("The result is {input} of the call.", []),
-])
-def test_prose_keeps_code_or_loses_sentences(raw, expected):
-    assert prose(raw)[0] == expected
+], ids=["doctest", "code", "numpy", "google", "roles", "directives", "table", "braces"])
+def test_prose_keeps_sentences_and_drops_code(raw, expected):
+    """Catches: a layout rule that eats a sentence or leaves code."""
+    paragraphs, _ = pydocs.prose(raw)
+    assert paragraphs == expected
 
 
-def test_things_are_named_by_where_they_are_written():
-    exports = {"a.b.c.Thing": ["a.b.Thing"], "a.b.*": ["a.*"], "a.x.Thing2": ["z.Thing2"], "_py.*": ["pub.*"]}
-    assert public_name("a.b.c.Thing.method", exports) == "a.Thing.method"
-    assert public_name("a.x.Thing2", exports) == "a.x.Thing2"  # z merely imports it
-    assert public_name("_py.f", exports) == "pub.f"
-    assert public_name("_other.f", exports) is None and public_name("a._f", {}) is None
+def test_names_are_the_public_ones():
+    """Catches: documents named after the file that defines a thing, or a private name."""
+    exports = {
+        "a.b.c.Thing": ["a.b.Thing"],
+        "a.b.*": ["a.*"],
+        "a.x.Other": ["z.Other"],
+        "_py.*": ["pub.*"],
+    }
+    assert pydocs.public_name("a.b.c.Thing.method", exports) == "a.Thing.method"
+    assert pydocs.public_name("a.x.Other", exports) == "a.x.Other"  # z merely imports it
+    assert pydocs.public_name("_py.f", exports) == "pub.f"
+    assert pydocs.public_name("_other.f", exports) is None
+    assert pydocs.public_name("a._f", {}) is None
 
 
 # ---- text
 
-def test_one_file_does_not_come_back_or_is_cut_within_a_line(tmp_path):
-    (tmp_path / "story.txt").write_text(STORY)
-    main(["text", str(tmp_path / "story.txt"), "--out", str(tmp_path / "out"), "--vocab_size", "512"])
-    (train,), (val,) = documents_of(tmp_path / "out", "train"), documents_of(tmp_path / "out", "val")
-    assert train + val == STORY and train.endswith("\n")
+def test_one_file_comes_back_whole_and_is_cut_at_a_line_break(tmp_path, story):
+    """Catches: characters lost or repeated at the cut between the splits."""
+    run("text", story, "--out", tmp_path / "out", "--vocab_size", 512)
+    (train,) = documents_of(tmp_path / "out", "train")
+    (val,) = documents_of(tmp_path / "out", "val")
+    assert train + val == STORY
+    assert train.endswith("\n")
     assert 0.04 < len(val) / len(STORY) < 0.06
 
 
-def test_a_book_in_one_line_has_no_validation(tmp_path):
+def test_a_book_in_one_line_is_cut_at_a_space(tmp_path):
+    """Catches: a text with few line breaks that gets no validation, or nothing else."""
     (tmp_path / "line.txt").write_text("Title\n" + STORY.replace("\n", " "))
-    main(["text", str(tmp_path / "line.txt"), "--out", str(tmp_path / "out")])
-    (train,), (val,) = documents_of(tmp_path / "out", "train"), documents_of(tmp_path / "out", "val")
-    assert train.endswith(" ") and 0.04 < len(val) / len(STORY) < 0.06
+    run("text", tmp_path / "line.txt", "--out", tmp_path / "out")
+    (train,) = documents_of(tmp_path / "out", "train")
+    (val,) = documents_of(tmp_path / "out", "val")
+    assert train.endswith(" ")
+    assert 0.04 < len(val) / len(STORY) < 0.06
 
 
-def test_documents_are_lost_or_run_together(tmp_path):
-    texts = [f"Document {i} says {'something ' * (i % 7)}<|endoftext|> ünicode\nend" for i in range(300)]
-    lines = [json.dumps({"text": text, "other": 1}) for text in texts]
-    (tmp_path / "in" / "sub").mkdir(parents=True)
-    (tmp_path / "in" / "a.jsonl").write_text("\n".join(lines[:100]) + "\n\n")
-    (tmp_path / "in" / "sub" / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[100:200]).encode()))
-    (tmp_path / "in" / "c.txt").write_bytes(b"\xef\xbb\xbf" + "##".join(texts[200:]).replace("\n", "\r\n").encode())
-    (tmp_path / "in" / "ignored.csv").write_text("no")
-    main(["text", str(tmp_path / "in"), "--separator", "##", "--out", str(tmp_path / "out")])
-    train, val = documents_of(tmp_path / "out", "train"), documents_of(tmp_path / "out", "val")
-    assert sorted(train + val) == sorted(texts) and len(val) == 16
-    (tmp_path / "in" / "a.jsonl").write_text("\n".join(reversed(lines[:100])))
-    main(["text", str(tmp_path / "in"), "--separator", "##", "--out", str(tmp_path / "again")])
-    assert set(documents_of(tmp_path / "again", "val")) == set(val)  # by content, not by place
-    assert documents_of(tmp_path / "again", "train") != train  # control: the file did change
+def test_every_document_comes_back_and_keeps_its_split(tmp_path):
+    """Catches: documents lost, joined or cut; a split by place in the files, not by content; line
+    ends, byte-order marks or "<|endoftext|>" that change the text."""
+    texts = []
+    for i in range(300):
+        some = "something " * (i % 7)
+        texts.append(f"Document {i} says {some}<|endoftext|> ünicode\nend")
+    lines = [json.dumps({"text": text, "other": 1}) for text in texts[:200]]
+    plain = "##".join(texts[200:]).replace("\n", "\r\n")
+    folder = tmp_path / "in"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.jsonl").write_text("\n".join(lines[:100]) + "\n\n")
+    (folder / "sub" / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[100:]).encode()))
+    (folder / "c.TXT").write_bytes(b"\xef\xbb\xbf" + plain.encode())
+    (folder / "ignored.csv").write_text("not text")
+    run("text", folder, "--separator", "##", "--out", tmp_path / "out")
+    train = documents_of(tmp_path / "out", "train")
+    val = documents_of(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted(texts)
+    assert len(val) == 16
+
+    (folder / "a.jsonl").write_text("\n".join(reversed(lines[:100])))
+    run("text", folder, "--separator", "##", "--out", tmp_path / "again")
+    assert set(documents_of(tmp_path / "again", "val")) == set(val)
+    assert documents_of(tmp_path / "again", "train") != train  # control: the order did change
 
 
-def test_several_shards_say_something_else_than_one(tmp_path, monkeypatch):
-    (tmp_path / "story.txt").write_text(STORY)
-    main(["text", str(tmp_path / "story.txt"), "--out", str(tmp_path / "one")])
+def test_a_file_given_twice_is_read_once(tmp_path, story):
+    """Catches: one text in both splits, because two paths lead to it."""
+    (tmp_path / "link.txt").symlink_to(story)
+    run("text", story, "--out", tmp_path / "once")
+    run("text", story, tmp_path, tmp_path / ".." / tmp_path.name / "story.txt",
+        "--out", tmp_path / "twice")
+    once = contents(tmp_path / "once")
+    assert contents(tmp_path / "twice") == once
+
+    (tmp_path / "copy.txt").write_text(STORY)  # control: another file is read
+    run("text", story, tmp_path / "copy.txt", "--out", tmp_path / "copied")
+    assert contents(tmp_path / "copied") != once
+
+
+def test_a_separator_that_separates_nothing_is_reported(tmp_path, story, capsys):
+    """Catches: a mistyped separator that silently joins all documents."""
+    out = tmp_path / "out"
+    run("text", story, "--separator", "<|endoftxt|>", "--out", out)
+    assert "'<|endoftxt|>' separates nothing" in capsys.readouterr().out
+    run("text", story, "--separator", "lazy", "--out", out)
+    assert "separates nothing" not in capsys.readouterr().out  # control
+    message = fails(capsys, "text", story, "--separator", "a\nb", "--out", out)
+    assert "a separator must be within one line" in message
+
+
+def test_shard_size_does_not_change_the_tokens(tmp_path, story, monkeypatch):
+    """Catches: tokens lost or repeated where a shard is full."""
+    run("text", story, "--out", tmp_path / "one")
     monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 1000)
-    main(["text", str(tmp_path / "story.txt"), "--out", str(tmp_path / "many")])
-    assert len(DataFolder(tmp_path / "many").train) > 3 and len(DataFolder(tmp_path / "one").train) == 1
+    run("text", story, "--out", tmp_path / "many")
     assert documents_of(tmp_path / "many", "train") == documents_of(tmp_path / "one", "train")
+    assert len(DataFolder(tmp_path / "one").train) == 1  # control: they do differ
+    assert len(DataFolder(tmp_path / "many").train) > 3
 
 
-def test_long_file_is_read_whole(tmp_path):
+def test_long_file_is_read_whole_in_pieces(tmp_path):
+    """Catches: a file that must fit in memory; text lost between pieces."""
     (tmp_path / "long.txt").write_text(STORY * 200)  # 4 MB
-    pieces = list(prepare_data.read_pieces(tmp_path / "long.txt"))
-    assert "".join(text for text, _ in pieces) == STORY * 200 and max(len(text) for text, _ in pieces) < 1.1e6
-    assert [starts for _, starts in pieces] == [True] + [False] * (len(pieces) - 1) and len(pieces) > 3
+    pieces = list(prepare_data.read_pieces(tmp_path / "long.txt", None))
+    texts = [text for text, _ in pieces]
+    assert "".join(texts) == STORY * 200
+    assert max(map(len, texts)) < 1.1e6
+    assert len(pieces) > 3
+    assert [starts for _, starts in pieces] == [True] + [False] * (len(pieces) - 1)
+
+
+# ---- refusals and kills
+
+JSON_LINE = b'{"text": "x"}\n'
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", b'{"text": "fine"}\n{"text": \n', "a.jsonl, line 2: expected a JSON object"),
+    ("a.jsonl", JSON_LINE + b'{"text": \n', "a.jsonl, line 2: expected a JSON object"),
     ("a.jsonl", b'\n[1]\n', "a.jsonl, line 2"),
     ("a.jsonl", b'{"txt": "x"}', "a.jsonl, line 1"),
     ("a.jsonl", b'{"text": 5}', "a.jsonl, line 1"),
     ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl, line 1"),
+    ("a.jsonl", b'[' * 100_000, "a.jsonl, line 1"),
     ("a.txt", b"fine\n\xff\xfe\n", "a.txt, line 2: not UTF-8"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 99, mtime=0)[:-9], "damaged gzip"),
+    ("a.jsonl.gz", gzip.compress(JSON_LINE * 99, mtime=0)[:-9], "damaged gzip"),
     ("a.jsonl.gz", b"plain", "damaged gzip"),
     ("a.txt", b"", "too little text"),
     ("a.txt", b"Only a few words here.\nThat is all.\n", "too little text"),
-    ("a.pdf", b"x", r"expected .txt, .md"),
+    ("a.pdf", b"x", "expected .txt, .md"),
 ])
-def test_bad_input_ends_in_a_traceback_or_in_a_folder(tmp_path, capsys, name, content, message):
+def test_bad_input_is_refused_in_one_line(tmp_path, capsys, name, content, message):
+    """Catches: a traceback, a message without file and line, a folder left behind."""
     (tmp_path / name).write_bytes(content)
     assert message in fails(capsys, "text", tmp_path / name, "--out", tmp_path / "out")
-    assert sorted(p.name for p in tmp_path.iterdir()) == [name]
+    assert names_in(tmp_path) == [name]
 
 
-def test_missing_path_or_empty_folder_or_vocabulary_is_not_explained(tmp_path, capsys):
+def test_bad_arguments_are_refused_in_one_line(tmp_path, story, capsys):
+    """Catches: a traceback for a wrong path or vocabulary."""
     assert "no such file" in fails(capsys, "text", tmp_path / "absent.txt")
     (tmp_path / "empty").mkdir()
     assert "expected .txt" in fails(capsys, "text", tmp_path / "empty")
-    (tmp_path / "story.txt").write_text(STORY)
-    assert "vocab_size 99" in fails(capsys, "text", tmp_path / "story.txt", "--vocab_size", 99)
+    assert "--vocab_size: 99 is" in fails(capsys, "text", story, "--vocab_size", 99)
 
 
-def test_a_users_files_are_deleted(tmp_path, capsys):
-    (tmp_path / "story.txt").write_text(STORY)
-    command = ["text", tmp_path / "story.txt", "--out", tmp_path / "out"]
-    main(list(map(str, command)))
-    first = contents(tmp_path / "out")
-    main(list(map(str, command)))  # control: our own folder is replaced
-    assert contents(tmp_path / "out") == first
-    (tmp_path / "out" / "notes.txt").write_text("mine")
+def test_files_of_others_are_never_deleted(tmp_path, story, capsys):
+    """Catches: an --out with a typing error that deletes a folder of the user."""
+    out = tmp_path / "out"
+    command = ["text", story, "--out", out]
+    run(*command)
+    first = contents(out)
+    run(*command)  # control: our own folder is replaced
+    assert contents(out) == first
+
+    (out / "notes.txt").write_text("mine")
     assert "notes.txt" in fails(capsys, *command)
-    (tmp_path / "out" / "notes.txt").unlink()
-    (tmp_path / "out" / "meta.json").unlink()  # someone else's shards
+    (out / "notes.txt").unlink()
+    (out / "meta.json").unlink()  # now these can be the shards of another project
     assert "did not write" in fails(capsys, *command)
-    assert contents(tmp_path / "out") == {name: data for name, data in first.items() if name != "meta.json"}
-    command[-1] = tmp_path / "story.txt"
-    assert "did not write" in fails(capsys, *command)
+    del first["meta.json"]
+    assert contents(out) == first
+    assert "is a file" in fails(capsys, "text", story, "--out", story)
+    assert story.read_text() == STORY
 
 
+def test_a_failed_rename_keeps_the_old_folder(tmp_path, story, capsys, monkeypatch):
+    """Catches: an error at the last step that leaves neither the old folder nor the new one."""
+    out = tmp_path / "out"
+    run("text", story, "--out", out, "--vocab_size", 512)
+    before = contents(out)
+    rename = Path.rename
+
+    def failing(path, target):
+        if path.name.endswith(".preparing"):
+            raise OSError("no room")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", failing)
+    assert "no room" in fails(capsys, "text", story, "--out", out, "--vocab_size", 300)
+    assert contents(out) == before
+    assert names_in(tmp_path) == ["out", "story.txt"]
+    monkeypatch.undo()
+    run("text", story, "--out", out, "--vocab_size", 300)
+    assert contents(out) != before  # control
+
+
+# A child process that kills itself before the n-th operation on files.
 KILLED = """
 import os, sys
 from pathlib import Path
 import numpy as np
 import prepare_data
-import pydocs
+
 left = int(sys.argv[1])
+
 def counted(function):
     def wrapped(*args, **kwargs):
         global left
@@ -308,33 +573,45 @@ def counted(function):
             os.kill(os.getpid(), 9)
         return function(*args, **kwargs)
     return wrapped
-np.save, os.fsync, Path.rename, Path.write_text = map(counted, (np.save, os.fsync, Path.rename, Path.write_text))
+
+np.save = counted(np.save)
+os.fsync = counted(os.fsync)
+Path.rename = counted(Path.rename)
+Path.write_text = counted(Path.write_text)
 prepare_data.main(sys.argv[2:])
 """
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs SIGKILL")
-def test_killed_midway_leaves_half_a_folder(tmp_path):
-    (tmp_path / "story.txt").write_text(STORY)
-    argv = ["text", str(tmp_path / "story.txt"), "--out", str(tmp_path / "out"), "--vocab_size", "512"]
+def test_a_kill_leaves_a_whole_folder_or_none(tmp_path, story):
+    """Catches: shards that training would read although the preparation did not finish."""
+    out = tmp_path / "out"
+    argv = ["text", str(story), "--out", str(out), "--vocab_size", "512"]
     main(argv)
-    whole, left = contents(tmp_path / "out"), 0
+    whole = contents(out)
+    root = Path(prepare_data.__file__).parent
+    kills = 0
     while True:
-        left += 1
-        code = subprocess.run([sys.executable, "-c", KILLED, str(left), *argv], capture_output=True,
-                              cwd=Path(prepare_data.__file__).parent).returncode
-        assert code in (0, -9)
-        if (tmp_path / "out").exists():
-            assert contents(tmp_path / "out") == whole
+        command = [sys.executable, "-c", KILLED, str(kills + 1), *argv]
+        code = subprocess.run(command, capture_output=True, cwd=root).returncode
+        if out.exists():
+            assert contents(out) == whole
         if code == 0:
             break
-    assert left > 8  # control: it was killed at every one of these
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "story.txt"]  # the last run swept the leftovers
+        assert code == -9
+        kills += 1
+    assert kills >= 8  # control: it was killed before every operation
+    assert names_in(tmp_path) == ["out", "story.txt"]  # the last run deleted what was left
 
 
-def test_show_hides_the_pieces(capsys):
-    main(["show", "Hello world", "--vocab_size", "512"])
+# ---- show
+
+def test_show_prints_the_pieces(capsys):
+    """Catches: pieces that do not add up to the text, or other ids than training reads."""
+    run("show", "Hello world", "--vocab_size", 512)
     ids = Tokenizer(512).encode("Hello world")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[0].replace("|", "") == "Hello world" and lines[0].count("|") == len(ids) - 1
-    assert lines[1] == " ".join(map(str, ids)) and f"{len(ids)} tokens" in lines[2]
+    pieces, numbers, summary = capsys.readouterr().out.splitlines()
+    assert pieces.replace("|", "") == "Hello world"
+    assert pieces.count("|") == len(ids) - 1
+    assert numbers == " ".join(map(str, ids))
+    assert f"{len(ids)} tokens" in summary

@@ -1,9 +1,9 @@
-"""Instruction tuning: the template, the mask, the mean, the batches, the adapters, and what a tuning survives.
-
-Each comparison has a control: the same comparison with the mistake made on purpose, which must show.
-"""
-import io
+"""sft.py: what is learned and logged, the settings, and what a tuning survives."""
+import ast
+import difflib
+import itertools
 import json
+import math
 import os
 import random
 import shutil
@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,22 +20,63 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
-import instructions as rows_module
-import lora
 import plot_dynamics
-import runs
-import sample
 import sft
-from conftest import CHILD, INSTRUCTIONS, ROOT, TUNE, messages, rows, run, same, state, tune
-from data import SYSTEM, Tokenizer, chat_pieces, encode_chat
-from instructions import IGNORE, Batches, Examples, hold_out, read_instructions
+from conftest import (CHILD, INSTRUCTIONS, ROOT, TUNE, exit_code, messages, rows, run, same, state,
+                      tune)
+from data import Tokenizer
 from model import Llama, ModelConfig
+from support import durable
+from support.chat import (IGNORE, Batches, Examples, encode_chat, hold_out, messages_of,
+                          most_frequent_answer, read_instructions)
+from support.runs import newest_run
 
-GPT2 = Tokenizer()
+FP32 = torch.autocast("cpu", enabled=False)
+TIMES = ("time", "seconds", "dt_ms", "tok_per_s")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_answers():
+    """Answers of 4 tokens, as in trials.py: the time goes into what is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft.AnswerObserver, "LONGEST", 4)
+        yield
+
+
+@pytest.fixture(scope="module")
+def tuned(short_answers, whole, instructions, method, tmp_path_factory):
+    """A tuning of 12 steps that was not disturbed."""
+    folder = tmp_path_factory.mktemp("tuned") / "r"
+    assert tune(whole, instructions, folder, *method) == 0
+    return folder
 
 
 def losses(folder):
-    return np.array([row[2] for row in rows(folder)])
+    return np.array([loss for loss, in rows(folder, keys=("loss",))])
+
+
+def largest_difference(a, b):
+    """Between two arrays of losses, as a share."""
+    return np.abs(a / b - 1).max()
+
+
+def events(folder):
+    """All rows of a log that the training itself determines, without their times."""
+    found = []
+    for line in (folder / "metrics.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        if row["event"] not in ("start", "resume", "end"):
+            found.append({name: row[name] for name in row if name not in TIMES})
+    return found
+
+
+def resume(folder, *flags):
+    """Continue with nothing but --resume: the saved settings rule."""
+    return exit_code(sft.main, ["--run", folder, "--resume", *flags])
+
+
+def settings_of(folder):
+    return SimpleNamespace(**json.loads((folder / "config.json").read_text()))
 
 
 def user(text):
@@ -47,629 +87,801 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
-def small(seed=0, **sizes):
+# -------------------------------------------------------------------------------------------------
+# The loop
+
+def longest_loop(path):
+    """The lines of the longest `while` of a script, without comments and blank lines."""
+    text = path.read_text()
+    loops = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.While)]
+    longest = max(loops, key=lambda loop: loop.end_lineno - loop.lineno)
+    lines = text.splitlines()[longest.lineno - 1:longest.end_lineno]
+    lines = [line.split("  #")[0].strip() for line in lines]
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def changed_lines(a, b):
+    return [line for line in difflib.ndiff(a, b) if line[0] in "+-"]
+
+
+def test_loops_of_train_and_sft_are_nearly_equal():
+    """Catches: a difference between the two loops that teaches nothing, such as another name or
+    another order. `diff train.py sft.py` is the lesson."""
+    pretraining = longest_loop(ROOT / "train.py")
+    tuning = longest_loop(ROOT / "sft.py")
+    assert "while True:" in pretraining
+    assert len(pretraining) > 40
+    changed = changed_lines(pretraining, tuning)
+    print("\n".join(changed))  # pytest shows it when the test fails
+    assert len(changed) <= 25
+    renamed = [line.replace("loss", "nats") for line in tuning]
+    assert len(changed_lines(pretraining, renamed)) > 25  # control
+
+
+# -------------------------------------------------------------------------------------------------
+# The loss: on answers alone, each token with the same weight, whatever stands beside it
+
+def small(seed=0):
     torch.manual_seed(seed)
-    model = Llama(ModelConfig(**{**dict(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, intermediate_size=64, vocab_size=300, max_seq_len=128), **sizes}))
-    for parameter in model.parameters():  # far from the uniform guesses of a fresh model
+    model = Llama(ModelConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, intermediate_size=64,
+                              vocab_size=300, max_seq_len=128))
+    for parameter in model.parameters():  # far from the even guesses of a new model
         torch.nn.init.normal_(parameter, std=0.2)
     return model
 
 
 @pytest.fixture(scope="module")
 def examples():
-    return Examples([rows_module.messages_of(row) for row in INSTRUCTIONS], Tokenizer(300), "S.", 64)
+    chats = [messages_of(row) for row in INSTRUCTIONS]
+    return Examples(chats, Tokenizer(300), "S.", 64)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The template
-
-def test_another_template_than_vicunas():
-    ids, is_answer = encode_chat(GPT2, [user("Hi there"), assistant("Hello."), user("Why?"), assistant("No idea.\nSorry")])
-    assert GPT2.decode(ids) == (
-        "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, detailed, and polite answers to the "
-        "user's questions. USER: Hi there ASSISTANT: Hello.<|endoftext|>USER: Why? ASSISTANT: No idea.\nSorry<|endoftext|>")
-    assert ids.count(GPT2.eot) == 2 and len(ids) == len(is_answer)
-    answers = [i for i, answer in zip(ids, is_answer) if answer]
-    assert answers == [*GPT2.encode(" Hello."), GPT2.eot, *GPT2.encode(" No idea.\nSorry"), GPT2.eot]
-    prompt, none = encode_chat(GPT2, [user("Hi there")])
-    assert GPT2.decode(prompt).endswith("USER: Hi there ASSISTANT:") and not any(none) and ids[:len(prompt)] == prompt
-    assert encode_chat(GPT2, [user("Hi there ")])[0] != prompt  # control
-
-
-def test_a_system_prompt_is_not_used():
-    assert chat_pieces([user("a")], "Be brief.") == [("Be brief. USER: a ASSISTANT:", False)]
-    assert chat_pieces([{"role": "system", "content": "Be long."}, user("a")], "Be brief.") == [("Be long. USER: a ASSISTANT:", False)]
-    assert chat_pieces([user("a")], "") == [("USER: a ASSISTANT:", False)]
+def answer_losses(model, chats, tokenizer, system):
+    """(nats, right): of each token of the answers its loss, and whether it is the likeliest token.
+    By the formula, one conversation at a time, without padding."""
+    nats = []
+    right = []
+    for messages in chats:
+        ids, is_answer = encode_chat(tokenizer, messages, system)
+        with torch.no_grad():
+            logits, _ = model(torch.tensor([ids]))
+        log_p = F.log_softmax(logits[0].double(), dim=-1)  # (tokens, vocabulary)
+        for place in range(1, len(ids)):
+            if is_answer[place]:
+                before = log_p[place - 1]
+                nats.append(-before[ids[place]].item())
+                right.append(before.argmax().item() == ids[place])
+    return nats, right
 
 
-def test_text_ends_a_turn():
-    ids, is_answer = encode_chat(GPT2, [user("<|endoftext|>"), assistant("<|endoftext|> x")])
-    assert ids.count(GPT2.eot) == 1 and ids[-1] == GPT2.eot and is_answer[-1]
+def loss_sum(model, inputs, targets):
+    """As in the loop of sft.py."""
+    return model(inputs, targets, reduction="sum")[1]
 
 
-def test_alpacas_input_is_lost():
-    def question(**row):
-        return rows_module.messages_of({"instruction": "Add.", "output": "3", **row})[0]["content"]
-    assert [question(input="1 2"), question(input=""), question(), question(input=None)] == ["Add.\n1 2", "Add.", "Add.", "Add."]
+def read(examples, rows):
+    inputs, targets = examples.read(np.array(rows))
+    return torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss: on answers alone, each token the same weight, whatever stands beside it
-
-def by_hand(model, ids, is_answer):
-    """(nats, tokens, likeliest ones) of the answers in one conversation: one row, no padding, the formula."""
-    logp = F.log_softmax(model(torch.tensor([ids]))[0][0].double(), -1)
-    counted = [(i, ids[i + 1]) for i in range(len(ids) - 1) if is_answer[i + 1]]
-    return -sum(logp[i, target] for i, target in counted).item(), len(counted), sum(logp[i].argmax().item() == target for i, target in counted)
-
-
-def test_questions_or_padding_count(examples):
-    model, chats = small(), [rows_module.messages_of(row) for row in INSTRUCTIONS]
-    order = [0, 17, 30, 5]  # of different lengths, one with two answers
-    encoded = [encode_chat(Tokenizer(300), chats[i], "S.") for i in order]
-    nats, n, _ = map(sum, zip(*(by_hand(model, *row) for row in encoded)))
-    tokens, targets = map(torch.from_numpy, examples.read(np.array(order)))
-    assert tokens.shape[1] % 32 == 0 and len({len(ids) for ids, _ in encoded}) > 1
-    loss = model(tokens, targets, reduction="sum")[1].item()
-    assert n == (targets != IGNORE).sum() == examples.targets[order].sum() and abs(loss / nats - 1) < 1e-5
-    everything = model(tokens[:, :-1], tokens[:, 1:], reduction="sum")[1].item()  # control: no mask
-    assert abs(everything / nats - 1) > 0.1
-    changed = tokens.clone()
-    changed[tokens == 0] = 299  # padding is known by its place: whatever stands there, end-of-text too, changes nothing
-    assert abs(model(changed, targets, reduction="sum")[1].item() / nats - 1) < 1e-5
-    shifted = F.pad(tokens, (3, 0)), F.pad(targets, (3, 0), value=IGNORE)  # control: on the left it would be read
-    assert abs(model(*shifted, reduction="sum")[1].item() / nats - 1) > 1e-3
+def test_loss_counts_answers_only(examples):
+    """Catches: questions that are learned, targets one token beside, padding that counts."""
+    model = small()
+    order = [0, 17, 30, 5]  # of different lengths; row 30 has two answers
+    chats = [examples.chats[row] for row in order]
+    nats, _ = answer_losses(model, chats, Tokenizer(300), "S.")
+    inputs, targets = read(examples, order)
+    assert len(nats) == (targets != IGNORE).sum() == examples.targets[order].sum()
+    assert loss_sum(model, inputs, targets).item() == pytest.approx(sum(nats), rel=1e-5)
+    everything = loss_sum(model, inputs[:, :-1], inputs[:, 1:]).item()
+    assert everything != pytest.approx(sum(nats), rel=0.1)  # control: without the mask
 
 
-def gradients(model, examples, parts, total):
-    """Of a step whose batch comes in these parts, as sft.py accumulates them."""
+def test_padding_changes_no_loss(examples):
+    """Catches: padding that is read because it stands on the left, or that is known by its id."""
+    model = small()
+    inputs, targets = read(examples, [0, 17, 30, 5])
+    loss = loss_sum(model, inputs, targets).item()
+    filled = inputs.clone()
+    filled[inputs == 0] = 299  # end-of-text, which also occurs in the text
+    assert not torch.equal(filled, inputs)
+    assert loss_sum(model, filled, targets).item() == pytest.approx(loss, rel=1e-5)
+    inputs = F.pad(inputs, (3, 0))
+    targets = F.pad(targets, (3, 0), value=IGNORE)
+    left = loss_sum(model, inputs, targets).item()
+    assert left != pytest.approx(loss, rel=1e-3)  # control: padding on the left
+
+
+def gradient(model, examples, parts):
+    """Of a step whose batch is divided into these parts, accumulated as in sft.py."""
+    targets_in_step = int(sum(examples.targets[part].sum() for part in parts))
     model.zero_grad()
     for part in parts:
-        (model(*map(torch.from_numpy, examples.read(np.array(part))), reduction="sum")[1] / total).backward()
+        loss = loss_sum(model, *read(examples, part))
+        (loss / targets_in_step).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
 
 
-def test_micro_batches_or_padding_change_the_gradient(examples):
-    model, batch = small(), [0, 1, 2, 17, 30, 5]
-    total = int(examples.targets[batch].sum())
-    whole = gradients(model, examples, [batch], total)
-    for parts in ([[i] for i in batch], [batch[:1], batch[1:]], [batch[4:], batch[:4]]):
-        assert torch.allclose(gradients(model, examples, parts, total), whole, rtol=1e-5, atol=1e-5 * whole.abs().max().item())
-    means = torch.stack([gradients(model, examples, [part], int(examples.targets[part].sum())) for part in ([0, 1], [2, 17, 30, 5])]).mean(0)
-    assert (means - whole).abs().max() > 1e-2 * whole.abs().max()  # control: a mean of means
+@pytest.mark.parametrize("parts", [
+    [[0], [1], [2], [17], [30], [5]],
+    [[0], [1, 2, 17, 30, 5]],
+    [[30, 5], [0, 1, 2, 17]],
+])
+def test_gradient_does_not_depend_on_micro_batches(examples, parts):
+    """Catches: a mean of means, in which a token of a short answer has more weight."""
+    model = small()
+    whole = gradient(model, examples, [[0, 1, 2, 17, 30, 5]])
+    tolerance = 1e-5 * whole.abs().max().item()
+    found = gradient(model, examples, parts)
+    assert torch.allclose(found, whole, rtol=1e-5, atol=tolerance)
+    means = torch.stack([gradient(model, examples, [part]) for part in parts]).mean(0)
+    assert (means - whole).abs().max() > 1000 * tolerance  # control: a mean of means
 
 
-def test_micro_batches_change_the_run(whole, instructions, tuned, method, tmp_path):
-    for name, flags in {"one": ["--micro_batch", 1], "all": ["--micro_batch", 6], "other": ["--seed", 2]}.items():
+def test_micro_batch_does_not_change_the_run(whole, instructions, tuned, method, tmp_path):
+    """Catches: a mean of means in the loop, rows of the last micro-batch that are dropped."""
+    found = {}
+    for name, flags in {"one": ["--micro_batch", 1], "all": ["--micro_batch", 6],
+                        "seed": ["--seed", 2]}.items():
         assert tune(whole, instructions, tmp_path / name, *method, *flags) == 0
-    assert np.abs(losses(tmp_path / "one") / losses(tuned) - 1).max() < 1e-5 and np.abs(losses(tmp_path / "all") / losses(tuned) - 1).max() < 1e-5
-    assert np.abs(losses(tmp_path / "other") / losses(tuned) - 1).max() > 1e-3  # control
-    first = [checkpoint.load_file(folder / "checkpoints/step_00000000/model.pt")["model"] for folder in (tuned, tmp_path / "one", tmp_path / "other")]
-    for name in first[0]:  # the seed draws the adapters, and nothing else
-        assert torch.equal(first[0][name], first[1][name]) and torch.equal(first[0][name], first[2][name]) != name.endswith("lora_A")
+        found[name] = losses(tmp_path / name)
+    assert largest_difference(found["one"], losses(tuned)) < 1e-5
+    assert largest_difference(found["all"], losses(tuned)) < 1e-5
+    assert largest_difference(found["seed"], losses(tuned)) > 1e-3  # control: other rows
+    assert all(torch.equal(a, b) for a, b in first_weights(tuned, tmp_path / "one").values())
+    for name, (a, b) in first_weights(tuned, tmp_path / "seed").items():
+        drawn = name.endswith(".lora_A")  # the seed draws the adapters, and no other weight
+        assert torch.equal(a, b) == (not drawn)
 
 
-CHILD_SFT = CHILD.replace("train.main()", "sft.main()").replace("import model, train", "import model, train, sft")
+def first_weights(a, b):
+    """{name: (tensor of a, tensor of b)} of the weights that two tunings start from."""
+    first, second = [durable.load_file(folder / "checkpoints/step_00000000/model.pt")["model"]
+                     for folder in (a, b)]
+    assert first.keys() == second.keys()
+    return {name: (first[name], second[name]) for name in first}
 
 
-def test_two_processes_change_the_run(whole, instructions, tuned, method, tmp_path):
-    (tmp_path / "child.py").write_text(CHILD_SFT)  # 5 rows in micro-batches of 2: in the second pass one process has none
-    flags = [str(whole), *TUNE, "--instructions", str(instructions), "--run", str(tmp_path / "two"), "--micro_batch", "2", *map(str, method)]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", str(tmp_path / "child.py"), *flags],
-                   check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert len(losses(tmp_path / "two")) == 12 and np.abs(losses(tmp_path / "two") / losses(tuned) - 1).max() < 1e-5
-    keys = ("step", "heldout_loss", "token_acc", "ended")
-    assert np.allclose(np.array(rows(tmp_path / "two", "sft_eval", keys)), np.array(rows(tuned, "sft_eval", keys)), rtol=1e-4)
-    assert np.abs(losses(tmp_path / "two")[1:] / losses(tuned)[:-1] - 1).max() > 1e-3  # control: other steps
-
-
-def test_the_losses_that_are_logged_are_others(tuned, instructions, method):
-    """Step 1 and the held-out loss, from the checkpoints and the file alone."""
-    model, tokenizer, _ = checkpoint.load_model(tuned, 0)
-    chats, splits, _ = read_instructions(instructions)
-    trained, held = hold_out(splits, 0.2, 1337)
-    examples = Examples([chats[i] for i in trained], tokenizer, "S.", 64)
-    first = Batches(examples, 6, 1337).of_step(0)
-    nats, n, _ = map(sum, zip(*(by_hand(model, *encode_chat(tokenizer, chats[trained[i]], "S.")) for i in first)))
-    assert abs(nats / n / losses(tuned)[0] - 1) < 1e-5
-    assert rows(tuned)[0][1] == sum(len(encode_chat(tokenizer, chats[trained[i]], "S.")[0]) - 1 for i in first)  # tokens
-    for step, found, share in rows(tuned, "sft_eval", ("step", "heldout_loss", "token_acc"))[::2]:
-        model, _, _ = checkpoint.load_model(tuned, step)
-        nats, n, right = map(sum, zip(*(by_hand(model, *encode_chat(tokenizer, chats[i], "S.")) for i in held)))
-        assert abs(nats / n / found - 1) < 1e-5 and share == right / n and 0 < right < n
-    assert abs(nats / n / rows(tuned, "sft_eval", ("heldout_loss",))[0][0] - 1) > 1e-3  # control: the last against the first
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Rows and batches
-
-def test_a_row_is_left_out_or_comes_twice(examples):
-    batches = Batches(examples, 4, seed=3)
-    epochs = [[batches.of_step(step) for step in range(e * batches.per_epoch, (e + 1) * batches.per_epoch)] for e in (0, 1)]
-    for epoch in epochs:
-        costs = [examples.padded[batch].mean() for batch in epoch]
-        assert costs not in (sorted(costs), sorted(costs, reverse=True))  # the batches come in random order
-        assert sorted(np.concatenate(epoch)) == list(range(len(examples))) and {len(batch) for batch in epoch} <= {3, 4}
-    assert [b.tolist() for b in epochs[0]] != [b.tolist() for b in epochs[1]]
-    assert [b.tolist() for b in epochs[0]] == [Batches(examples, 4, seed=3).of_step(step).tolist() for step in range(batches.per_epoch)]
-    assert [b.tolist() for b in epochs[0]] != [Batches(examples, 4, seed=4).of_step(step).tolist() for step in range(batches.per_epoch)]
-
-
-def test_rows_are_held_out_for_no_reason():
-    splits = ["train", "val", None, "test", ""]
-    assert [part.tolist() for part in hold_out(splits, 0.5, 0)] == [[0, 2, 4], [1, 3]]
-    trained, held = hold_out([None] * 50, 0.1, 0)
-    assert len(held) == 5 and sorted([*trained, *held]) == list(range(50)) and hold_out([None] * 50, 0.1, 1)[1].tolist() != held.tolist()
-    assert [len(part) for part in hold_out([None], 0.5, 0)] == [1, 0] and [len(part) for part in hold_out([None] * 2, 0.01, 0)] == [1, 1]
-    assert [len(part) for part in hold_out([None] * 9, 0, 0)] == [9, 0]
-
-
-def test_a_long_row_loses_its_answer_unseen():
-    chat = [user("abc"), assistant("defghi")]
-    ids, is_answer = encode_chat(Tokenizer(257), chat, "")
-    first = is_answer.index(True)
-    for window in range(first - 2, len(ids) + 2):
-        examples = Examples([chat], Tokenizer(257), "", window)
-        fits, whole = window >= first, window >= len(ids) - 1  # the last token is not read, only predicted
-        assert (len(examples), examples.cut, examples.skipped) == (int(fits), int(fits and not whole), int(not fits))
-        if fits:
-            tokens, targets = examples.read(np.array([0]))
-            assert tokens.shape[1] <= window and (targets != IGNORE).sum() == min(window, len(ids) - 1) - first + 1
-    two = Examples([[*chat, *chat]], Tokenizer(257), "", len(ids) + 3)  # cut amid the second question, which is not read for nothing
-    assert two.cut == 1 and two.lengths.tolist() == [len(ids) - 1] and two.targets.tolist() == [sum(is_answer)]
-
-
-def alpaca_like(n):
-    """Rows as long as those of alpaca-cleaned, whose 51,760 rows are a JSON file of 42 MB: 811 bytes a row."""
-    words = np.array("the of a and to is in that for as with return value array function list element number text model token".split())
-    draw = np.random.RandomState(0)
-    def text(k):
-        return " ".join(words[draw.randint(0, len(words), k)])
-    return [{"instruction": text(12), "input": "" if i % 3 else text(15), "output": text(max(3, int(draw.lognormal(4.6, 0.8))))} for i in range(n)]
-
-
-def test_most_of_a_batch_is_padding():
-    alpaca = alpaca_like(3000)
-    assert 750 < len(json.dumps(alpaca)) / len(alpaca) < 870
-    examples = Examples([rows_module.messages_of(row) for row in alpaca], GPT2, SYSTEM, 1024)
-    batches = Batches(examples, 128, 0)
-    assert batches.useful(8) >= 0.9
-    read = [examples.read(part)[0] for step in range(batches.per_epoch) for part in np.split(batches.of_step(step), range(8, 128, 8)) if len(part)]
-    assert abs(examples.lengths.sum() / sum(tokens.size for tokens in read) - batches.useful(8)) < 1e-9
-    mixed = np.random.RandomState(0).permutation(3000)  # control: batches of any lengths
-    assert examples.lengths.sum() / sum(examples.read(part)[0].size for part in np.array_split(mixed, 375)) < 0.6
+CHILD_SFT = CHILD.replace("train.main()", "sft.main()").replace("import model, train", """
+import model, sft, train
+sft.AnswerObserver.LONGEST = 4
+""")
 
 
 @pytest.mark.slow
-def test_50000_rows_take_minutes(tmp_path):
-    file = tmp_path / "rows.json"
-    file.write_text(json.dumps(alpaca_like(50_000)))
-    start = time.monotonic()
-    chats, _, _ = read_instructions(file)
-    examples = Examples(chats, GPT2, SYSTEM, 1024)
-    batches = Batches(examples, 128, 0)
-    for step in range(batches.per_epoch):
-        for part in np.array_split(batches.of_step(step), 16):
-            examples.read(part)
-    took = time.monotonic() - start
-    print(f"{len(examples)} rows, {examples.lengths.sum():,} tokens read, tokenized and batched in {took:.1f} s, {batches.useful(8):.1%} useful")
-    assert took < 20 and batches.useful(8) >= 0.9
+def test_two_processes_train_the_same_run(whole, instructions, tuned, method, tmp_path):
+    """Catches: rows that are read twice or not at all, a gradient that is a mean over processes, a
+    process that waits for ever because it has no row left."""
+    child = tmp_path / "child.py"
+    child.write_text(CHILD_SFT)
+    folder = tmp_path / "two"
+    # 5 rows in micro-batches of 2: in the second pass one process has none.
+    flags = [whole, *TUNE, "--instructions", instructions, "--run", folder, "--micro_batch", 2,
+             *method]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                "--nproc_per_node=2", "--", child, *flags]
+    subprocess.run([str(part) for part in launcher], check=True, capture_output=True, timeout=120,
+                   env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert len(losses(folder)) == 12
+    assert largest_difference(losses(folder), losses(tuned)) < 1e-5
+    keys = ("step", "heldout_loss", "token_acc", "ended")
+    scores = np.array(rows(folder, "sft_eval", keys))
+    assert np.allclose(scores, rows(tuned, "sft_eval", keys), rtol=1e-4)
+    shifted = largest_difference(losses(folder)[1:], losses(tuned)[:-1])
+    assert shifted > 1e-3  # control: other steps
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad files: row 27
+# -------------------------------------------------------------------------------------------------
+# What is logged
 
-GOOD = {"instruction": "a?", "output": "b"}
-BAD = {"no JSON": ('{"instruction": "a?", "output"', "no JSON"), "an array": ("[1]", "no object"), "a number": ("7", "no object"),
-       "no output": ('{"instruction": "a?"}', '"output" is missing'), "nothing known": ('{"q": 1}', "neither"),
-       "an empty answer": ('{"instruction": "a?", "output": " "}', "an answer is empty"), "no question": ('{"instruction": "", "output": "b"}', "empty"),
-       "an answer that is none": ('{"instruction": "a?", "output": 3}', "an answer is no text"), "a list": ('{"instruction": ["a"], "output": "b"}', "no text"),
-       "NaN": ('{"instruction": "a", "input": NaN, "output": "b"}', "no text"), "false": ('{"instruction": "a", "input": false, "output": "b"}', "no text"), "half a character": ('{"instruction": "a", "output": "\\ud800"}', "lone surrogate"),
-       "no list": ('{"messages": "hi"}', "no list"), "empty messages": ('{"messages": []}', "roles"),
-       "no role": ('{"messages": [{"content": "a"}]}', "role"), "another role": ('{"messages": [{"role": "bot", "content": "a"}]}', "roles"),
-       "no answer": ('{"messages": [{"role": "user", "content": "a"}]}', "ending with an answer"),
-       "two questions": (json.dumps({"messages": [user("a"), user("b")]}), "in turn"),
-       "a split that is none": ('{"instruction": "a?", "output": "b", "split": ["val"]}', '"split" is no text'),
-       "a giant": (json.dumps({"instruction": "a?", "output": "b" * 1_000_001}), "1,000,001 characters"),
-       "deep": ("[" * 100_000 + "]" * 100_000, "too deep"), "long number": ('{"instruction": "a", "output": ' + "9" * 5000 + "}", "number too long")}
+def rows_of(tuned, instructions):
+    """(chats to train on, chats held out), as the tuning divides its file."""
+    settings = settings_of(tuned)
+    chats, splits, _ = read_instructions(instructions)
+    training, held_out = hold_out(splits, settings.held_out, settings.seed)
+    return [chats[i] for i in training], [chats[i] for i in held_out]
 
 
-@pytest.mark.parametrize("what", BAD)
-def test_a_bad_row_is_a_traceback_or_is_not_named(what, tmp_path):
-    line, why = BAD[what]
-    file = tmp_path / "rows.jsonl"
-    file.write_text(f"{json.dumps(GOOD)}\n\n{line}\n{json.dumps(GOOD)}\n")
-    with pytest.raises(rows_module.UserError) as error:
-        read_instructions(file)
-    assert f"{file}:3: " in str(error.value) and why in str(error.value) and "--skip_bad" in str(error.value)
-    chats, _, bad = read_instructions(file, skip_bad=True)
-    assert len(chats) == 2 and bad == 1
-    if why not in ("no JSON", "too deep", "number too long"):  # the same in an array, by index
-        file.write_text(f"[{json.dumps(GOOD)},\n{line}]")
-        with pytest.raises(rows_module.UserError) as error:
-            read_instructions(file)
-        assert f"{file}, row 1: " in str(error.value) and why in str(error.value)
-        assert read_instructions(file, skip_bad=True)[2] == 1
-    file.write_text(line)
-    with pytest.raises(rows_module.UserError):  # nothing left
-        read_instructions(file, skip_bad=True)
+def observer_of(tuned, chats):
+    model, tokenizer, _ = checkpoint.load_model(tuned)
+    held_out = Examples(chats, tokenizer, "S.", 64)
+    return sft.AnswerObserver(model, tokenizer, held_out, settings_of(tuned), FP32)
 
 
-@pytest.mark.parametrize("content, place, why", [
-    (b'\xef\xbb\xbf{"instruction": "a?", "output": "b"}\n', ":1: ", "byte-order mark"), (b'\xef\xbb\xbf[]', ":1: ", "byte-order mark"),
-    (b'{"instruction": "a?", "output": "b"}\n{"instruction": "\xff", "output": "b"}\n', ":2: ", "no UTF-8"),
-    (b'[{"instruction": "a?",\n"output": "\xff"}]', ":2: ", "no UTF-8"), (b'[{"instruction": "a?"},\n{]', ":2: ", "no JSON"),
-    (b'[{"instruction": "a?", "output": "b"}', ":1: ", "no JSON"), (b"", ": ", "no conversation"), (b"[]", ": ", "no conversation"), (b"\n \n", ": ", "no conversation"),
-    (json.dumps({"data": [GOOD]}, indent=1).encode(), ":1: ", "over several lines"),
-    ("[1]".encode("utf-16"), ":1: ", "no UTF-8")])
-def test_a_bad_file_is_a_traceback(content, place, why, tmp_path):
-    file = tmp_path / "rows.json"
-    file.write_bytes(content)
-    with pytest.raises(rows_module.UserError) as error:
-        read_instructions(file)
-    assert f"{file}{place}" in str(error.value) and why in str(error.value)
+def test_logged_losses_equal_a_plain_loop(tuned, instructions):
+    """Catches: a step that learns from other rows than it should, questions that count in a loss,
+    a mean over rows instead of tokens, an evaluation of other rows."""
+    model, tokenizer, _ = checkpoint.load_model(tuned, 0)
+    training, held_out = rows_of(tuned, instructions)
+    batches = Batches(Examples(training, tokenizer, "S.", 64), 6, seed=1337)
+    batch = [training[i] for i in batches.of_step(0)]
+    nats, _ = answer_losses(model, batch, tokenizer, "S.")
+    assert losses(tuned)[0] == pytest.approx(np.mean(nats), rel=1e-5)
+    lengths = [len(encode_chat(tokenizer, chat, "S.")[0]) - 1 for chat in batch]
+    assert rows(tuned, keys=("tokens",))[0] == (sum(lengths),)
+    scores = rows(tuned, "sft_eval", ("step", "heldout_loss", "token_acc"))
+    for step, loss, share in (scores[0], scores[-1]):
+        model, _, _ = checkpoint.load_model(tuned, step)
+        nats, right = answer_losses(model, held_out, tokenizer, "S.")
+        assert loss == pytest.approx(np.mean(nats), rel=1e-5)
+        assert share == np.mean(right)
+        assert 0 < share < 1
+    assert scores[0][1] != pytest.approx(scores[-1][1], rel=1e-3)  # control: other weights
 
 
-def test_mistakes_end_in_a_traceback_or_lose_something(whole, instructions, tmp_path, capsys):
-    file = tmp_path / "rows.json"
-    for content, flags, why in (
-            (None, [], "no such file"), ([GOOD, {}], [], f"{file}, row 1: neither"), ([GOOD], ["--max_length", 5], "nothing left to train on"),
-            ([{**GOOD, "split": "val"}], [], 'by their "split"'), ([GOOD, {}], ["--max_length", 65], "model's window of 64"),
-            ([GOOD], ["--lora", 33], "more than the model's dim"), ([GOOD], ["--lora", 0], "out of range"), ([GOOD], ["--epochs", 2], "give one"),
-            ([GOOD], ["--held_out", 1], "out of range"), ([GOOD], ["--step", 3], "no checkpoint of step 3"),
-            ([GOOD], ["--lora", 2, "--lora_alpha", 0], "out of range"), ([GOOD], ["--lora_alpha", 2], "about adapters")):
-        if content is not None:
-            file.write_text(json.dumps(content))
-        assert tune(whole, file, tmp_path / "r", *flags) == 2 and why in messages(capsys)[-1], why
-        assert not (tmp_path / "r/metrics.jsonl").exists()
-    assert tune(tmp_path / "nowhere", instructions, tmp_path / "s") == 2 and "nowhere: no such run" in messages(capsys)[-1]
-    assert not (tmp_path / "s").exists()
-    file.write_text(json.dumps([GOOD, {}, GOOD]))
-    assert tune(whole, file, tmp_path / "r", "--skip_bad", "--system", "\udcff") == 0 and "1 bad" in capsys.readouterr().out
-    assert json.loads((tmp_path / "r/config.json").read_text())["system"] == "?"
+def test_score_does_not_depend_on_its_batches(tuned, monkeypatch):
+    """Catches: a mean of the means of batches or of rows, a last batch that is left out."""
+    chats = [messages_of(row) for row in INSTRUCTIONS]
+    observer = observer_of(tuned, chats)
+    monkeypatch.setattr(sft, "BATCH_TOKENS", 3 * 64)  # 3 rows in a forward
+    monkeypatch.setattr(sft, "ROWS", 7)               # 7 tokens in the output layer
+    nats, right = answer_losses(observer.model, chats, observer.tokenizer, "S.")
+    scores = observer.score()
+    assert scores["heldout_loss"] == pytest.approx(np.mean(nats), rel=1e-5)
+    assert scores["token_acc"] == np.mean(right)
+    means = [np.mean(answer_losses(observer.model, [chat], observer.tokenizer, "S.")[0])
+             for chat in chats]
+    assert np.mean(means) != pytest.approx(np.mean(nats), rel=1e-3)  # control
 
 
-def test_a_setting_is_another_than_it_says(whole, instructions, method, tmp_path, monkeypatch):
-    def of(log):
-        return json.loads((ROOT / "logs" / log / "metrics.jsonl").read_text().splitlines()[0])["config"]
-    (tmp_path / "tiny").mkdir()
-    (tmp_path / "tiny/config.json").write_text(json.dumps(of("default")))
-    for log, flags in (("sft", {}), ("lora8", {"lora": 8})):  # README's tunings had the defaults of today
-        found = sft.resolve({"base": str(tmp_path / "tiny"), **flags}) | {name: of(log)[name] for name in ("base", "run", "step", "max_steps")}
-        assert found == of(log) and found != of("lora8" if log == "sft" else "sft")
-    base = {"base": str(whole)}
-    assert [sft.resolve(base | flags)["lr"] for flags in ({}, {"lora": 4}, {"lora": 4, "lr": 0.5})] == [2e-5, 10 * 2e-5, 0.5]
-    shutil.copytree(whole, tmp_path / "runs/base")
-    monkeypatch.chdir(tmp_path)
-    flags = [*TUNE[2:], "--epochs", "1.2", "--instructions", str(instructions)]  # 1.2 times 5 steps
-    assert sft.main(["runs/base/", *flags, *map(str, method)]) == 0
-    folder = Path("runs/base-lora4" if method else "runs/base-sft")
-    assert len(rows(folder)) == 6
-    for again in ("runs/base", "runs/base/", str(tmp_path / "runs/base")):  # the same folder, spelled in another way
-        assert sft.main([again, *flags, *map(str, method), "--run", str(folder), "--resume"]) == 0
+def test_run_without_held_out_rows(whole, instructions, tmp_path):
+    """Catches: a division by zero when there is nothing to score."""
+    folder = tmp_path / "r"
+    assert tune(whole, instructions, folder, "--held_out", 0, "--max_steps", 1) == 0
+    keys = ("step", "heldout_loss", "token_acc", "ended")
+    assert rows(folder, "sft_eval", keys) == [(0, None, None, None), (1, None, None, None)]
+    assert rows(folder, "instructions", ("rows", "held_out")) == [(31, 0)]
+    assert len(rows(folder, "benchmark", ("step",))) == 2  # control: the rest is evaluated
 
 
-def test_out_of_memory_names_a_flag_that_is_none(whole, instructions, tmp_path, capsys, monkeypatch):
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(sft.Llama, "forward", full)
-    monkeypatch.setattr(sft.Examiner, "evaluate", lambda *args: None)
-    for micro_batch, advice in ((2, "use --micro_batch 1"), (1, "use a smaller --max_length")):
-        assert tune(whole, instructions, tmp_path / str(micro_batch), "--micro_batch", micro_batch) == 2 and advice in messages(capsys)[-1]
+def test_benchmark_at_step_0_is_that_of_the_base(tuned, whole):
+    """Catches: a tuning whose cost for the benchmark cannot be seen."""
+    keys = ("name", "acc", "acc_pmi", "n")
+    steps = [step for step, in rows(tuned, "benchmark", ("step",))]
+    assert steps == [0, 1, 2, 4, 8, 12]
+    assert rows(tuned, "benchmark", keys)[0] == rows(whole, "benchmark", keys)[-1]
+    found = rows(tuned, "sft_eval", ("heldout_loss",))
+    assert len(set(found)) == len(steps)  # control: the weights differ
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# LoRA
-
-def test_adapters_change_something_before_they_are_trained():
-    model, tokens = small(), torch.randint(0, 300, (2, 20))
-    before, shapes = model(tokens)[0], {name: p.shape for name, p in model.named_parameters()}
-    lora.add_adapters(model, 4, 16)
-    assert torch.equal(model(tokens)[0], before)
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    assert len(trained) == 2 * 7 * 2 and all("lora_" in name for name in trained)  # A and B of 7 layers in 2 blocks
-    assert {name: p.shape for name, p in model.named_parameters() if name not in trained} == shapes
-    torch.nn.init.normal_(model.model.layers[0].mlp.up_proj.lora_B)
-    assert not torch.allclose(model(tokens)[0], before)  # control
-
-
-def test_merged_is_another_network():
-    model, base, tokens = small(), small(), torch.randint(0, 300, (2, 20))
-    lora.add_adapters(model, 4, 16)
-    for name, parameter in model.named_parameters():
-        if "lora_" in name:
-            torch.nn.init.normal_(parameter, std=0.1)
-    wanted, adapters = model(tokens)[0], {name: p.detach() for name, p in model.named_parameters() if "lora_" in name}
-    for scale in (4.0, 2.0):  # alpha / rank, and as a control half of it
-        weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
-        lora.merge(weights, adapters, scale)
-        merged = small(1)
-        merged.load_state_dict(weights)
-        assert torch.allclose(merged(tokens)[0], wanted, rtol=1e-5, atol=1e-4) == (scale == 4.0)
+def test_log_tells_what_was_tuned_on(tuned, instructions):
+    """Catches: a habit that is taken for knowledge because the commonest training answer is not
+    shown, questions that were trained on, an answer beside another question."""
+    training, held_out = rows_of(tuned, instructions)
+    keys = ("rows", "held_out", "bad", "frequent_answer", "frequent_share")
+    answer, share = most_frequent_answer(training)
+    assert rows(tuned, "instructions", keys) == [(25, 6, 0, answer, share)]
+    (questions,), = rows(tuned, "instructions", ("questions",))
+    right = {chat[-2]["content"]: chat[-1]["content"] for chat in held_out}
+    assert len(questions) == 5
+    for item in questions:
+        assert right[item["question"]] == item["answer"]
+    asked = [item["question"] for item in questions]
+    sampled = rows(tuned, "sample", ("step", "prompt"))
+    assert sampled == list(itertools.product((0, 1, 2, 4, 8, 12), asked))
+    trained = [chat[-2]["content"] for chat in training]
+    assert not set(asked) & set(trained)  # control
 
 
-def test_the_base_changes_or_is_saved_again(whole, instructions, tmp_path):
-    before = {path: path.read_bytes() for path in whole.rglob("*.pt")}
-    assert tune(whole, instructions, tmp_path / "r", "--lora", 4) == 0
-    assert before == {path: path.read_bytes() for path in whole.rglob("*.pt")}
-    saved = checkpoint.load_file(tmp_path / "r/checkpoints/step_00000012/model.pt")
-    kept = checkpoint.load_file(tmp_path / "r/checkpoints/step_00000012/train_state.pt")["optimizer"]
-    base, _, _ = checkpoint.load_model(whole)
-    assert set(saved["model"]) == set(kept) and all("lora_" in name for name in kept)
-    assert sum(t.numel() for t in saved["model"].values()) < 0.3 * sum(p.numel() for p in base.parameters())
-    meta = json.loads((whole / "checkpoints/step_00000020/meta.json").read_text())
-    assert saved["lora"]["base"] == {"run": os.path.relpath(whole, tmp_path / "r"), "step": 20, "sha256": meta["files"]["model.pt"]["sha256"]}
+def test_table_shows_base_and_tuned_answers(tuned):
+    """Catches: a question with the answer of another question or another step beside it."""
+    escape = plot_dynamics.escape
+    table = plot_dynamics.trajectory([plot_dynamics.read_run(tuned)]).splitlines()
+    said = {}
+    for step, prompt, text, cut in rows(tuned, "sample", ("step", "prompt", "text", "cut")):
+        mark = " …" if cut else ""
+        said[step, prompt] = escape(text) + mark
+    keys = ("questions", "frequent_answer")
+    (questions, frequent), = rows(tuned, "instructions", keys)
+    for item in questions:
+        question = item["question"]
+        cells = [escape(question), said[0, question], said[12, question], escape(frequent),
+                 escape(item["answer"])]
+        assert f"| {' | '.join(cells)} |" in table
+    before = [said[0, item["question"]] for item in questions]
+    after = [said[12, item["question"]] for item in questions]
+    assert before != after  # control
 
 
-def test_adapters_meet_another_base(whole, instructions, data, tmp_path, capsys):
-    base, folder = tmp_path / "base", tmp_path / "r"
-    shutil.copytree(whole, base)
-    assert tune(base, instructions, folder, "--lora", 4) == 0
-    wanted = checkpoint.load_model(folder)[0].state_dict()
-    (tmp_path / "moved").mkdir()
-    for path in (base, folder):  # together they may go anywhere
-        shutil.move(path, tmp_path / "moved")
-    base, folder = tmp_path / "moved/base", tmp_path / "moved/r"
-    found = checkpoint.load_model(folder)[0].state_dict()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
-    assert run(data, base, "--resume", "--max_steps", 40) == 0 and checkpoint.load_model(folder)  # pruning leaves what they need
-    assert "train_state.pt" not in [path.name for path in (base / "checkpoints/step_00000020").iterdir()]
-    weights = checkpoint.load_file(base / "checkpoints/step_00000020/model.pt")
-    weights["model"]["model.norm.weight"] += 1
-    checkpoint.save(base, 20, weights)
-    for mistake in ("holds other weights now", "no checkpoint of step 20"):
-        with pytest.raises(checkpoint.UserError, match=f"holds adapters of .*base step 20, .*{mistake}"):
-            checkpoint.load_model(folder)
-        checkpoint.remove(base / "checkpoints/step_00000020") if mistake.startswith("holds") else None
-    assert tune(None, instructions, folder, "--resume", "--max_steps", 20) == 2 and "holds adapters of" in messages(capsys)[-1]
+def greedy(model, ids, eot):
+    """(likeliest ids, whether end-of-text ends them): one at a time, without a cache."""
+    new = []
+    while len(ids) + len(new) < 64:
+        logits, _ = model(torch.tensor([ids + new]))
+        likeliest = int(logits[0, -1, :300].argmax())
+        if likeliest == eot:
+            return new, True
+        new.append(likeliest)
+    return new, False
 
 
-def test_starting_over_takes_the_weights_that_adapters_need(whole, data, instructions, tmp_path, capsys):
-    base, folder, more = (tmp_path / name for name in ("base", "r", "more"))
-    shutil.copytree(whole, base)
-    assert tune(base, instructions, folder, "--lora", 4) == 0 and tune(folder, instructions, more, "--lora", 2) == 0
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
-    for flags in ((), ("--lora", 4)):
-        assert tune(base, instructions, base, "--overwrite", *flags) == 2 and "is the run to start from" in messages(capsys)[-1]
-        assert tune(more, instructions, base, "--overwrite", *flags) == 2 and os.path.relpath(folder) in messages(capsys)[-1]
-    assert run(data, base, "--overwrite") == 2 and "adapters in" in messages(capsys)[-1]
-    assert tune(base, instructions, folder, "--overwrite") == 2 and "adapters in" in messages(capsys)[-1]
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file() and path.name != ".lock"}
-    base.rename(tmp_path / "elsewhere")
-    assert tune(folder, instructions, tmp_path / "s", "--lora", 2) == 2 and "there is no such run — put it back" in messages(capsys)[-1]
-    with pytest.raises(checkpoint.UserError, match="no such run"):
-        checkpoint.load_model(base, 3)
-    (tmp_path / "elsewhere").rename(base)
-    shutil.rmtree(more)
-    (folder / "trajectory.md").write_text("old")
-    assert tune(base, instructions, folder, "--overwrite", "--stop_at", 1) == 75 and not (folder / "trajectory.md").exists()  # control: no one needs it now
+def test_answers_equal_a_plain_greedy_search(tuned, monkeypatch):
+    """Catches: questions of one length whose answers are swapped, an answer that goes on after
+    end-of-text, a cache that changes it, a prompt that holds the right answer."""
+    monkeypatch.setattr(sft.AnswerObserver, "LONGEST", 64)
+    chats = [[user(question), assistant("x")] for question in ("a?", "b?", "longer?", "c?")]
+    observer = observer_of(tuned, chats)
+    eot = observer.tokenizer.eot
+    found = observer.answer(chats)
+    for messages, answer in zip(chats, found):
+        ids, _ = encode_chat(observer.tokenizer, messages[:1], "S.")
+        assert answer == greedy(observer.model, ids, eot)
+    assert found[0] != found[2]  # control
 
 
-def test_a_tuned_run_cannot_be_tuned(whole, tuned, instructions, tmp_path):
-    assert tune(tuned, instructions, tmp_path / "r", "--lora", 2) == 0
-    again, before = (checkpoint.load_model(folder)[0].state_dict() for folder in (tmp_path / "r", tuned))
-    first = checkpoint.load_model(tmp_path / "r", 0)[0].state_dict()
-    assert all(torch.equal(first[name], before[name]) for name in before) and any(not torch.equal(again[name], before[name]) for name in before)
+def test_shares_and_samples_are_those_of_the_answers(tuned):
+    """Catches: a share of answers that end over other answers, a text without its mark "cut"."""
+    chats = [[user(f"{n}?"), assistant("x")] for n in range(4)]
+    observer = observer_of(tuned, chats)
+    ended = [True, False, True, True]
+    observer.answer = lambda asked: [([1 + n], ended[n]) for n in range(4)]
+    found = []
+    log = SimpleNamespace(say=lambda text: None)
+    log.event = lambda event, step, **fields: found.append({"event": event, **fields})
+    observer.evaluate(0, log)
+    observer.sample(0, log)
+    scores = [row for row in found if row["event"] == "sft_eval"]
+    assert [row["ended"] for row in scores] == [0.75]
+    samples = [row for row in found if row["event"] == "sample"]
+    decode = observer.tokenizer.decode
+    assert [row["prompt"] for row in samples] == ["0?", "1?", "2?", "3?"]
+    assert [row["text"] for row in samples] == [decode([1 + n]).strip() for n in range(4)]
+    assert [row["cut"] for row in samples] == [False, True, False, False]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stopped, killed, damaged: row 37
+def test_cut_conversations_are_not_asked(tuned):
+    """Catches: a question that was cut amid its text; questions that are all from the beginning of
+    the file."""
+    chats = []
+    for n in range(50):
+        length = 40 if n % 2 else 1  # every other one is longer than the window
+        chats.append([user(f"{n}?"), assistant("no " * length)])
+    observer = observer_of(tuned, chats)
+    assert observer.held_out.cut == 25
+    assert len(observer.asked) == 25
+    shown = [messages[0]["content"] for messages in observer.shown]
+    assert shown == ["0?", "12?", "24?", "36?", "48?"]
 
-@pytest.mark.parametrize("stop", [1, 4, 7, 10])  # in the warm-up, right after an evaluation, amid an epoch, at an epoch's end
-def test_a_resumed_tuning_is_another_tuning(whole, instructions, tuned, method, tmp_path, stop):
-    assert tune(whole, instructions, tmp_path / "r", *method, "--stop_at", stop) == 75
-    assert tune(None, instructions, tmp_path / "r", "--resume") == 0  # nothing but --resume: the saved settings rule
-    assert same(tmp_path / "r", tuned, 12) and [row[0] for row in rows(tmp_path / "r")] == list(range(1, 13))
+
+def test_spread_covers_all_items():
+    """Catches: the first items only, or one that comes twice."""
+    assert sft.spread(range(100), 5) == [0, 24, 49, 74, 99]
+    assert sft.spread([7, 8], 5) == [7, 8]
+    assert sft.spread([], 5) == []
 
 
-def test_control_a_tuning_resumed_without_its_state_is_another(whole, instructions, tuned, method, tmp_path):
-    for mistake in ("reset", "rounded", "step"):
-        folder = tmp_path / mistake
-        assert tune(whole, instructions, folder, *method, "--stop_at", 6) == 75
-        weights, kept = checkpoint.load_full(checkpoint.find(folder, full=True))
-        if mistake == "rounded":
-            weights["model"] = {name: value.half().float() for name, value in weights["model"].items()}
-        kept["step"] += mistake == "step"
-        checkpoint.save(folder, 6, weights, kept)
-        assert tune(None, instructions, folder, "--resume", *(["--reset_optimizer"] if mistake == "reset" else [])) == 0
-        assert not same(folder, tuned, 12)
+# -------------------------------------------------------------------------------------------------
+# Settings and mistakes
+
+@pytest.mark.parametrize("log, flags", [("sft", []), ("lora8", ["--lora", "8"])])
+def test_defaults_are_those_of_the_logged_runs(tmp_path, log, flags):
+    """Catches: a default that changed since the runs in logs/, so that the commands in README give
+    other numbers."""
+    def logged(name):
+        first = (ROOT / "logs" / name / "metrics.jsonl").read_text().splitlines()[0]
+        return json.loads(first)["config"]
+
+    base = tmp_path / "tiny"
+    base.mkdir()
+    (base / "config.json").write_text(json.dumps(logged("default")))
+    found = vars(sft.read_settings([str(base), *flags]))
+    own = {"base", "run", "step", "max_steps"}
+    names = (found.keys() & logged(log).keys()) - own
+    assert len(names) > 25
+    assert {name: found[name] for name in names} == {name: logged(log)[name] for name in names}
+    other = {"sft": "lora8", "lora8": "sft"}[log]
+    assert found["lr"] != logged(other)["lr"]  # control
+
+
+def test_adapters_learn_in_larger_steps(whole):
+    """Catches: the same learning rate with and without --lora, or one that wins over --lr."""
+    base = str(whole)
+    assert sft.read_settings([base]).lr == 2e-5
+    assert sft.read_settings([base, "--lora", "4"]).lr == pytest.approx(2e-4)
+    assert sft.read_settings([base, "--lora", "4", "--lr", "0.5"]).lr == 0.5
 
 
 @pytest.fixture
-def resume(server, whole, instructions, method):
-    return lambda folder, *flags, **fault: server(whole, "--instructions", instructions, "--run", folder, "--resume", *method, *flags,
-                                                  base=TUNE, script="sft", **fault)
+def here(whole, tmp_path, monkeypatch):
+    """A current folder with the run runs/base."""
+    shutil.copytree(whole, tmp_path / "runs/base")
+    monkeypatch.chdir(tmp_path)
 
 
-def test_a_kill_changes_the_tuning(resume, tuned, tmp_path):
+def test_run_is_named_after_base_and_method(here, instructions, method):
+    """Catches: a tuning in its base's folder, --epochs that is not the number of epochs, a base
+    that is taken for another one because it is spelled in another way."""
+    flags = [*TUNE[2:], "--epochs", 1.2, "--instructions", instructions, *method]
+    assert exit_code(sft.main, ["runs/base/", *flags]) == 0
+    folder = Path("runs/base-lora4" if method else "runs/base-sft")
+    assert len(rows(folder)) == 6  # 1.2 times 5 steps
+    for spelled in ("runs/base", "runs/base/", Path("runs/base").resolve()):
+        assert exit_code(sft.main, [spelled, *flags, "--run", folder, "--resume"]) == 0
+    assert exit_code(sft.main, ["runs/other", *flags, "--run", folder, "--resume"]) == 2  # control
+
+
+def test_newest_pretrained_run_is_the_base(here, tuned):
+    """Catches: a tuned run that is tuned again because it is the newest one."""
+    shutil.copytree(tuned, "runs/tuned")
+    time.sleep(0.01)
+    Path("runs/tuned/checkpoints").touch()
+    assert newest_run() == Path("runs/tuned")  # control
+    assert newest_run(pretrained=True) == Path("runs/base")
+    assert sft.read_settings([]).base == "runs/base"
+
+
+GOOD = {"instruction": "a?", "output": "b"}
+HELD = {**GOOD, "split": "val"}
+
+
+@pytest.mark.parametrize("content, flags, why", [
+    (None, [], "no such file"),
+    ([GOOD, {}], [], 'rows.json, row 1: "instruction" is missing'),
+    ([GOOD], ["--max_length", 5], "nothing left to train on"),
+    ([HELD], [], 'held out (by their "split"'),
+    ([GOOD], ["--max_length", 65], "more than the model's window of 64"),
+    ([GOOD], ["--lora", 33], "more than the model's dim 32"),
+    ([GOOD], ["--lora", 0], "out of range"),
+    ([GOOD], ["--lora", 2, "--lora_alpha", 0], "out of range"),
+    ([GOOD], ["--lora_alpha", 2], "--lora_alpha is about adapters"),
+    ([GOOD], ["--epochs", 2], "give one of them"),
+    ([GOOD], ["--held_out", 1], "out of range"),
+    ([GOOD], ["--step", 3], "no checkpoint of step 3"),
+])
+def test_mistake_is_one_line(whole, tmp_path, capsys, content, flags, why):
+    """Catches: a traceback, a message that does not tell what to do, a run that starts all the
+    same."""
+    file = tmp_path / "rows.json"
+    if content is not None:
+        file.write_text(json.dumps(content))
+    assert tune(whole, file, tmp_path / "r", *flags) == 2
+    line = messages(capsys)[-1]
+    assert line.startswith("sft.py: ")
+    assert why in line
+    assert not (tmp_path / "r/metrics.jsonl").exists()
+
+
+def test_missing_base_is_one_line(instructions, tmp_path, capsys):
+    """Catches: a run folder that is made although there is nothing to start from."""
+    assert tune(tmp_path / "nowhere", instructions, tmp_path / "r") == 2
+    line, = messages(capsys)
+    assert "nowhere: no such run" in line
+    assert not (tmp_path / "r").exists()
+
+
+def test_bad_rows_are_skipped_and_counted(whole, tmp_path, capsys):
+    """Catches: --skip_bad that stops all the same, or leaves out rows silently."""
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps([GOOD, {}, GOOD]))
+    assert tune(whole, file, tmp_path / "r", "--skip_bad", "--system", "\udcff") == 0
+    assert "1 bad" in capsys.readouterr().out
+    assert rows(tmp_path / "r", "instructions", ("rows", "held_out", "bad")) == [(1, 1, 1)]
+    assert settings_of(tmp_path / "r").system == "?"
+
+
+def test_base_cannot_be_overwritten_by_its_tuning(whole, instructions, tmp_path, capsys):
+    """Catches: --overwrite that deletes the weights to start from."""
+    base = tmp_path / "base"
+    shutil.copytree(whole, base)
+    link = tmp_path / "link"
+    link.symlink_to(base)
+    for folder in (base, link):
+        assert tune(base, instructions, folder, "--overwrite") == 2
+        assert "is the run to start from" in messages(capsys)[-1]
+    assert same(base, whole)
+
+
+def test_out_of_memory_is_one_line(whole, instructions, tmp_path, capsys, monkeypatch):
+    """Catches: a traceback, or advice that names a flag which sft.py does not have."""
+    forward = sft.Llama.forward
+
+    def full(model, tokens, targets=None, **options):
+        if targets is not None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(model, tokens, **options)
+
+    monkeypatch.setattr(sft.Llama, "forward", full)
+    assert tune(whole, instructions, tmp_path / "r") == 2
+    line = messages(capsys)[-1]
+    assert "use a smaller --micro_batch" in line
+    assert "sft.py: --max_length" in line
+
+
+# -------------------------------------------------------------------------------------------------
+# Stopped, killed, damaged: row 37 of the table of faults
+
+# In the warm-up, right after an evaluation, amid an epoch, at the end of an epoch.
+@pytest.mark.parametrize("stop", [1, 4, 7, 10])
+def test_sft_resume_is_bitwise(whole, instructions, tuned, method, tmp_path, stop):
+    """Catches: anything that a tuning depends on and that its state lacks, be it the moments, the
+    rows that come next, or the system prompt."""
     folder = tmp_path / "r"
-    shorter = resume(tmp_path / "whole")  # answers of 4 tokens there, so its log is compared with itself
-    assert shorter["code"] == 0
-    draw, kills = random.Random(os.getpid()), 0
+    assert tune(whole, instructions, folder, *method, "--stop_at", stop) == 75
+    assert resume(folder) == 0
+    assert same(folder, tuned, 12)
+    assert events(folder) == events(tuned)
+    assert [step for step, in rows(folder, keys=("step",))] == list(range(1, 13))
+
+
+@pytest.mark.parametrize("mistake", ["moments", "rounded", "step", "seed", "system"])
+def test_sft_resume_differs_if_state_is_incomplete(tuned, tmp_path, mistake):
+    """Catches: a comparison in the test before this one that cannot fail."""
+    folder = tmp_path / "r"
+    flags = []
+    shutil.copytree(tuned, folder)
+    durable.remove(folder / "checkpoints/step_00000012")
+    saved = checkpoint.load(checkpoint.newest(folder))
+    if mistake == "moments":
+        flags = ["--reset_optimizer"]
+    if mistake == "rounded":
+        for tensor in saved["model"].values():
+            tensor.copy_(tensor.half())
+    if mistake == "step":
+        saved["step"] = 11
+    if mistake == "seed":
+        saved["config"]["seed"] = 2
+    if mistake == "system":
+        saved["config"]["system"] = "T."
+    checkpoint.save(folder, saved, keep_last=2, keep_every=0)
+    assert resume(folder, *flags) == 0
+    assert not same(folder, tuned, 12)
+
+
+def test_sft_resume_from_an_earlier_state_is_bitwise(tuned, tmp_path):
+    """Catches: rows of a lost step that stay in the log. (Also the control of the test above.)"""
+    folder = tmp_path / "r"
+    shutil.copytree(tuned, folder)
+    durable.remove(folder / "checkpoints/step_00000012")
+    assert resume(folder) == 0
+    assert rows(folder, "resume", ("step",)) == [(10,)]
+    assert same(folder, tuned, 12)
+    assert events(folder) == events(tuned)
+
+
+@pytest.fixture(scope="session")
+def trial(server, whole, instructions, method):
+    """A function that runs sft.py --resume in a process of its own, with a fault."""
+    def trial(folder, **fault):
+        return server(whole, "--instructions", instructions, "--run", folder, "--resume", *method,
+                      base=TUNE, script="sft", **fault)
+
+    return trial
+
+
+def test_sft_survives_kill_bitwise(trial, tuned, tmp_path):
+    """Catches: a checkpoint that a kill leaves half, a step that is logged twice or not at all, a
+    state that lacks something."""
+    seed = os.getpid()
+    print(f"random.Random({seed})")
+    draw = random.Random(seed)
+    found = trial(tmp_path / "whole")
+    assert found["code"] == 0
+    kills = 0
     while kills < 10:
-        operation = draw.randint(1, shorter["operations"])
-        while resume(folder, fault=["kill", operation])["code"] == -signal.SIGKILL:
-            kills, operation = kills + 1, draw.randint(1, shorter["operations"])
-            if checkpoint.checkpoints(folder):
-                assert checkpoint.find(folder, full=True)
-        assert same(folder, tmp_path / "whole", 12) and rows(folder) == rows(tuned) and len(rows(folder)) == 12
-        shutil.rmtree(folder)
+        folder = tmp_path / str(kills)
+        code = None
+        while code != 0:
+            code = trial(folder, fault=["kill", draw.randint(1, found["operations"])])["code"]
+            assert code in (0, -signal.SIGKILL)
+            if code != 0:
+                kills += 1
+            if durable.checkpoints(folder):
+                assert checkpoint.newest(folder)
+        assert same(folder, tuned, 12)
+        assert events(folder) == events(tuned)
 
 
-@pytest.mark.parametrize("where, name", [("step", "SIGINT"), ("evaluate", "SIGTERM"), ("save", "SIGINT")])
-def test_a_signal_loses_the_step_of_a_tuning(resume, tuned, tmp_path, where, name):
-    found = resume(tmp_path / "r", fault=["signal", where, 4, name])
-    assert found["code"] == 75 and rows(tmp_path / "r", "end", ("reason",)) == [("stopped",)]
-    assert checkpoint.find(tmp_path / "r", full=True).name == f"step_{rows(tmp_path / 'r')[-1][0]:08d}"
-    assert resume(tmp_path / "r")["code"] == 0 and same(tmp_path / "r", tuned, 12)
-
-
-@pytest.mark.parametrize("name, length", [("model.pt", 0), ("train_state.pt", 100), ("model.pt", None), ("meta.json", 3)])
-def test_a_damaged_tuning_is_used(whole, instructions, tuned, method, tmp_path, capsys, name, length):
+def test_sft_survives_kill_in_its_last_evaluation(trial, tuned, tmp_path):
+    """Catches: an evaluation before the save, which a kill takes the last steps with; a resume
+    that leaves out the evaluation, or logs it twice."""
     folder = tmp_path / "r"
-    assert tune(whole, instructions, folder, *method, "--stop_at", 11) == 75
-    file = folder / "checkpoints/step_00000011" / name
+    assert trial(folder, fault=["signal", "evaluate", 12, "SIGKILL"])["code"] == -signal.SIGKILL
+    assert checkpoint.newest(folder).name == "step_00000012"
+    assert len(rows(folder)) == 12
+    assert events(folder) != events(tuned)  # control: the evaluation is missing
+    assert trial(folder)["code"] == 0
+    assert rows(folder, "resume", ("step",)) == [(12,)]
+    assert same(folder, tuned, 12)
+    assert events(folder) == events(tuned)
+
+
+class Crash(Exception):
+    pass
+
+
+def test_sft_survives_crash_after_its_last_evaluation(whole, instructions, tuned, method, tmp_path,
+                                                      monkeypatch):
+    """Catches: rows of an evaluation that stay in the log when the resume evaluates again."""
+    sample = sft.AnswerObserver.sample
+
+    def crash(observer, step, log):
+        if step == 12:
+            raise Crash
+        sample(observer, step, log)
+
+    folder = tmp_path / "r"
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.AnswerObserver, "sample", crash)
+        try:  # pytest.raises would keep the run's frames alive, and with them its lock
+            tune(whole, instructions, folder, *method)
+        except Crash:
+            pass
+    steps = [step for step, in rows(folder, "sft_eval", ("step",))]
+    assert steps[-1] == 12  # control: it is in the log
+    assert resume(folder) == 0
+    assert same(folder, tuned, 12)
+    assert events(folder) == events(tuned)
+
+
+def test_sft_saves_before_it_evaluates(whole, instructions, method, tmp_path, monkeypatch):
+    """Catches: an evaluation or a sample that stands between a step and the disk; a stop that
+    evaluates before it ends; a resume that does not repeat what was due."""
+    calls = []
+
+    def note(owner, name, step_of):
+        original = getattr(owner, name)
+
+        def noted(*args):
+            calls.append((step_of(args), name))
+            return original(*args)
+
+        monkeypatch.setattr(owner, name, noted)
+
+    note(checkpoint, "save", lambda args: args[1]["step"])
+    note(sft.AnswerObserver, "evaluate", lambda args: args[1])
+    note(sft.AnswerObserver, "sample", lambda args: args[1])
+    folder = tmp_path / "r"
+    assert tune(whole, instructions, folder, *method, "--stop_at", 4) == 75
+    order = ("save", "evaluate", "sample")
+    assert calls == [*itertools.product((0, 1, 2), order), (4, "save")]
+    calls.clear()
+    assert resume(folder) == 0
+    assert calls == [(4, "evaluate"), (4, "sample"),
+                     (5, "save"),
+                     (8, "save"), (8, "evaluate"), (8, "sample"),
+                     (10, "save"),
+                     (12, "save"), (12, "evaluate"), (12, "sample")]
+
+
+@pytest.mark.parametrize("where, name", [
+    ("step", "SIGINT"), ("evaluate", "SIGTERM"), ("save", "SIGINT")])
+def test_sft_stop_signal_loses_no_step(trial, tuned, tmp_path, where, name):
+    """Catches: a signal that ends the process before its step is saved."""
+    folder = tmp_path / "r"
+    assert trial(folder, fault=["signal", where, 4, name])["code"] == 75
+    assert rows(folder, "end", ("reason",)) == [("stopped",)]
+    (last,) = rows(folder, keys=("step",))[-1]
+    assert last in (4, 5)
+    assert checkpoint.newest(folder).name == f"step_{last:08d}"
+    assert trial(folder)["code"] == 0
+    assert same(folder, tuned, 12)
+    assert events(folder) == events(tuned)
+
+
+@pytest.mark.parametrize("name, length", [
+    ("model.pt", 0), ("train_state.pt", 100), ("model.pt", None), ("meta.json", 3)])
+def test_sft_skips_a_damaged_checkpoint(tuned, tmp_path, capsys, name, length):
+    """Catches: a damaged file that is loaded, or that ends the run although an older state is
+    good. length: of what is left of the file; None: one bit is flipped."""
+    folder = tmp_path / "r"
+    shutil.copytree(tuned, folder)
+    file = folder / "checkpoints/step_00000012" / name
     content = bytearray(file.read_bytes())
-    content[len(content) // 2] ^= 1
-    file.write_bytes(bytes(content) if length is None else content[:length])
-    assert tune(None, instructions, folder, "--resume") == 0
-    assert "step_00000011 is damaged" in capsys.readouterr().err and same(folder, tuned, 12)
+    if length is None:
+        content[len(content) // 2] ^= 1
+    file.write_bytes(bytes(content[:length]))
+    assert resume(folder) == 0
+    assert "step_00000012 is damaged" in capsys.readouterr().err
+    assert rows(folder, "resume", ("step",)) == [(10,)]
+    assert same(folder, tuned, 12)
 
 
-def test_a_tuning_saves_numbers_that_are_none(whole, instructions, tuned, method, tmp_path, monkeypatch):
-    clip, calls = torch.nn.utils.clip_grad_norm_, []
+def nan_loss(patch, number):
+    """Make the loss of the number-th step from now NaN."""
+    original = sft.sum_over_processes
+    calls = itertools.count(1)
 
-    def broken(parameters, *args):
-        parameters = [p for p in parameters if p.grad is not None]
-        calls.append(1)
-        assert args == (1.0,)  # --grad_clip
-        if len(calls) == 7:
-            parameters[0].grad[0, 0] = float("nan")
-        return clip(parameters, *args)
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
-    assert tune(whole, instructions, tmp_path / "r", *method) == 3
-    report = json.loads((tmp_path / "r/non_finite.json").read_text())
-    chats, splits, _ = read_instructions(instructions)
-    trained = [chats[i] for i in hold_out(splits, 0.2, 1337)[0]]
-    batch = Batches(Examples(trained, Tokenizer(300), "S.", 64), 6, 1337).of_step(6)
-    assert report["step"] == 7 and report["questions"] == [trained[i][-2]["content"] for i in batch] and rows(tmp_path / "r") == rows(tuned)[:6]
-    assert all(tensor.isfinite().all() for tensor in state(tmp_path / "r", 5).values())
+    def broken(loss):
+        if next(calls) == number:
+            loss.fill_(math.nan)
+        return original(loss)
+
+    patch.setattr(sft, "sum_over_processes", broken)
 
 
-def test_a_tuning_becomes_another(whole, data, instructions, tuned, method, tmp_path, capsys):
-    shutil.copytree(tuned, tmp_path / "r")
-    shutil.copytree(whole, tmp_path / "pretrained")
-    for name, value in {"lr": 0.5, "batch_size": 3, "system": "T.", "lora": 2, "max_length": 32, "seed": 1, "held_out": 0.1, "step": 16}.items():
-        assert tune(None, instructions, tmp_path / "r", "--resume", f"--{name}", value) == 2 and f"{name} (saved" in messages(capsys)[-1]
-    assert tune(tuned, instructions, tmp_path / "r", "--resume") == 2 and "base (saved" in messages(capsys)[-1]
-    other = tmp_path / "rows.jsonl"
+def nan_gradient(patch, number):
+    """Make the gradient of the number-th step from now NaN, but not its loss."""
+    original = torch.nn.utils.clip_grad_norm_
+    calls = itertools.count(1)
+
+    def broken(parameters, largest):
+        assert largest == 1.0  # --grad_clip
+        trained = [p for p in parameters if p.grad is not None]
+        if next(calls) == number:
+            trained[0].grad[0, 0] = math.nan
+        return original(trained, largest)
+
+    patch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+
+
+@pytest.mark.parametrize("put_nan", [nan_loss, nan_gradient])
+def test_sft_nan_is_never_saved(whole, instructions, tuned, method, tmp_path, capsys, monkeypatch,
+                                put_nan):
+    """Catches: an update with a NaN, a checkpoint with one, steps that are lost because only the
+    last regular checkpoint is there."""
+    folder = tmp_path / "r"
+    with monkeypatch.context() as patch:
+        put_nan(patch, 7)
+        assert tune(whole, instructions, folder, *method) == 3
+    line = messages(capsys)[-1]
+    assert "step 7: loss" in line
+    assert "nan" in line
+    assert rows(folder) == rows(tuned)[:6]
+    assert checkpoint.newest(folder).name == "step_00000006"
+    assert all(tensor.isfinite().all() for tensor in state(folder, 6).values())
+    with monkeypatch.context() as patch:
+        put_nan(patch, 1)  # the same rows give the same NaN
+        assert resume(folder) == 3
+    assert rows(folder) == rows(tuned)[:6]
+    assert resume(folder) == 0  # control: without the NaN it is the undisturbed run
+    assert same(folder, tuned, 12)
+    assert events(folder) == events(tuned)
+
+
+@pytest.mark.parametrize("name, value", [
+    ("lr", 0.5), ("batch_size", 3), ("system", "T."), ("lora", 2), ("max_length", 32),
+    ("seed", 1), ("held_out", 0.1), ("step", 16), ("epochs", 2), ("weight_decay", 0.5)])
+def test_sft_resume_refuses_another_experiment(tuned, tmp_path, capsys, name, value):
+    """Catches: a setting that changes the experiment and is accepted, or ignored silently."""
+    folder = tmp_path / "r"
+    shutil.copytree(tuned, folder)
+    assert resume(folder, f"--{name}", value) == 2
+    line, = messages(capsys)
+    assert f"{name} (saved" in line
+    assert f"given {value}" in line
+    assert resume(folder, "--eval_every", 7) == 0  # control: the same experiment
+    assert same(folder, tuned, 12)
+
+
+def test_sft_resume_refuses_another_base_or_file(tuned, instructions, tmp_path, capsys):
+    """Catches: a run that goes on with other rows; a file that is taken for another because of its
+    name."""
+    folder = tmp_path / "r"
+    shutil.copytree(tuned, folder)
+    assert exit_code(sft.main, [tuned, "--run", folder, "--resume"]) == 2
+    assert "base (saved" in messages(capsys)[-1]
+    other = tmp_path / "other.jsonl"
     other.write_text(instructions.read_text())
-    assert tune(None, other, tmp_path / "r", "--resume", "--max_steps", 13) == 0  # the same rows by another name
+    assert resume(folder, "--instructions", other, "--max_steps", 13) == 0  # control
     other.write_text(instructions.read_text() + json.dumps(GOOD) + "\n")
-    assert tune(None, other, tmp_path / "r", "--resume", "--max_steps", 20) == 2 and "not the file" in messages(capsys)[-1]
-    assert tune(whole, instructions, tmp_path / "r", *method) == 2 and "--resume" in messages(capsys)[-1]
-    assert run(data, tmp_path / "r", "--resume") == 2 and "another script" in messages(capsys)[-1]
-    assert tune(whole, instructions, tmp_path / "pretrained", "--resume") == 2 and "another script" in messages(capsys)[-1]
-    assert tune(None, instructions, tmp_path / "r", "--resume") == 0 and "is finished" in capsys.readouterr().out
-    assert tune(None, instructions, tmp_path / "r", "--resume", "--max_steps", 14) == 0 and len(rows(tmp_path / "r")) == 14
+    assert resume(folder, "--instructions", other, "--max_steps", 14) == 2
+    assert "is not the file that this run was tuned on" in messages(capsys)[-1]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What it shows, and what it says
-
-def test_what_a_habit_is_goes_unseen(tuned, instructions):
-    report = json.loads((tuned / "metrics.jsonl").read_text().splitlines()[1])
-    chats, splits, _ = read_instructions(instructions)
-    trained, held = hold_out(splits, 0.2, 1337)
-    answer, n = Counter(m["content"] for i in trained for m in chats[i] if m["role"] == "assistant").most_common(1)[0]
-    total = sum(m["role"] == "assistant" for i in trained for m in chats[i])
-    assert report["event"] == "instructions" and report["frequent_answer"] == answer and len(report["questions"]) == 5
-    assert report["frequent_share"] == n / total < 1
-    asked = {chats[i][-2]["content"]: chats[i][-1]["content"] for i in held}
-    assert all(asked[q["question"]] == q["answer"] for q in report["questions"])
-    table = plot_dynamics.trajectory([plot_dynamics.read_run(tuned)])
-    said = {(step, prompt): (text, cut) for step, prompt, text, cut in rows(tuned, "sample", ("step", "prompt", "text", "cut"))}
-    assert {cut for _, cut in said.values()} <= {True, False}
-    for question in report["questions"]:
-        line, = [line for line in table.splitlines() if line.startswith(f"| {plot_dynamics.escape(question['question'])} |")]
-        cells = [plot_dynamics.escape(text) + " …" * cut for text, cut in
-                 (said[0, question["question"]], said[12, question["question"]], (answer, False), (question["answer"], False))]
-        assert line == f"| {plot_dynamics.escape(question['question'])} | " + " | ".join(cells) + " |"
+def test_sft_resume_of_a_finished_run(tuned, tmp_path, capsys):
+    """Catches: a finished run that is begun again; a larger --max_steps that does nothing."""
+    folder = tmp_path / "r"
+    shutil.copytree(tuned, folder)
+    assert resume(folder) == 0
+    assert "is finished" in capsys.readouterr().out
+    assert events(folder) == events(tuned)
+    assert resume(folder, "--max_steps", 14) == 0
+    assert len(rows(folder)) == 14
 
 
-def test_answers_are_those_of_another_search(tuned):
-    model, tokenizer, _ = checkpoint.load_model(tuned)
-    settings = json.loads((tuned / "config.json").read_text())
-    chats = [[user(q), assistant("x")] for q in ("a?", "b?", "longer?", "c?")]
-    examiner = sft.Examiner(model, tokenizer, Examples(chats, tokenizer, "S.", 64), chats, settings, torch.autocast("cpu", enabled=False))
-    for chat, (found, ended) in zip(chats, examiner.answer()):
-        ids, _ = encode_chat(tokenizer, chat[:1], "S.")
-        new = []
-        while len(ids) + len(new) < 64 and (not new or new[-1] != tokenizer.eot):  # the likeliest, one at a time, with no cache
-            new.append(int(model(torch.tensor([ids + new]))[0][0, -1, :300].argmax()))
-        assert (found, ended) == ((new[:-1], True) if new[-1] == tokenizer.eot else (new, False))
-    events = []
-    log = SimpleNamespace(event=lambda kind, step, **fields: events.append({"event": kind, **fields}), say=lambda text: None)
-    examiner.answer = lambda: [([1], True), ([2], False), ([3], True), ([4], True)]
-    examiner.evaluate(0, log, True)
-    assert [e["ended"] for e in events if e["event"] == "sft_eval"] == [0.75]
-    assert [(e["text"], e["cut"]) for e in events if e["event"] == "sample"] == [(tokenizer.decode([1 + i]).strip(), i == 1) for i in range(4)]
-
-
-def test_questions_that_were_cut_are_asked(tuned):
-    model, tokenizer, _ = checkpoint.load_model(tuned)
-    settings = json.loads((tuned / "config.json").read_text())
-    chats = [[user(f"{i}?"), assistant("no " * (40 if i % 2 else 1))] for i in range(50)]  # every other one is longer than the window
-    held = Examples(chats, tokenizer, "S.", 64)
-    examiner = sft.Examiner(model, tokenizer, held, chats, settings, torch.autocast("cpu", enabled=False))
-    assert held.cut == 25 and [q["question"] for q in examiner.shown.values()] == ["0?", "12?", "24?", "36?", "48?"] and len(examiner.prompts) == 25
-    assert sft.spread(range(100), 5) == [0, 24, 49, 74, 99] and sft.spread([7, 8], 5) == [7, 8] and sft.spread([], 5) == []
-
-
-def test_tuning_costs_go_unseen(tuned, whole):
-    before, *_, after = rows(tuned, "benchmark", ("step", "name", "acc", "acc_pmi", "n"))
-    assert (before[0], after[0]) == (0, 12) and before[1:] == rows(whole, "benchmark", ("name", "acc", "acc_pmi", "n"))[-1]
-
-
-def talk(tuned, monkeypatch, capsys, lines, *flags):
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
-    try:
-        code = sample.main([str(tuned), "--chat", "--temperature", "0", "--max_new_tokens", "6", *flags])
-    except SystemExit as error:
-        code = error.code
-    out, err = capsys.readouterr()
-    return code, out.split("\n")[:-1], err
-
-
-def test_a_chat_forgets_or_goes_on(tuned, whole, monkeypatch, capsys):
-    model, tokenizer, _ = checkpoint.load_model(tuned)
-
-    def answer(*said, system="S."):
-        ids, _ = encode_chat(tokenizer, said, system)
-        new = [int(i) for i in model.generate(torch.tensor([ids]), 6, 0, eot=tokenizer.eot)]
-        return tokenizer.decode([i for i in new if i != tokenizer.eot]).lstrip()
-    one = answer(user("a?"))
-    two = answer(user("a?"), assistant(one), user("b?"))
-    assert talk(tuned, monkeypatch, capsys, b"a?\nb?\n") == (0, [one, two], "")
-    assert talk(tuned, monkeypatch, capsys, b"a?\n\n/reset\nb?\n/exit\na?")[1] == [one, answer(user("b?"))]
-    assert talk(tuned, monkeypatch, capsys, b"a?", "--system", "T.")[1] == [answer(user("a?"), system="T.")]
-    code, said, err = talk(tuned, monkeypatch, capsys, b"/what\n\xff\n/reset\na?\na?" + b"y" * 70 + b"\nb?")
-    assert code == 0 and said[1:] == [one, two] and "no command /what" in err and "ask a shorter one" in err  # what was said before stays
-    assert "was never tuned" in talk(whole, monkeypatch, capsys, b"")[2] and "was never tuned" not in talk(tuned, monkeypatch, capsys, b"")[2]
-    assert talk(tuned, monkeypatch, capsys, b"", "--prompt", "x")[0] == 2
-
-
-def test_an_answer_has_no_room(tuned, monkeypatch, capsys):
-    asked = []
-    monkeypatch.setattr(sample, "stream", lambda model, tokenizer, ids, most, *args: asked.append((len(ids), most)) or ["x"])
-    for most, room in ((6, 58), (200, 48)):  # a quarter of the window of 64, or less if less is wanted
-        asked.clear()
-        empty = len(encode_chat(Tokenizer(300), [user("")], "S.")[0])
-        lines = b"".join(b"y" * n + b"\n/reset\n" for n in range(1, 70))
-        code, _, err = talk(tuned, monkeypatch, capsys, lines, "--max_new_tokens", str(most))
-        assert code == 0 and max(n for n, _ in asked) == room and all(limit == min(most, 64 - n) for n, limit in asked)
-        assert len(asked) + err.count(f"room for {room} — ask a shorter one") == 69 > len(asked)
-    code, _, err = talk(tuned, monkeypatch, capsys, b"a?", "--system", "long " * 30)
-    assert code == 2 and "give a shorter --system" in err and empty < 48
-    monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(SystemExit) as error:
-        sample.main([str(tuned), "--chat"])
-    assert error.value.code == 2 and "standard input, which is closed" in capsys.readouterr().err
-
-
-def test_history_is_cut_amid_a_turn():
-    talked = [m for n in range(9) for m in (user(f"question {n}"), assistant(f"answer {n}"))][:-1]
-    everything, _ = encode_chat(GPT2, talked, "S.")
-    for room in range(12, len(everything) + 2):
-        kept, ids = sample.fit(GPT2, talked, "S.", room)
-        assert ids == encode_chat(GPT2, kept, "S.")[0] and kept == talked[-len(kept):] and kept[0]["role"] == "user" and len(ids) <= room
-        more = talked[-len(kept) - 2:]
-        assert len(more) == len(kept) or len(encode_chat(GPT2, more, "S.")[0]) > room  # no turn is lost without need
-
-
-def test_the_newest_run_to_tune_is_a_tuned_one(whole, tuned, tmp_path):
-    for name, folder in (("a", whole), ("b", tuned)):
-        shutil.copytree(folder, tmp_path / name)
-        time.sleep(0.01)
-        (tmp_path / name / "checkpoints").touch()
-    assert runs.newest_run(tmp_path) == tmp_path / "b" and runs.newest_run(tmp_path, pretrained=True) == tmp_path / "a"
+def test_used_folder_is_refused(whole, data, instructions, tuned, method, tmp_path, capsys):
+    """Catches: a run that is overwritten without --overwrite, or continued by the other script."""
+    folder = tmp_path / "r"
+    shutil.copytree(tuned, folder)
+    assert tune(whole, instructions, folder, *method) == 2
+    assert "--resume" in messages(capsys)[-1]
+    assert run(data, folder, "--resume") == 2
+    assert "another script" in messages(capsys)[-1]
+    pretrained = tmp_path / "pretrained"
+    shutil.copytree(whole, pretrained)
+    assert tune(whole, instructions, pretrained, "--resume") == 2
+    assert "another script" in messages(capsys)[-1]
+    assert same(folder, tuned, 12)
+    assert same(pretrained, whole)
+    assert tune(whole, instructions, folder, *method, "--overwrite") == 0  # control
+    assert same(folder, tuned, 12)

@@ -1,242 +1,677 @@
-"""A run is its full state: stopped and resumed, on one process or two, looked at often or rarely, it is the same run.
+"""train.py: a run is its full state. Stopped and resumed, evaluated often or rarely, in small
+micro-batches or large ones, it is the same run.
 
 Each comparison has a control: the same comparison with a mistake made on purpose, which must show.
+What may happen to a run from outside is in test_faults.py.
 """
+import argparse
+import functools
 import json
 import math
-import os
-import pickle
+import re
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 import checkpoint
-import runs
+import evaluate
+import plot_dynamics
 import sample
 import train
-from conftest import CHILD, FLAGS, evals, messages, rows, run, same
+from conftest import FLAGS, evals, exit_code, messages, rows, run, same
+from model import PRESETS, Llama, SwiGLU
+from support import durable, runs
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Stop and resume
-
-@pytest.mark.parametrize("stop", [1, 3, 8, 17, 19])  # in the warm-up, after it, right after an evaluation, past an epoch's end
-def test_a_resumed_run_is_another_run(data, whole, tmp_path, stop):
-    assert run(data, tmp_path / "r", "--stop_at", stop) == 75
-    assert rows(tmp_path / "r")[-1][0] == stop
-    assert run(data, tmp_path / "r", "--resume") == 0
-    assert same(tmp_path / "r", whole)
-    assert [row[0] for row in rows(tmp_path / "r")] == list(range(1, 21))
+pytestmark = pytest.mark.usefixtures("short_samples")
 
 
-@pytest.mark.parametrize("mistake", ["reset", "moments", "step", "seed", "rounded"])
-def test_control_a_state_that_is_not_the_full_state_shows(data, whole, tmp_path, mistake):
+def steps(folder):
+    return [row[0] for row in rows(folder)]
+
+
+def contents(folder):
+    """{path: bytes} of a folder, without the lock, which is made again at each start."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and path.name != ".lock":
+            found[path] = path.read_bytes()
+    return found
+
+
+def newest(folder):
+    """The step of the newest full state."""
+    return durable.step_of(durable.find(folder, full=True))
+
+
+def weights(folder, step=None):
+    """All weights of a checkpoint in one vector."""
+    model, _, _ = checkpoint.load_model(folder, step)
+    return torch.nn.utils.parameters_to_vector(model.parameters())
+
+
+def events(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+# -------------------------------------------------------------------------------------------------
+# Stop and resume: rows 1, 2, 28, 29 of the faults
+
+# 0: nothing trained; 3: in the warm-up; 8: an evaluation is due; 18: the next batch crosses the
+# end of an epoch; 19: in the second epoch.
+@pytest.mark.parametrize("stop", [0, 1, 3, 8, 18, 19])
+def test_resume_is_bitwise(data, whole, tmp_path, stop):
+    """Catches: state that a resume loses; a batch read twice or not at all. (Row 1.)"""
     folder = tmp_path / "r"
-    run(data, folder, "--stop_at", 10)
-    if mistake == "reset":
-        assert run(data, folder, "--resume", "--reset_optimizer") == 0
-    else:
-        place = checkpoint.find(folder, full=True)
-        weights, kept = (torch.load(place / name, weights_only=True) for name in ("model.pt", "train_state.pt"))
-        if mistake == "moments":
-            for moments in kept["optimizer"].values():
-                moments["exp_avg"].zero_()
-        elif mistake == "step":
-            kept["step"] += 1
-        elif mistake == "seed":
-            kept["config"]["seed"] += 1
-        else:
-            weights["model"] = {name: value.half().float() for name, value in weights["model"].items()}
-        checkpoint.save(folder, 10, weights, kept)
-        assert run(data, folder, "--resume") == 0
+    assert run(data, folder, "--stop_at", stop) == 75
+    assert steps(folder) == list(range(1, stop + 1))
+    assert run(data, folder, "--resume") == 0
+    assert same(folder, whole)
+    assert steps(folder) == list(range(1, 21))
+
+
+def zero(moment):
+    def spoil(state):
+        for moments in state["optimizer"].values():
+            moments[moment].zero_()
+    return spoil
+
+
+def round_weights(state):
+    for tensor in state["model"].values():
+        tensor.copy_(tensor.half())
+
+
+def skip_a_step(state):
+    state["step"] += 1
+
+
+def change_seed(state):
+    state["config"]["seed"] += 1
+
+
+MISTAKES = {
+    "average of gradients": zero("exp_avg"),
+    "average of squares": zero("exp_avg_sq"),
+    "count of updates": zero("step"),
+    "step": skip_a_step,
+    "seed": change_seed,
+    "rounded weights": round_weights,
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_resume_differs_if_state_is_incomplete(data, whole, tmp_path, mistake):
+    """Catches: a comparison of runs that cannot fail. The control of test_resume_is_bitwise.
+    (Row 2.)"""
+    folder = tmp_path / "r"
+    assert run(data, folder, "--stop_at", 10) == 75
+    state = checkpoint.load(durable.find(folder, full=True))
+    MISTAKES[mistake](state)
+    checkpoint.save(folder, state, keep_last=2, keep_every=0)
+    assert run(data, folder, "--resume") == 0
     assert not same(folder, whole)
+    assert rows(folder)[-1] != rows(whole)[-1]
 
 
-def test_a_second_process_or_a_used_folder_mixes_two_runs(data, whole, tmp_path, capsys):
-    before = (whole / "metrics.jsonl").read_bytes()
-    assert run(data, whole) == 2
-    assert "--resume" in messages(capsys)[-1]
-    held = runs.lock(whole)
-    assert run(data, whole, "--overwrite") == 2 and "in use" in messages(capsys)[-1]
-    held.close()
-    assert run(data, whole, "--resume") == 0  # finished: one line, nothing changes
-    assert (whole / "metrics.jsonl").read_bytes() == before
+def test_reset_optimizer_forgets_the_moments(data, whole, tmp_path):
+    """Catches: a --reset_optimizer that does nothing, or one that the log does not tell."""
+    folder = tmp_path / "r"
+    assert run(data, folder, "--stop_at", 10) == 75
+    assert run(data, folder, "--resume", "--reset_optimizer") == 0
+    assert rows(folder, "resume", ("step", "restored_optimizer")) == [(10, False)]
+    assert rows(folder)[:11] == rows(whole)[:11]  # its loss and norm are of the weights before it
+    assert rows(folder)[11] != rows(whole)[11]
 
 
-@pytest.mark.slow
-def test_a_signal_at_a_random_moment_changes_the_run(data, whole, tmp_path):
-    (tmp_path / "child.py").write_text(CHILD)
-    length = ["--max_steps", "150", "--eval_every", "50"]
-    command = list(map(str, [sys.executable, tmp_path / "child.py", *FLAGS, "--data", data, "--run", tmp_path / "r", *length]))
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    log = tmp_path / "r" / "metrics.jsonl"
-    while child.poll() is None and not (log.exists() and log.read_text().count('"train"') > 20):
-        time.sleep(0.01)
-    time.sleep(0.2 * np.random.RandomState(os.getpid()).rand())
-    child.send_signal(signal.SIGINT)
-    assert child.wait(60) == 75
-    assert run(data, tmp_path / "r", *length, "--resume") == 0
-    assert run(data, tmp_path / "straight", *length) == 0
-    assert rows(tmp_path / "r") == rows(tmp_path / "straight") and evals(tmp_path / "r") == evals(tmp_path / "straight")
-    assert rows(tmp_path / "r")[:20] != rows(whole)  # control: another horizon is another schedule
+def test_resume_does_not_replace_the_state_it_came_from(data, whole, tmp_path):
+    """Catches: moments that a resume without them deletes from the disk, before its first step."""
+    folder = tmp_path / "r"
+    assert run(data, folder, "--stop_at", 10) == 75
+    assert run(data, folder, "--resume", "--reset_optimizer", "--stop_at", 10) == 75
+    assert run(data, folder, "--resume") == 0
+    assert same(folder, whole)
 
 
-def test_looking_more_often_changes_the_training(data, whole, tmp_path):
-    assert run(data, tmp_path / "r", "--eval_every", 1, "--sample_every", 2, "--save_every", 3, "--eval_tokens", 64) == 0
-    assert rows(tmp_path / "r") == rows(whole)
-    assert run(data, tmp_path / "s", "--seed", 1) == 0
-    assert rows(tmp_path / "s") != rows(whole)  # control
+@pytest.fixture
+def dropout(monkeypatch):
+    """A network with dropout behind each feed-forward part, as a reader may try it."""
+    forward = SwiGLU.forward
+
+    def with_dropout(self, x):
+        return F.dropout(forward(self, x), 0.1, training=self.training)
+    monkeypatch.setattr(SwiGLU, "forward", with_dropout)
 
 
-def test_the_trajectory_loses_its_checkpoints_or_keeps_too_many(whole):
-    kept = {step: set(p.name for p in folder.iterdir()) for step, folder in checkpoint.checkpoints(whole).items()}
-    assert list(kept) == [0, 1, 2, 4, 8, 15, 16, 20]
-    full = {step for step, names in kept.items() if "train_state.pt" in names}
-    assert full == {15, 20}  # the newest two; the full state of step 0 shrank to its weights
+def test_resume_with_dropout_is_bitwise(data, tmp_path, dropout, monkeypatch):
+    """Catches: a random state that is not saved, or not restored. (Row 1.)"""
+    short = ("--max_steps", 6, "--save_every", 0)
+    assert run(data, tmp_path / "straight", *short) == 0
+    assert run(data, tmp_path / "r", *short, "--stop_at", 3) == 75
+    shutil.copytree(tmp_path / "r", tmp_path / "wrong")
+    assert run(data, tmp_path / "r", *short, "--resume") == 0
+    assert same(tmp_path / "r", tmp_path / "straight", 6)
+    # control: without the random state it is another run
+    monkeypatch.setattr(torch, "set_rng_state", lambda state: None)
+    assert run(data, tmp_path / "wrong", *short, "--resume") == 0
+    assert rows(tmp_path / "wrong") != rows(tmp_path / "straight")
 
 
-def test_events_come_in_another_order(whole):
-    events = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
-    assert [(e["event"], e["step"]) for e in events][:8] == [
-        ("start", 0), ("eval", 0), ("benchmark", 0), ("sample", 0), ("train", 1), ("eval", 1), ("benchmark", 1), ("train", 2)]
-    assert events[-1]["event"] == "end" and events[-1]["reason"] == "done"
+@pytest.fixture
+def finished(whole, tmp_path):
+    """A copy of the run `whole`."""
+    return shutil.copytree(whole, tmp_path / "finished")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def test_finished_run_stays_as_it_is(data, finished, capsys):
+    """Catches: a finished run that --resume evaluates again, draws again or writes into."""
+    before = contents(finished)
+    assert run(data, finished, "--resume") == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{finished} is finished: 20 steps — next: python sample.py {finished}\n"
+    assert printed.err == ""
+    assert contents(finished) == before
+
+
+def test_used_folder_is_refused(data, finished, capsys):
+    """Catches: two runs mixed in one folder. (Row 29.)"""
+    before = contents(finished)
+    assert run(data, finished) == 2
+    message, = messages(capsys)
+    assert "--resume" in message
+    assert "--overwrite" in message
+    assert contents(finished) == before
+
+
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_folder_in_use_is_refused(data, finished, capsys, flag):
+    """Catches: two processes that write into one run. (Row 28; that a killed process leaves no
+    lock is tested by each kill in test_faults.py.)"""
+    before = contents(finished)
+    lock = runs.hold(finished)
+    assert run(data, finished, flag) == 2
+    message, = messages(capsys)
+    assert "in use by another process" in message
+    assert contents(finished) == before
+    lock.close()
+    assert run(data, finished, "--resume") == 0  # control
+
+
+def test_overwrite_starts_over(data, whole, tmp_path):
+    """Catches: rows or checkpoints of the earlier run in the new one."""
+    folder = tmp_path / "r"
+    other = ("--seed", 5, "--save_every", 3, "--keep_every", 3)
+    assert run(data, folder, *other, "--stop_at", 7) == 75
+    assert run(data, folder, "--overwrite") == 0
+    assert same(folder, whole)
+    assert list(durable.checkpoints(folder)) == list(durable.checkpoints(whole))
+
+
+def test_init_from_takes_the_weights_only(data, whole, tmp_path):
+    """Catches: a new run that starts from random weights, or with the step of the other run."""
+    folder = tmp_path / "r"
+    assert run(data, folder, "--init_from", whole, "--max_steps", 1) == 0
+    first, = rows(folder)
+    assert first[0] == 1
+    first_eval = evals(folder)[0]
+    last_eval = evals(whole)[-1]
+    assert first_eval[0] == 0
+    assert first_eval[1:] == last_eval[1:]
+    assert first_eval[1:] != evals(whole)[0][1:]  # control
+
+
+# -------------------------------------------------------------------------------------------------
+# Evaluating, sampling and saving: row 33
+
+def test_evaluation_does_not_change_training(data, whole, tmp_path):
+    """Catches: an evaluation, a sample or a save that draws the run's random numbers or changes
+    its weights. (Row 33.)"""
+    often = ("--eval_every", 1, "--sample_every", 2, "--save_every", 3, "--eval_tokens", 64)
+    assert run(data, tmp_path / "often", *often, "--stop_at", 10) == 75
+    assert rows(tmp_path / "often") == rows(whole)[:10]
+    # control
+    assert run(data, tmp_path / "other", "--seed", 1, "--stop_at", 1) == 75
+    assert rows(tmp_path / "other")[0] != rows(whole)[0]
+
+
+def test_seed_decides_the_first_weights(data, whole, tmp_path):
+    """Catches: weights that are the same for every seed, or others for the same seed."""
+    for seed, equal in ((1337, True), (1, False)):
+        folder = tmp_path / str(seed)
+        assert run(data, folder, "--seed", seed, "--stop_at", 0) == 75
+        assert torch.equal(weights(folder), weights(whole, 0)) == equal
+
+
+def test_evaluation_turns_dropout_off_and_on_again(data, whole, tmp_path, dropout, monkeypatch):
+    """Catches: evaluations and samples with dropout, and a training without it after them."""
+    rarely = ("--max_steps", 5, "--save_every", 0)
+    often = (*rarely, "--eval_every", 1, "--sample_every", 1)
+    assert run(data, tmp_path / "rarely", *rarely) == 0
+    assert run(data, tmp_path / "often", *often) == 0
+    assert rows(tmp_path / "often") == rows(tmp_path / "rarely")
+    for row in evals(tmp_path / "rarely"):
+        assert row in evals(tmp_path / "often")
+    # The training has dropout: it differs from that of a network without.
+    assert rows(tmp_path / "rarely")[0] != rows(whole)[0]
+    # control: an evaluation with dropout shows
+    monkeypatch.setattr(Llama, "eval", lambda model: model)
+    assert run(data, tmp_path / "wrong", *often) == 0
+    assert rows(tmp_path / "wrong") != rows(tmp_path / "rarely")
+    assert evals(tmp_path / "wrong")[0] != evals(tmp_path / "rarely")[0]
+
+
+def test_events_are_in_order(whole):
+    """Catches: an event that is missing, doubled, or at another step."""
+    found = [f"{row['event']} {row['step']}" for row in events(whole)]
+    assert found[:9] == [
+        "start 0", "eval 0", "benchmark 0", "sample 0",
+        "train 1", "eval 1", "benchmark 1", "sample 1", "train 2"]
+    assert found[-5:] == ["train 20", "eval 20", "benchmark 20", "sample 20", "end 20"]
+    for event in ("eval", "benchmark", "sample"):
+        at = [step for step, in rows(whole, event, ("step",))]
+        assert at == [0, 1, 2, 4, 8, 16, 20]
+    assert rows(whole, "end", ("reason",)) == [("done",)]
+
+
+@pytest.mark.parametrize("every, last, expected", [
+    (0, None, [0, 1, 2, 4, 8, 16]),
+    (0, 19, [0, 1, 2, 4, 8, 16, 19]),
+    (5, 19, [0, 1, 2, 4, 5, 8, 10, 15, 16, 19, 20]),
+    (6, None, [0, 1, 2, 4, 6, 8, 12, 16, 18]),
+    (1, None, list(range(21))),
+])
+def test_due_is_early_at_the_interval_and_at_the_end(every, last, expected):
+    """Catches: a step at which evaluating, sampling or saving is forgotten, or not wanted."""
+    assert [step for step in range(21) if runs.due(step, every, last)] == expected
+
+
+@pytest.mark.parametrize("flags, small, full", [
+    ([], [0, 1, 2, 4, 8], [16, 20]),
+    (["--keep_every", 10, "--keep_last", 3], [0, 1, 2, 4, 8, 10], [15, 16, 20]),
+    (["--save_every", 0, "--keep_last", 4], [0, 1, 2], [4, 8, 16, 20]),
+    (["--save_every", 7, "--keep_every", 7], [0, 1, 2, 4, 7, 8, 14], [16, 20]),
+])
+def test_checkpoints_follow_the_keep_rule(data, tmp_path, flags, small, full):
+    """Catches: a trajectory with holes, too few full states to fall back on, a disk that fills."""
+    assert run(data, tmp_path / "r", "--eval_every", 0, *flags) == 0
+    found = durable.checkpoints(tmp_path / "r")
+    assert list(found) == small + full  # the small ones hold weights alone
+    for step, folder in found.items():
+        files = {path.name for path in folder.iterdir()}
+        assert ("train_state.pt" in files) == (step in full)
+        assert set(durable.read_meta(folder)["files"]) == files - {"meta.json"}
+        durable.verify(folder, "model.pt", durable.read_meta(folder)["files"])
+
+
+# -------------------------------------------------------------------------------------------------
 # The step
 
-@pytest.mark.slow
-def test_two_processes_train_another_run(data, tmp_path):
-    (tmp_path / "child.py").write_text(CHILD)
-    flags = [*FLAGS, "--data", str(data), "--max_steps", "50", "--micro_batch", "2"]
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "--", str(tmp_path / "child.py"), *flags,
-                    "--run", str(tmp_path / "two")], check=True, capture_output=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert run(data, tmp_path / "one", "--max_steps", 50, "--micro_batch", 2) == 0
-    assert run(data, tmp_path / "other", "--max_steps", 50, "--micro_batch", 2, "--seed", 2) == 0
-    one, two, other = (np.array([row[2] for row in rows(tmp_path / name)]) for name in ("one", "two", "other"))
-    assert len(two) == 50 and np.abs(two / one - 1).max() < 1e-5
-    assert np.abs(other / one - 1).max() > 1e-5  # control
-    assert np.allclose([row[1] for row in evals(tmp_path / "two")], [row[1] for row in evals(tmp_path / "one")], rtol=1e-5)
-    one, two, other = (rows(tmp_path / name, "benchmark", ("step", "acc", "acc_norm", "acc_pmi", "n")) for name in ("one", "two", "other"))
-    assert one == two != other
+def windows_of(data):
+    """All training windows of 16 tokens in file order, each with its targets: (149, 17)."""
+    found = []
+    for name in ("train_0000", "train_0001"):
+        tokens = np.load(data / f"{name}.npy").astype(np.int64)
+        for start in range(0, len(tokens) - 16, 16):
+            found.append(tokens[start:start + 17])
+    return torch.from_numpy(np.stack(found))
 
 
-def test_micro_batches_that_are_averaged_one_by_one(data, whole, tmp_path):
-    assert run(data, tmp_path / "r", "--micro_batch", 1) == 0
-    few, many = (np.array([row[2:] for row in rows(folder)]) for folder in (whole, tmp_path / "r"))
-    assert np.abs(many / few - 1).max() < 1e-4
-    assert run(data, tmp_path / "s", "--batch_tokens", 64, "--micro_batch", 1) == 0  # control: half the batch
-    assert np.abs(np.array([row[2:] for row in rows(tmp_path / "s")]) / few - 1).max() > 1e-2
+def plain_training(model, data, clip, decay):
+    """Four steps without train.py: whole batches, and AdamW from its formula.
+
+    Changes the model; returns (loss, learning rate, gradient norm) of each step."""
+    windows = windows_of(data)
+    order = np.random.RandomState([1337, 0]).permutation(len(windows))
+    parameters = list(model.parameters())
+    average = [torch.zeros_like(p) for p in parameters]
+    square = [torch.zeros_like(p) for p in parameters]
+    found = []
+    for step in range(1, 5):
+        batch = windows[order[8 * step - 8:8 * step]]
+        targets = batch[:, 1:].flatten()
+        logits, _ = model(batch[:, :-1])
+        loss = F.cross_entropy(logits.flatten(0, 1), targets)
+        gradients = torch.autograd.grad(loss, parameters)
+        norm = torch.cat([g.flatten() for g in gradients]).norm().item()
+        scale = min(1.0, clip / norm)
+        lr = 0.01 * step / 6
+        for i, p in enumerate(parameters):
+            g = scale * gradients[i]
+            average[i] = 0.9 * average[i] + 0.1 * g
+            square[i] = 0.95 * square[i] + 0.05 * g * g
+            m = average[i] / (1 - 0.9**step)
+            v = square[i] / (1 - 0.95**step)
+            update = m / (v.sqrt() + 1e-8)
+            if p.dim() == 2:
+                update = update + decay * p
+            p.data = p.data - lr * update.detach()
+        found.append((loss.item(), lr, norm))
+    return found
 
 
-def test_the_schedule_is_not_what_it_says():
-    base = dict(lr=1.0, min_lr=0.1, warmup_steps=10, max_steps=110)
-    for schedule, half in (("cosine", 0.1 + 0.9 * 0.5), ("linear", 0.55), ("wsd", 1.0)):
-        settings = {**base, "schedule": schedule}
-        assert [train.lr_at(s, settings) for s in (0, 4, 9)] == [0.1, 0.5, 1.0]
-        assert math.isclose(train.lr_at(60, settings), half)
-        assert math.isclose(train.lr_at(110, settings), 0.1)
-        values = [train.lr_at(s, settings) for s in range(10, 111)]
-        assert values == sorted(values, reverse=True)
-    assert math.isclose(train.lr_at(99, {**base, "schedule": "wsd"}), 0.1 + 0.9 * 11 / 22)  # in the middle of the last 20 %
-    assert train.lr_at(50, {**base, "schedule": "cosine", "max_steps": None}) == 1.0
+@pytest.mark.parametrize("clip, decay, equal", [
+    (0.5, 10.0, True),
+    (math.inf, 10.0, False),  # control: without the clip it is another training
+    (0.5, 0.0, False),        # control: and without the decay
+])
+def test_training_equals_a_plain_loop(data, tmp_path, clip, decay, equal):
+    """Catches: a batch of another step, a wrong mean over micro-batches, a skipped clip, the
+    learning rate of another step, a decay of vectors or of nothing."""
+    folder = tmp_path / "r"
+    small = ("--max_steps", 4, "--micro_batch", 2)
+    assert run(data, folder, *small, "--grad_clip", 0.5, "--weight_decay", 10) == 0
+    plain, _, _ = checkpoint.load_model(folder, step=0)
+    expected = plain_training(plain, data, clip, decay)
+    plain_weights = torch.nn.utils.parameters_to_vector(plain.parameters())
+    start = weights(folder, 0)
+    difference = (weights(folder) - plain_weights).norm() / (plain_weights - start).norm()
+    if not equal:
+        assert difference > 0.01
+        return
+    assert difference < 1e-3
+    found = rows(folder, keys=("loss", "lr", "grad_norm"))
+    assert np.allclose(found, expected, rtol=1e-4)
+    assert min(norm for _, _, norm in found) > 0.5  # every step is clipped
 
 
-def test_decay_of_vectors_or_a_forgotten_parameter(whole):
+def test_micro_batch_changes_nothing_but_speed(data, whole, tmp_path):
+    """Catches: micro-batches that count twice, or are averaged one by one. (Row 16.)"""
+    stop = ("--stop_at", 6)
+    assert run(data, tmp_path / "small", *stop, "--micro_batch", 1) == 75
+    assert np.allclose(rows(tmp_path / "small"), rows(whole)[:6], rtol=1e-4)
+    # control: half the batch
+    assert run(data, tmp_path / "half", *stop, "--batch_tokens", 64) == 75
+    assert not np.allclose(rows(tmp_path / "half"), rows(whole)[:6], rtol=1e-2)
+
+
+def test_optimizer_decays_matrices_only(whole):
+    """Catches: a decay of the norms' weights; a parameter that is not trained."""
     model, _, _ = checkpoint.load_model(whole)
-    settings = json.loads((whole / "config.json").read_text())
-    matrices, vectors = train.make_optimizer(model, settings, torch.device("cpu")).param_groups
-    assert matrices["weight_decay"] == 0.1 and all(p.dim() == 2 for p in matrices["params"])
-    assert vectors["weight_decay"] == 0.0 and all(p.dim() == 1 for p in vectors["params"])
-    assert len(matrices["params"]) + len(vectors["params"]) == len(list(model.parameters()))
+    args = train.read_settings(FLAGS)
+    optimizer = train.make_optimizer(model, args, torch.device("cpu"))
+    matrices, vectors = optimizer.param_groups
+    assert matrices["weight_decay"] == 0.1
+    assert vectors["weight_decay"] == 0.0
+    assert {p.dim() for p in matrices["params"]} == {2}
+    assert {p.dim() for p in vectors["params"]} == {1}
+    found = {*matrices["params"], *vectors["params"]}
+    assert found == set(model.parameters())
 
 
-def test_fp16_forgets_its_loss_scale(data, tmp_path):
-    for name, stops in (("straight", []), ("resumed", ["--stop_at", 9])):
-        code = run(data, tmp_path / name, "--dtype", "fp16", *stops)
-    assert code == 75 and run(data, tmp_path / "resumed", "--dtype", "fp16", "--resume") == 0
-    assert same(tmp_path / "straight", tmp_path / "resumed")
-    kept = torch.load(tmp_path / "resumed/checkpoints/step_00000020/train_state.pt", weights_only=True)
-    assert kept["scaler"]["_growth_tracker"] == 20 and kept["scaler"]["scale"] == 65536.0
+# -------------------------------------------------------------------------------------------------
+# The learning rate
+
+def lr_at(step, **changes):
+    """The rate of a run with round numbers: 10 steps of warm-up, 100 more, from 1.0 to 0.1."""
+    settings = {"lr": 1.0, "min_lr": 0.1, "warmup_steps": 10, "max_steps": 110,
+                "schedule": "cosine", **changes}
+    return train.lr_at(step, argparse.Namespace(**settings))
 
 
-def test_a_loss_that_is_no_number_reaches_the_weights(data, tmp_path, capsys):
-    assert run(data, tmp_path / "r", "--lr", 1e12, "--grad_clip", 0, "--warmup_steps", 0) == 3
-    assert "update was not made" in messages(capsys)[-1] and (tmp_path / "r" / "non_finite.json").exists()
-    model, _, _ = checkpoint.load_model(tmp_path / "r", step=0)
-    assert all(torch.isfinite(p).all() for p in model.parameters())
+@pytest.mark.parametrize("schedule, points", [
+    ("cosine", {10: 1.0, 35: 0.1 + 0.9 * 0.8535534, 60: 0.55, 110: 0.1}),  # (1 + √½) / 2
+    ("linear", {10: 1.0, 35: 0.1 + 0.9 * 0.75, 60: 0.55, 110: 0.1}),
+    ("wsd", {10: 1.0, 60: 1.0, 88: 1.0, 99: 0.55, 110: 0.1}),  # the last 22 steps decay
+])
+def test_lr_follows_its_schedule(schedule, points):
+    """Catches: a wrong shape, a warm-up that starts at 0, a rate that rises after it."""
+    warm_up = [lr_at(step, schedule=schedule) for step in (0, 4, 9)]
+    assert warm_up == [0.1, 0.5, 1.0]
+    for step, expected in points.items():
+        assert math.isclose(lr_at(step, schedule=schedule), expected, rel_tol=1e-6)
+    decay = [lr_at(step, schedule=schedule) for step in range(10, 111)]
+    assert decay == sorted(decay, reverse=True)
 
 
-def test_minutes_do_not_become_a_fixed_horizon(data, tmp_path, monkeypatch):
-    monkeypatch.setitem(train.BY_PRESET, "test", {"max_minutes": 0.2})
-    flags = [flag for flag in FLAGS if flag not in ("--max_steps", "20")]
-    assert run(data, tmp_path / "r", "--stop_at", 25, base=flags) == 75
-    (step, horizon), = rows(tmp_path / "r", "horizon", ("step", "max_steps"))
-    assert step == 20 and horizon > 20
-    assert run(data, tmp_path / "r", "--resume", "--max_steps", 30, base=flags) == 0  # another one is accepted when it is asked for
-    assert rows(tmp_path / "r")[-1][0] == 30 and json.loads((tmp_path / "r/config.json").read_text())["max_steps"] == 30
+@pytest.mark.parametrize("schedule", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize("warmup", [0, 20, 80, 90, 99, 100, 150])
+def test_lr_has_no_jump(schedule, warmup):
+    """Catches: a warm-up that reaches into the decay of wsd, or over the end of the run."""
+    rates = [lr_at(step, schedule=schedule, warmup_steps=warmup, max_steps=100)
+             for step in range(101)]
+    if warmup > 0:
+        assert math.isclose(rates[0], 1 / warmup)
+    assert max(rates) <= 1.0
+    changes = np.abs(np.diff(rates))
+    rise = 1 / max(1, warmup)
+    decay_steps = max(1, min(20, 100 - warmup))  # of wsd, the shortest
+    steepest = 0.9 * math.pi / 2 / decay_steps   # of a cosine that is as short
+    assert changes.max() <= max(rise, steepest) + 1e-9
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints and mistakes
-
-def test_a_checkpoint_runs_code(whole, tmp_path, capsys):
-    class Bomb:
-        def __reduce__(self):
-            return (Path.touch, (tmp_path / "exploded",))
-    place = tmp_path / "r/checkpoints/step_00000001"
-    place.mkdir(parents=True)
-    torch.save({"config": {}, "model": Bomb()}, place / "model.pt")
-    content = (place / "model.pt").read_bytes()
-    checkpoint.write_json(place / "meta.json", {"step": 1, "files": {"model.pt": {"bytes": len(content), "sha256": __import__("hashlib").sha256(content).hexdigest()}}})
-    with pytest.raises(SystemExit) as error:
-        sample.main([str(tmp_path / "r")])
-    assert error.value.code == 2 and "not loaded" in messages(capsys)[-1] and not (tmp_path / "exploded").exists()
-    torch.load(place / "model.pt", weights_only=False, pickle_module=pickle)  # control: the bomb is live
-    assert (tmp_path / "exploded").exists()
+def test_lr_of_a_longer_run_is_as_documented():
+    """Catches: numbers in the docstring of lr_at that are not those of the code."""
+    tiny = train.read_settings([])
+    longer = train.read_settings(["--max_steps", "6000"])
+    before = train.lr_at(3000, tiny)
+    after = train.lr_at(3000, longer)
+    assert f"{before:.1e} {after:.1e}" == "3.0e-04 1.7e-03"
+    document = " ".join(train.lr_at.__doc__.split())
+    assert "cosine of 3,000 steps with --max_steps 6000" in document
+    assert "3.0e-4 back to 1.7e-3" in document
 
 
-def test_parameters_of_another_network_are_loaded(whole):
-    model, _, _ = checkpoint.load_model(whole)
-    weights = {"model": dict(model.state_dict())}
-    weights["model"]["model.norm.scale"] = weights["model"].pop("model.norm.weight")
-    with pytest.raises(checkpoint.UserError, match=r"model\.norm\.scale .*absent in the code"):
-        checkpoint.restore_weights(weights, model)
+# -------------------------------------------------------------------------------------------------
+# fp16: rows 21, 23
+
+def test_fp16_resume_keeps_the_loss_scale(data, tmp_path):
+    """Catches: a loss scale, or its count of good steps, that starts anew. (Row 23.)"""
+    fp16 = ("--dtype", "fp16", "--max_steps", 8)
+    assert run(data, tmp_path / "straight", *fp16) == 0
+    assert run(data, tmp_path / "resumed", *fp16, "--stop_at", 5) == 75
+    assert run(data, tmp_path / "resumed", *fp16, "--resume") == 0
+    assert same(tmp_path / "straight", tmp_path / "resumed", 8)
+    scaler = checkpoint.load(durable.find(tmp_path / "resumed", full=True))["scaler"]
+    assert scaler["scale"] == 65536.0
+    assert scaler["_growth_tracker"] == 8  # control: 3 if the resume had started anew
+
+
+@pytest.mark.parametrize("before, after", [("fp32", "fp16"), ("fp16", "fp32"), ("fp32", "bf16")])
+def test_resume_in_another_precision_goes_on(data, tmp_path, capsys, before, after):
+    """Catches: a loss scaler without a saved state, after a move to another machine. (Row 13.)"""
+    short = ("--max_steps", 4, "--save_every", 0)
+    assert run(data, tmp_path / "r", *short, "--dtype", before, "--stop_at", 2) == 75
+    capsys.readouterr()
+    assert run(data, tmp_path / "r", *short, "--dtype", after, "--resume") == 0
+    names = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+    assert f"dtype {names[before]} → {names[after]}" in capsys.readouterr().out
+    assert steps(tmp_path / "r") == [1, 2, 3, 4]
+
+
+@pytest.fixture
+def start_scale(monkeypatch):
+    """Sets the loss scale that fp16 starts with. From 2^23 on the tests' gradients overflow."""
+    original = torch.amp.GradScaler
+
+    def start_at(scale):
+        scaler = functools.partial(original, init_scale=scale)
+        monkeypatch.setattr(torch.amp, "GradScaler", scaler)
+    return start_at
+
+
+def skipped(folder):
+    """The steps whose update was skipped."""
+    return [row["step"] for row in events(folder) if "skipped" in row]
+
+
+def test_skipped_updates_are_printed_and_change_nothing(data, tmp_path, capsys, start_scale):
+    """Catches: a skip that ends the run, that nobody sees, or that changes weights. (Row 21.)"""
+    start_scale(2.0**34)
+    assert run(data, tmp_path / "r", "--dtype", "fp16") == 0
+    found = skipped(tmp_path / "r")
+    assert found == list(range(1, len(found) + 1))
+    assert 4 < len(found) < 20
+    assert capsys.readouterr().out.count("fp16 overflow, update skipped") == len(found)
+    assert steps(tmp_path / "r") == list(range(1, 21))
+    start = weights(tmp_path / "r", 0)
+    assert torch.equal(weights(tmp_path / "r", 4), start)
+    assert not torch.equal(weights(tmp_path / "r", 20), start)  # control
+
+
+def test_20_skipped_updates_in_a_row_end_the_run(data, tmp_path, capsys, start_scale):
+    """Catches: a run that skips for ever, or one that cannot go on afterwards. (Row 21.)"""
+    start_scale(2.0**44)
+    flags = ("--dtype", "fp16", "--max_steps", 24, "--eval_every", 0)
+    assert run(data, tmp_path / "r", *flags) == 3
+    message, = messages(capsys)
+    assert "step 20: loss" in message
+    assert re.search("gradient norm (inf|nan), lr", message)
+    assert skipped(tmp_path / "r") == list(range(1, 20))
+    assert newest(tmp_path / "r") == 19
+    assert run(data, tmp_path / "r", *flags, "--resume") == 0
+    assert steps(tmp_path / "r") == list(range(1, 25))
+
+
+def test_loss_scale_below_1_ends_the_run(data, tmp_path, capsys, start_scale):
+    """Catches: gradients that no scale saves from an overflow. (Row 21.)"""
+    start_scale(0.5)
+    assert run(data, tmp_path / "r", "--dtype", "fp16") == 3
+    message, = messages(capsys)
+    assert "step 1: loss" in message
+    assert newest(tmp_path / "r") == 0
+    # control
+    start_scale(1.0)
+    assert run(data, tmp_path / "r", "--dtype", "fp16", "--overwrite", "--stop_at", 1) == 75
+
+
+# -------------------------------------------------------------------------------------------------
+# The screen
+
+def test_remaining_time_is_that_of_the_fastest_steps(tmp_path, capsys):
+    """Catches: a forecast from the first steps, which are slow, or from a mean with them."""
+    log = runs.Log(tmp_path, 0, max_steps=1020)
+    for step in range(1, 21):
+        seconds = 60.0 if step <= 15 else 0.6
+        log.train(step, 128 * step, 3.0, 0.1, 1.0, seconds, 128, skipped=False)
+    printed = capsys.readouterr().out
+    # 1,000 steps of 0.6 s; with the mean of all 20 it would be 757 minutes
+    assert "the training steps take 10.0 more minutes; to end sooner: --max_steps" in printed
+    assert "1016.0 min left" in printed.splitlines()[3]  # control: only slow steps are known
+
+
+def test_first_last_and_skipped_steps_are_printed(tmp_path, capsys):
+    """Catches: a screen that stays empty at first, or that scrolls with every step."""
+    log = runs.Log(tmp_path, 0, max_steps=30)
+    for step in range(1, 31):
+        log.train(step, 128 * step, 3.0, 0.1, 1.0, 0.01, 128, skipped=step == 9)
+    printed = re.findall(r"^step +(\d+)/30 ", capsys.readouterr().out, re.MULTILINE)
+    assert printed == ["1", "2", "3", "4", "9", "30"]
+    assert steps(tmp_path) == list(range(1, 31))
+
+
+def test_failing_figure_does_not_fail_the_run(data, tmp_path, capsys, monkeypatch):
+    """Catches: a finished run that ends in a traceback of matplotlib. (Row 47.)"""
+    def fail(argv):
+        raise ValueError("no such backend")
+    monkeypatch.setattr(plot_dynamics, "main", fail)
+    assert run(data, tmp_path / "r", "--max_steps", 1) == 0
+    printed = capsys.readouterr()
+    assert "no such backend" in printed.out + printed.err
+    assert rows(tmp_path / "r", "end", ("reason",)) == [("done",)]
+
+
+# -------------------------------------------------------------------------------------------------
+# Settings and mistakes
+
+@pytest.mark.parametrize("preset", train.BY_PRESET)
+def test_help_shows_the_values_of_the_preset(capsys, preset):
+    """Catches: a help that crashes, or that shows the settings of another preset."""
+    assert exit_code(train.main, ["--preset", preset, "--help"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    values = {"lr": 6e-4, **train.BY_PRESET[preset]}
+    for name, value in values.items():
+        entry = re.search(rf" --{name} [A-Z{{].*?(?= --|$)", printed).group()
+        assert f"(default: {value})" in entry
+    assert set(train.BY_PRESET) == set(PRESETS)  # "test" is in both
 
 
 @pytest.mark.parametrize("flags, message", [
+    (["--nonsense", 1], "unrecognized arguments: --nonsense"),
+    (["--max_step", 5], "unrecognized arguments: --max_step"),  # not an abbreviation of another
+    (["--preset", "huge"], "invalid choice: 'huge'"),
+    (["--dtype", "int8"], "invalid choice: 'int8'"),
+    (["--max_steps", "1e3"], "--max_steps: invalid int value: '1e3'"),
+    (["--max_steps", 0], "--max_steps: 0 is out of range — it can be 1 to"),
+    (["--lr", "fast"], "--lr: invalid float value: 'fast'"),
+    (["--lr", "nan"], "--lr: nan is out of range"),
+    (["--lr", "inf"], "--lr: inf is out of range"),
+    (["--beta1", 1], "--beta1: 1 is out of range"),
+    (["--seed", 2**40], "--seed: "),
+    (["--keep_last", 1], "--keep_last: 1 is out of range — it can be 2 to"),
+    (["--threads", 0], "--threads: 0 is out of range"),
+    (["--resume", "--overwrite"], "give one of them"),
+    (["--reset_optimizer"], "--reset_optimizer is for --resume"),
+    (["--device", "cuda:77"], "no device cuda:77"),
+    (["--device", "meta"], "no device meta"),
+    (["--batch_tokens", 100], "use --batch_tokens 64 or 128"),  # row 17
+    (["--batch_tokens", 32], "use --batch_tokens 64, or another --micro_batch"),
     (["--data", "nowhere"], "no train shards in nowhere — run: python prepare_data.py text"),
-    (["--batch_tokens", 100], "use --batch_tokens 64 or 128"),
+    (["--seq_len", 100_000, "--batch_tokens", 400_000], "do not fill one window"),
+    (["--benchmark", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
+    (["--init_from", "nowhere"], "nowhere: no such run"),
     (["--lr", 0.5, "--resume"], "lr (saved 0.01, given 0.5)"),
-    (["--device", "cuda:77", "--overwrite"], "no device cuda:77"), (["--device", "meta"], "no device meta"),
-    (["--max_minutes", 1], "give one"),
-    (["--keep_last", 1], "it can be 2 to"),
-    (["--seed", 2**40, "--overwrite"], "--seed"), (["--lr", "nan", "--overwrite"], "--lr nan"), (["--beta1", 1, "--overwrite"], "--beta1"),
-    (["--resume", "--overwrite"], "choose"), (["--reset_optimizer"], "choose"),
-    (["--data", "nowhere", "--overwrite"], "no train shards"),
-    (["--seq_len", 100_000, "--batch_tokens", 400_000, "--overwrite"], "do not fill one window"),
+    (["--max_steps", 19, "--resume"], "is at step 20 already — give a larger --max_steps"),
 ])
-def test_a_mistake_ends_in_a_traceback_or_loses_a_run(data, whole, tmp_path, capsys, flags, message):
-    used = tmp_path / "r"
-    if {"--resume", "--overwrite"} & set(flags):
-        shutil.copytree(whole, used, ignore=shutil.ignore_patterns(".lock", checkpoint.NEEDED))
-    before = sorted((p, p.stat().st_size) for p in used.rglob("*") if p.is_file())
-    assert run(data, used, *flags) == 2
-    assert message in messages(capsys)[-1]
-    assert sorted((p, p.stat().st_size) for p in used.rglob("*") if p.is_file() and p.name != ".lock") == before
+def test_mistake_is_one_line_and_loses_nothing(data, finished, capsys, flags, message):
+    """Catches: a traceback; a run that is deleted before its successor's settings are checked."""
+    before = contents(finished)
+    if "--resume" not in flags and "--reset_optimizer" not in flags:
+        flags = [*flags, "--overwrite"]
+    assert run(data, finished, *flags) == 2
+    line, = messages(capsys)
+    assert line.startswith("train.py: ")
+    assert message in line
+    assert contents(finished) == before
 
 
-def test_out_of_memory_does_not_say_what_to_do(data, tmp_path, capsys, monkeypatch):
-    def full(*args, **kwargs):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-    monkeypatch.setattr(train.Llama, "forward", full)
-    monkeypatch.setattr(train.Observer, "evaluate", lambda *args: None)
-    monkeypatch.setattr(train.Observer, "sample", lambda *args: None)
-    assert run(data, tmp_path / "r") == 2
-    assert "use --micro_batch 2" in messages(capsys)[-1]
+def test_first_start_with_a_mistake_leaves_the_folder_unused(data, tmp_path):
+    """Catches: a first start with a mistake after which the second one is refused."""
+    assert run(data, tmp_path / "r", "--batch_tokens", 100) == 2
+    assert run(data, tmp_path / "r", "--max_steps", 1) == 0
+
+
+def allocate(*args, **kwargs):
+    torch.empty(2**60, dtype=torch.uint8)  # the error of PyTorch itself on a CPU
+
+
+def run_out_of_cuda(*args, **kwargs):
+    raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+PLACES = {"step": (Llama, "forward"), "evaluation": (evaluate, "evaluate"),
+          "sample": (evaluate, "continue_prompt")}
+
+
+@pytest.mark.parametrize("fail", [allocate, run_out_of_cuda])
+@pytest.mark.parametrize("place", PLACES)
+def test_out_of_memory_is_one_line(data, tmp_path, capsys, monkeypatch, place, fail):
+    """Catches: a traceback of PyTorch where a smaller micro-batch is the answer."""
+    assert run(data, tmp_path / "r", "--stop_at", 0) == 75
+    monkeypatch.setattr(*PLACES[place], fail)
+    monkeypatch.setattr(train, "due", lambda step, every, last: place != "step")
+    assert run(data, tmp_path / "r", "--resume") == 2
+    line, = messages(capsys)
+    assert "train.py: out of memory — use a smaller --micro_batch" in line
+    assert newest(tmp_path / "r") == 0
+
+
+@pytest.mark.parametrize("fail", [allocate, run_out_of_cuda])
+def test_out_of_memory_in_sampling_is_one_line(whole, capsys, monkeypatch, fail):
+    """Catches: a traceback of PyTorch in sample.py."""
+    monkeypatch.setattr(Llama, "generate", fail)
+    assert exit_code(sample.main, [whole]) == 2
+    line, = messages(capsys)
+    assert "sample.py: out of memory — use a smaller --micro_batch" in line
+
+
+def test_other_errors_are_not_taken_for_out_of_memory(whole, monkeypatch):
+    """Catches: a mistake in the code that is reported as one of the user. The control of the
+    tests before."""
+    def fail(*args, **kwargs):
+        raise RuntimeError("shapes differ")
+    monkeypatch.setattr(Llama, "generate", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        exit_code(sample.main, [whole])

@@ -1,0 +1,1 @@
+"""What the scripts share and nobody has to read first. Nothing in here imports from the root."""

@@ -1,0 +1,342 @@
+"""chat.py — conversations: the template, instruction files, rows of tokens, batches.
+
+A file is JSON (one array) or JSON lines. Each row is a conversation, in Alpaca's form or as
+messages:
+
+    {"instruction": "Name a color.", "input": "", "output": "Red.", "split": "train"}
+    {"messages": [{"role": "user", "content": "Name a color."},
+                  {"role": "assistant", "content": "Red."}, …]}
+
+"input" and "split" may be left out.
+"""
+import hashlib
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from support.runs import UserError
+
+# -------------------------------------------------------------------------------------------------
+# The template of Vicuna 1.1, as FastChat renders it:
+#     SYSTEM USER: question ASSISTANT: answer<eot>USER: question ASSISTANT: answer<eot>
+
+SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
+
+
+def chat_pieces(messages, system=SYSTEM):
+    """A conversation as pieces [(text, is_answer), …], to be encoded one by one.
+
+    messages: [{"role", "content"}, …], "user" and "assistant" in turn, a "system" may come first.
+    If the last one is a question, the text ends with "ASSISTANT:", without a space: the space is
+    part of the first token of the answer."""
+    if messages[0]["role"] == "system":
+        system = messages[0]["content"]
+        messages = messages[1:]
+    pieces = []
+    before = f"{system} " if system else ""
+    for message in messages:
+        if message["role"] == "user":
+            pieces.append((f"{before}USER: {message['content']} ASSISTANT:", False))
+            before = ""
+        else:
+            pieces.append((f" {message['content']}", True))
+    return pieces
+
+
+def encode_chat(tokenizer, messages, system=SYSTEM):
+    """(ids, is_answer): the tokens of a conversation, and for each whether it belongs to an answer.
+    The end-of-text after an answer belongs to it. All text is plain: "<|endoftext|>" in a question
+    or an answer ends nothing."""
+    ids = []
+    is_answer = []
+    for text, answer in chat_pieces(messages, system):
+        piece = tokenizer.encode(text)
+        if answer:
+            piece.append(tokenizer.eot)
+        ids += piece
+        is_answer += [answer] * len(piece)
+    return ids, is_answer
+
+
+# -------------------------------------------------------------------------------------------------
+# Instruction files
+
+LONGEST = 1_000_000  # characters of one text; a longer one is a broken file, not an example
+
+
+def read_instructions(path, skip_bad=False):
+    """(chats, splits, bad): the conversations of a file, the "split" of each or None, and how many
+    rows are bad.
+
+    Raises UserError naming line or index of the first bad row, unless skip_bad; also if nothing is
+    left."""
+    chats = []
+    splits = []
+    bad = 0
+    for place, row in read_rows(path):
+        try:
+            messages = messages_of(row)
+            split = row.get("split")
+            if not isinstance(split, str | None):
+                raise ValueError('"split" must be a string')
+        except ValueError as why:
+            if not skip_bad:
+                raise UserError(f"{place}: {why} — fix the row, or leave out all bad rows with "
+                                f"--skip_bad") from None
+            bad += 1
+            continue
+        chats.append(messages)
+        splits.append(split)
+    if not chats:
+        reason = f", all {bad} rows are bad" if bad else ""
+        raise UserError(f"{path}: no conversation in it{reason} — give a file of instructions and "
+                        f"answers")
+    return chats, splits, bad
+
+
+def read_rows(path):
+    """Yield (place, row) for each row of the file; place is "FILE:LINE" or "FILE, row INDEX" (from
+    0). The row of a line that is not valid JSON is the ValueError that tells why.
+
+    Raises UserError if the file is one array that is not valid JSON."""
+    content = Path(path).read_bytes()
+    if content.lstrip().startswith(b"["):
+        try:
+            rows = parse_json(content)
+        except ValueError as why:
+            raise UserError(f"{path}: {why} — fix it (--skip_bad cannot help: the file is one JSON "
+                            f"array)") from None
+        for number, row in enumerate(rows):
+            yield f"{path}, row {number}", row
+        return
+    for number, line in enumerate(content.split(b"\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = parse_json(line, number)
+        except ValueError as why:
+            row = why
+        yield f"{path}:{number}", row
+
+
+def parse_json(content, first_line=1):
+    """The value of JSON text, which begins at `first_line` of its file. Raises ValueError, in a few
+    words."""
+    try:
+        return json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        line = first_line + content[:error.start].count(b"\n")
+        raise ValueError(f"not valid UTF-8 (line {line})") from None
+    except RecursionError:
+        raise ValueError("not valid JSON (too deeply nested)") from None
+    except json.JSONDecodeError as error:
+        line = first_line + error.lineno - 1
+        where = f"line {line} column {error.colno}"
+        raise ValueError(f"not valid JSON ({error.msg}: {where})") from None
+    except ValueError as error:
+        raise ValueError(f"not valid JSON ({error})") from None
+
+
+def messages_of(row):
+    """The conversation in a row. Raises ValueError telling why a row is not one."""
+    if isinstance(row, ValueError):
+        raise row
+    if not isinstance(row, dict):
+        raise ValueError("not a JSON object")
+    if "messages" in row:
+        messages = read_messages(row["messages"])
+    else:
+        messages = read_alpaca(row)
+    turns = [message["role"] for message in messages]
+    if turns[0] == "system":
+        turns = turns[1:]
+    if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
+        raise ValueError('the roles must be "user" and "assistant" in turn (a "system" may come '
+                         'first), ending with an answer')
+    for message in messages:
+        check_text(message)
+    return messages
+
+
+def read_messages(messages):
+    """The list under "messages", reduced to role and content."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError('"messages" must be a list of {"role", "content"}')
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise ValueError('"messages" must be a list of {"role", "content"}')
+    return [{"role": message["role"], "content": message["content"]} for message in messages]
+
+
+def read_alpaca(row):
+    """Alpaca's form as messages: the "input", if there is one, is a second line of the question."""
+    for name in ("instruction", "output"):
+        if name not in row:
+            raise ValueError(f'"{name}" is missing (or give "messages")')
+    question = row["instruction"]
+    context = row.get("input")
+    if context is None:
+        context = ""
+    if not isinstance(question, str) or not isinstance(context, str):
+        raise ValueError('"instruction" and "input" must be strings')
+    if question.strip() and context.strip():
+        question = f"{question}\n{context}"
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+
+
+NAMES = {"user": "a question", "assistant": "an answer", "system": "the system prompt"}
+
+
+def check_text(message):
+    """Raise ValueError unless the content of a message is a text that can be trained on."""
+    name = NAMES[message["role"]]
+    text = message["content"]
+    if not isinstance(text, str):
+        raise ValueError(f"{name} must be a string")
+    if not text.strip() and message["role"] != "system":
+        raise ValueError(f"{name} is empty")
+    if len(text) > LONGEST:
+        raise ValueError(f"{name} has {len(text):,} characters, more than {LONGEST:,}")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{name} contains half a character (a lone surrogate)") from None
+
+
+def hold_out(splits, share, seed):
+    """(rows to train on, rows held out), as two arrays of row numbers.
+
+    If any row has a "split", all but "train" are held out; otherwise a random share, at least one
+    of two or more rows."""
+    n = len(splits)
+    if any(splits):
+        held = np.array([split not in (None, "", "train") for split in splits])
+        return np.flatnonzero(~held), np.flatnonzero(held)
+    count = 0
+    if share > 0:
+        count = min(n - 1, max(1, round(share * n)))
+    order = np.random.RandomState(seed).permutation(n)
+    return np.sort(order[count:]), np.sort(order[:count])
+
+
+def file_fingerprint(path):
+    """What the file is, for the checkpoint: [bytes, SHA-256]. Its name does not matter."""
+    content = Path(path).read_bytes()
+    return [len(content), hashlib.sha256(content).hexdigest()]
+
+
+def most_frequent_answer(chats):
+    """(the answer that occurs most often, its share of all answers)."""
+    answers = Counter()
+    for messages in chats:
+        answers.update(m["content"] for m in messages if m["role"] == "assistant")
+    answer, n = answers.most_common(1)[0]
+    return answer, n / answers.total()
+
+
+# -------------------------------------------------------------------------------------------------
+# Tokens
+
+IGNORE = -100  # a target that does not count, as in model.py
+MULTIPLE = 32  # rows are padded to a multiple of this, so that few shapes occur
+
+
+class Examples:
+    """Conversations as rows of tokens. A row reads all its tokens but the last and predicts all but
+    the first; those that belong to an answer count.
+
+    A row longer than max_length is cut if at least one token of an answer remains; otherwise it is
+    skipped. `cut` and `skipped` are their numbers. For each row, `chats` has its conversation,
+    `whole` whether it was not cut, `lengths` the tokens that it reads, `targets` those that
+    count."""
+
+    def __init__(self, chats, tokenizer, system, max_length, progress=False):
+        self.max_length = max_length
+        self.cut = 0
+        self.skipped = 0
+        self.chats = []
+        self.whole = []
+        self.ids = []
+        self.is_answer = []
+        for messages in tqdm(chats, desc="tokenizing", disable=not progress, leave=False):
+            ids, is_answer = encode_chat(tokenizer, messages, system)
+            fits = len(ids) <= max_length + 1  # the last token is predicted, not read
+            is_answer = np.array(is_answer[:max_length + 1])
+            counted = np.flatnonzero(is_answer)
+            if len(counted) == 0:
+                self.skipped += 1
+                continue
+            end = counted[-1] + 1  # a question after the last answer would be read for nothing
+            self.chats.append(messages)
+            self.whole.append(fits)
+            self.ids.append(np.array(ids[:end], dtype=np.uint16))
+            self.is_answer.append(is_answer[:end])
+        self.cut = len(self.whole) - sum(self.whole)
+        self.lengths = np.array([len(ids) - 1 for ids in self.ids], dtype=int)
+        self.targets = np.array([row[1:].sum() for row in self.is_answer], dtype=int)
+        padded = np.ceil(self.lengths / MULTIPLE).astype(int) * MULTIPLE
+        self.padded = np.minimum(padded, max_length)  # tokens that a row reads with its padding
+
+    def __len__(self):
+        return len(self.ids)
+
+    def read(self, rows):
+        """(inputs, targets) of these rows, both (len(rows), T) int64; T is that of the longest.
+
+        Padding is on the right, where causal attention never looks. It is known by its place, not
+        by its id. Its targets, like those that belong to questions, are −100."""
+        T = self.padded[rows].max()
+        inputs = np.zeros((len(rows), T), dtype=np.int64)
+        targets = np.full((len(rows), T), IGNORE, dtype=np.int64)
+        for place, row in enumerate(rows):
+            n = self.lengths[row]
+            ids = self.ids[row].astype(np.int64)
+            counts = self.is_answer[row][1:]
+            inputs[place, :n] = ids[:-1]
+            targets[place, :n][counts] = ids[1:][counts]
+        return inputs, targets
+
+
+class Batches:
+    """The rows of each step: a pure function of the seed and the step.
+
+    In an epoch each row is read once. A batch holds rows of similar length; all batches have the
+    same number of rows, up to one, and at most batch_size; they come in random order."""
+
+    def __init__(self, examples, batch_size, seed):
+        self.examples = examples
+        self.seed = seed
+        self.per_epoch = math.ceil(len(examples) / batch_size)
+        self.epoch = None  # whose batches are in memory
+        self.batches = []
+
+    def of_step(self, step):
+        """The rows that the update from `step` to step + 1 learns from."""
+        epoch, place = divmod(step, self.per_epoch)
+        if epoch != self.epoch:
+            self.batches = self.of_epoch(epoch)
+            self.epoch = epoch
+        return self.batches[place]
+
+    def of_epoch(self, epoch):
+        # The stream of RandomState is frozen by NumPy's compatibility policy.
+        random = np.random.RandomState([self.seed, epoch])
+        order = random.permutation(len(self.examples))
+        # Sorted by the padded length: rows that cost the same stay in random order.
+        order = order[np.argsort(self.examples.padded[order], kind="stable")]
+        batches = np.array_split(order, self.per_epoch)
+        return [batches[i] for i in random.permutation(self.per_epoch)]
+
+    def useful(self, micro_batch):
+        """The share of the tokens in the first epoch's micro-batches that are not padding."""
+        tokens = 0
+        for batch in self.of_epoch(0):
+            for start in range(0, len(batch), micro_batch):
+                rows = batch[start:start + micro_batch]
+                tokens += len(rows) * self.examples.padded[rows].max()
+        return self.examples.lengths.sum() / tokens

@@ -1,0 +1,262 @@
+"""durable.py — checkpoint files that are whole or not there, and are verified before they are used.
+
+A checkpoint is written into a temporary folder, forced to the disk, and renamed: the rename is the
+commit. meta.json holds size and SHA-256 of its files, and a reader compares them before it loads.
+
+    runs/NAME/checkpoints/step_00000500/{model.pt, train_state.pt, meta.json}
+"""
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+
+from support.runs import UserError, due
+
+
+class Damaged(Exception):
+    """Why a file or a checkpoint cannot be used, in a few words."""
+
+
+# -------------------------------------------------------------------------------------------------
+# Writing
+
+def write_checkpoint(run, step, contents):
+    """Write checkpoints/step_… of `run`; contents: {file name: object for torch.save}.
+
+    A damaged folder of the same step is replaced. Raises UserError with code 3 if a tensor holds a
+    NaN or an infinity, with 4 if the disk refuses. The checkpoints of other steps stay as they
+    are."""
+    tensors = named_tensors(contents)
+    # One NaN or infinity makes the sum NaN or infinite, and a sum needs no memory.
+    bad = [name for name, tensor in tensors.items() if not torch.isfinite(tensor.sum())]
+    if bad:
+        raise UserError(f"step {step}: NaN or infinity in {len(bad)} tensors "
+                        f"({', '.join(bad[:3])}), not saved; the checkpoint before this one is the "
+                        f"last good one — try a lower --lr in another --run", code=3)
+    folder = Path(run) / "checkpoints"
+    final = folder / f"step_{step:08d}"
+    temporary = folder / f".tmp_step_{step:08d}"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        files = {name: write_file(temporary / name, obj) for name, obj in contents.items()}
+        write_json(temporary / "meta.json", {"step": step, "files": files})
+        if final.exists():
+            remove(final)
+        os.rename(temporary, final)
+        fsync_folder(folder)
+    except (OSError, RuntimeError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        needed = sum(tensor.nbytes for tensor in tensors.values())
+        free = shutil.disk_usage(run).free
+        raise UserError(f"{final}: not saved ({error}); it needs {needed / 1e6:,.1f} MB, "
+                        f"{free / 1e6:,.1f} MB are free — make room, then run again with "
+                        f"--resume", code=4) from error
+
+
+def named_tensors(tree, name=""):
+    """{path: tensor} of all tensors in nested dicts."""
+    if isinstance(tree, torch.Tensor):
+        return {name: tree}
+    found = {}
+    if isinstance(tree, dict):
+        for key, value in tree.items():
+            found.update(named_tensors(value, f"{name}.{key}" if name else str(key)))
+    return found
+
+
+class HashedFile:
+    """A file that hashes what is written to it, so that 20 GB need not be read again. It keeps the
+    system's error: of a full disk torch.save only says "unexpected pos"."""
+
+    def __init__(self, file):
+        self.file = file
+        self.sha256 = hashlib.sha256()
+        self.error = None
+
+    def write(self, data):
+        try:
+            self.file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.sha256.update(data)
+        return len(data)
+
+    def flush(self):
+        self.file.flush()
+
+
+def write_file(path, obj):
+    """torch.save, forced to the disk; returns {"bytes", "sha256"}."""
+    with open(path, "wb") as file:
+        hashed = HashedFile(file)
+        try:
+            torch.save(obj, hashed)
+        except RuntimeError as error:
+            raise hashed.error or error
+        os.fsync(file.fileno())
+        return {"bytes": file.tell(), "sha256": hashed.sha256.hexdigest()}
+
+
+def link_or_copy(source, target):
+    """A hard link, which costs no room; a copy on another file system, or on one without links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def write_json(path, obj):
+    """Write or replace a small JSON file in one atomic step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(obj, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    fsync_folder(path.parent)
+
+
+def fsync_folder(folder):
+    """Make renames in a folder durable. Windows cannot open a folder, and does not need this."""
+    if os.name == "posix":
+        handle = os.open(folder, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+# -------------------------------------------------------------------------------------------------
+# Reading
+
+def step_of(folder):
+    """500 of checkpoints/step_00000500."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def checkpoints(run):
+    """{step: folder} of what is named like a checkpoint of `run`, oldest first."""
+    folders = sorted(Path(run).glob("checkpoints/step_*"))
+    return {step_of(f): f for f in folders if re.fullmatch(r"step_\d{8}", f.name)}
+
+
+def read_meta(folder):
+    """meta.json of a checkpoint; raises Damaged."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        fits = meta["step"] == step_of(folder) and "model.pt" in meta["files"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        fits = False
+    if not fits:
+        raise Damaged("meta.json is missing, broken or of another step")
+    return meta
+
+
+def verify(folder, name, files):
+    """Raise Damaged unless a file has the size and the SHA-256 in files[name]."""
+    path = folder / name
+    try:
+        promised = (files[name]["bytes"], files[name]["sha256"])
+        size = path.stat().st_size
+        if size != promised[0]:
+            raise Damaged(f"{name} has {size} bytes instead of {promised[0]}")
+        with open(path, "rb") as file:
+            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise Damaged(f"{name}: {error.strerror}") from None
+    except (KeyError, TypeError):
+        raise Damaged(f"meta.json does not tell the hash of {name}") from None
+    if sha256 != promised[1]:
+        raise Damaged(f"{name} is not what was written: its SHA-256 differs")
+
+
+def load_file(path):
+    """torch.load, restricted to tensors and plain containers: a file cannot run code."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(f"{path}: holds more than tensors and plain values, so it is not loaded — "
+                        f"use a checkpoint that train.py wrote") from None
+
+
+def find(run, step=None, full=False):
+    """The folder of the newest checkpoint of `run` that verifies, or of `step`. None if there is no
+    checkpoint at all. full: only one that holds all that a resume needs.
+
+    A damaged one is reported on stderr and skipped. Raises UserError if none can be used, or if
+    `step` is absent or damaged."""
+    every = checkpoints(run)
+    if not every:
+        return None
+    if step is not None and step not in every:
+        listed = ", ".join(map(str, every))
+        raise UserError(f"{run} has no checkpoint of step {step} — choose one of {listed}")
+    candidates = [step] if step is not None else reversed(every)
+    needed = ["model.pt", "train_state.pt"] if full else ["model.pt"]
+    damaged = []
+    for number in candidates:
+        folder = every[number]
+        try:
+            files = read_meta(folder)["files"]
+            if full and "train_state.pt" not in files:
+                continue  # weights alone: kept to be sampled, not to be resumed
+            for name in needed:
+                verify(folder, name, files)
+            return folder
+        except Damaged as why:
+            damaged.append(f"step {number}: {why}")
+            print(f"checkpoint {folder} is damaged: {why}", file=sys.stderr)
+    reasons = "; ".join(damaged) or "they hold weights alone"
+    advice = "start over with --overwrite, or in another --run"
+    if step is not None:
+        advice = "choose another --step"
+    raise UserError(f"{run}: no usable checkpoint ({reasons}) — {advice}")
+
+
+# -------------------------------------------------------------------------------------------------
+# Removing
+
+def remove(folder):
+    """Delete a checkpoint. It is renamed first, so that it is never half there."""
+    aside = folder.with_name(f".tmp_removed_{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(folder, aside)
+    fsync_folder(folder.parent)
+    shutil.rmtree(aside)
+
+
+def prune(run, now, keep_last, keep_every):
+    """Keep the newest `keep_last` full states up to step `now`; a newer one was left damaged.
+
+    Of an older one the weights stay if they belong to the trajectory (`due`), to be sampled and
+    scored; otherwise it is deleted."""
+    full = []
+    for step, folder in checkpoints(run).items():
+        try:
+            meta = read_meta(folder)
+        except Damaged:
+            continue  # find() reports it
+        if "train_state.pt" not in meta["files"]:
+            (folder / "train_state.pt").unlink(missing_ok=True)  # left by a kill, see below
+        elif step <= now:
+            full.append((step, folder, meta))
+    try:
+        for step, folder, meta in full[:-keep_last]:
+            if due(step, keep_every, last=None):
+                # meta.json first, so that a kill in between leaves a valid checkpoint.
+                del meta["files"]["train_state.pt"]
+                write_json(folder / "meta.json", meta)
+                (folder / "train_state.pt").unlink()
+            else:
+                remove(folder)
+    except OSError as error:
+        raise UserError(f"{run}/checkpoints: an old state was not removed ({error}) — make room, "
+                        f"then run again with --resume", code=4) from None

@@ -1,0 +1,49 @@
+"""flags.py — the command line: argparse, with one-line errors and numbers that know their range."""
+import argparse
+
+from support.runs import UserError
+
+
+class Formatter(argparse.ArgumentDefaultsHelpFormatter):
+    """--help shows the default of a flag, if there is one."""
+
+    def _get_help_string(self, action):
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse, but an error is one line, and a flag is never abbreviated."""
+
+    def __init__(self, **options):
+        options.setdefault("formatter_class", Formatter)
+        super().__init__(allow_abbrev=False, **options)
+
+    def error(self, message):
+        raise UserError(f"{message} — see --help")
+
+
+def number(kind, least, most):
+    """A `type=` for argparse: int or float, in a range. NaN is in no range."""
+    def parse(text):
+        value = kind(text)
+        if not least <= value <= most:
+            raise argparse.ArgumentTypeError(
+                f"{text} is out of range — it can be {least} to {most}")
+        return value
+    parse.__name__ = kind.__name__  # argparse names it when the text is not a number at all
+    return parse
+
+
+count = number(int, 1, 2**40)
+count_or_0 = number(int, 0, 2**40)
+positive = number(float, 1e-9, 1e12)
+positive_or_0 = number(float, 0, 1e12)
+below_1 = number(float, 0, 0.999999)
+seed = number(int, 0, 2**32 - 1)
+
+
+def text(argument):
+    """A `type=` for argparse: command-line bytes that are not valid UTF-8 become "?"."""
+    return argument.encode("utf-8", errors="replace").decode()

@@ -1,0 +1,109 @@
+"""lora.py — low-rank adaptation (Hu et al. 2021, LoRA, arXiv 2106.09685): train two thin matrices
+beside each big one.
+
+    W x  becomes  W x + (alpha / rank) · B (A x)     W (out, in) frozen, A (rank, in), B (out, rank)
+
+(eq. 3). What is trained, and what AdamW keeps two moments of, is a few percent of the weights. B
+starts as zeros, so nothing has changed before the first step. W + (alpha / rank) · B A is an
+ordinary matrix again: merged, the network costs nothing more.
+
+A LoRA run is one folder: the checkpoints hold the adapters, and base.pt the weights that they are
+for; base.json has its size and SHA-256.
+"""
+import json
+import math
+from pathlib import Path
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+from support import durable
+from support.runs import UserError
+
+
+class LoRALinear(nn.Linear):
+    """A linear layer with its weight frozen and a low-rank one beside it."""
+
+    def __init__(self, linear, rank, alpha):
+        # On the meta device no memory is used; the weight is replaced by the given one.
+        super().__init__(linear.in_features, linear.out_features, bias=False, device="meta")
+        self.weight = linear.weight
+        device = linear.weight.device
+        A = torch.randn(rank, linear.in_features, device=device) / math.sqrt(linear.in_features)
+        B = torch.zeros(linear.out_features, rank, device=device)
+        self.lora_A = nn.Parameter(A)
+        self.lora_B = nn.Parameter(B)
+        # A buffer is saved with the adapters, so that they can be merged without the settings.
+        self.register_buffer("lora_scale", torch.tensor(alpha / rank, device=device))
+
+    def forward(self, x):
+        low_rank = F.linear(F.linear(x, self.lora_A), self.lora_B)
+        return F.linear(x, self.weight) + self.lora_scale * low_rank
+
+
+def add_adapters(model, rank, alpha):
+    """Freeze a Llama and adapt every linear layer of its blocks, in place."""
+    model.requires_grad_(False)
+    for block in model.model.layers:
+        for part in (block.self_attn, block.mlp):
+            for name, linear in list(part.named_children()):
+                setattr(part, name, LoRALinear(linear, rank, alpha))
+
+
+def merge(base, adapters):
+    """Add scale · B A to the weights {name: tensor} of the base, in place."""
+    for name in adapters:
+        if name.endswith(".lora_A"):
+            layer = name.removesuffix(".lora_A")
+            low_rank = adapters[f"{layer}.lora_B"] @ adapters[f"{layer}.lora_A"]
+            base[f"{layer}.weight"] += adapters[f"{layer}.lora_scale"] * low_rank
+
+
+# -------------------------------------------------------------------------------------------------
+# The base, kept in the run's folder
+
+def keep_base(run, base, step, weights):
+    """Put `weights`, those of `base` at `step`, into the folder of a LoRA run: as a link to its
+    model.pt, or a copy. Where that file does not hold them (the base is itself a LoRA run, or it
+    was trained over meanwhile) they are written."""
+    file = run / "base.pt"
+    folder = Path(base) / "checkpoints" / f"step_{step:08d}"
+    try:
+        recorded = durable.read_meta(folder)["files"]["model.pt"]
+        durable.link_or_copy(folder / "model.pt", file)
+        durable.verify(run, "base.pt", {"base.pt": recorded})
+        is_kept = are_equal(durable.load_file(file)["model"], weights["model"])
+    except (OSError, durable.Damaged):
+        is_kept = False
+    if not is_kept:
+        file.unlink(missing_ok=True)  # never write through a link
+        recorded = durable.write_file(file, weights)
+    durable.write_json(run / "base.json", {"base.pt": recorded})
+
+
+def are_equal(first, second):
+    if first.keys() != second.keys():
+        return False
+    return all(torch.equal(first[name], second[name]) for name in first)
+
+
+def load_base(run):
+    """The weights of the base of a LoRA run, verified. Raises UserError."""
+    run = Path(run)
+    try:
+        durable.verify(run, "base.pt", json.loads((run / "base.json").read_text()))
+    except (durable.Damaged, OSError, ValueError, RecursionError) as why:
+        raise UserError(f"{run}: base.pt, the weights that its adapters are for, cannot be used "
+                        f"({why}) — restore it, or tune again in another --run") from None
+    return durable.load_file(run / "base.pt")
+
+
+def merge_into_base(run, weights):
+    """Weights of a LoRA run merged into its base; those of any other run as they are."""
+    adapters = weights["model"]
+    if not any(name.endswith(".lora_A") for name in adapters):
+        return weights
+    base = load_base(run)
+    merge(base["model"], adapters)
+    return base
