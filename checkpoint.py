@@ -12,6 +12,7 @@ A checkpoint is a folder. How it is kept whole on the disk is in support/durable
 
 Old checkpoints lose train_state.pt: their weights can be sampled and scored, but not resumed.
 """
+import json
 from dataclasses import asdict
 
 import torch
@@ -37,6 +38,8 @@ def capture(model, optimizer, scaler, **progress):
         env         device, precision, processes, versions: to report what changes on a resume
         data        fingerprint of the data: a resume with other data is refused
         log_bytes   length of the log: a resume cuts off what was written after the checkpoint
+        updates     those that the optimizer's moments have seen: fewer than steps after a
+                    --reset_optimizer, or if gradients overflowed in fp16
     """
     weights = trained_weights(model)
     moments = {}
@@ -73,11 +76,14 @@ def restore(state, model, optimizer, scaler, reset_optimizer=False):
     restore_weights(state, model)
     if not reset_optimizer:
         restore_optimizer(state, model, optimizer)
-        if state["scaler"]:  # empty unless the run was in fp16 before, too
-            scaler.load_state_dict(state["scaler"])
-    torch.set_rng_state(state["rng"]["cpu"])
-    if state["rng"]["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["rng"]["cuda"])
+        restore_scaler(state["scaler"], scaler)
+    try:
+        torch.set_rng_state(state["rng"]["cpu"])
+        if state["rng"]["cuda"] is not None and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["rng"]["cuda"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(f"the checkpoint's random state cannot be used ({error}) — "
+                        f"{OTHER_STATE}") from None
 
 
 def restore_weights(state, model):
@@ -87,15 +93,31 @@ def restore_weights(state, model):
     model.load_state_dict({**now, **state["model"]})  # frozen ones keep their present values
 
 
+def restore_scaler(saved, scaler):
+    """Put the saved loss scale into the scaler; there is one in fp16 only."""
+    if not saved or not scaler.is_enabled():
+        return
+    numbers = [isinstance(value, int | float) and value >= 0 for value in saved.values()]
+    if saved.keys() != scaler.state_dict().keys() or not all(numbers):
+        raise UserError(f"the checkpoint's loss scale is not one ({saved}) — {OTHER_STATE}")
+    scaler.load_state_dict(saved)
+
+
 def restore_optimizer(state, model, optimizer):
     """Put the saved moments into the optimizer. Its learning rate, betas and weight decay are not
     part of the state: they follow from the settings."""
-    if state["step"] == 0:
+    if state["updates"] == 0 and not state["optimizer"]:
         return  # AdamW creates its moments in the first update
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    for key in ("exp_avg", "exp_avg_sq"):
-        saved = {name: moments.get(key) for name, moments in state["optimizer"].items()}
-        check_tensors(f"optimizer state {key}", saved, trained)
+    expected = {}
+    for name, parameter in trained.items():
+        expected.update({f"{name}.exp_avg": parameter, f"{name}.exp_avg_sq": parameter,
+                         f"{name}.step": torch.ones(())})
+    check_tensors("optimizer state", durable.named_tensors(state["optimizer"]), expected)
+    updates = {float(state["optimizer"][name]["step"]) for name in trained}
+    if updates != {state["updates"]} or state["updates"] > state["step"]:
+        raise UserError(f"the checkpoint's optimizer state is of {sorted(updates)[:4]} updates, "
+                        f"not of {state['updates']} at step {state['step']} — {OTHER_STATE}")
     # Ours is {name: moments}. PyTorch's is {"state": {0: moments, 1: …}, "param_groups": …}, with
     # the parameters numbered in the order of the groups. Translate back.
     name_of = {parameter: name for name, parameter in trained.items()}
@@ -107,24 +129,45 @@ def restore_optimizer(state, model, optimizer):
     optimizer.load_state_dict(theirs)
 
 
+OTHER_STATE = "use the code that wrote it, or delete this checkpoint to go on from the one before"
+
+
 def check_tensors(what, saved, expected):
-    """Raise UserError unless both dicts hold tensors of the same names and shapes."""
+    """Raise UserError unless both dicts hold tensors of the same names, shapes and dtypes."""
     differences = []
-    for name in sorted(saved.keys() | expected.keys()):
-        saved_shape = describe(saved.get(name))
-        code_shape = describe(expected.get(name))
-        if saved_shape != code_shape:
-            differences.append(f"{name} ({saved_shape} saved, {code_shape} in the code)")
+    for name in sorted(saved.keys() | expected.keys(), key=str):
+        in_file = describe(name, saved)
+        in_code = describe(name, expected)
+        if in_file != in_code:
+            differences.append(f"{name} ({in_file} saved, {in_code} in the code)")
     if differences:
         raise UserError(f"the checkpoint's {what} do not fit the network in {len(differences)} "
                         f"parameters: {', '.join(differences[:4])} — use the code and the preset "
                         f"that wrote it")
 
 
-def describe(tensor):
-    if isinstance(tensor, torch.Tensor):
-        return tuple(tensor.shape)
-    return "absent"
+def describe(name, tensors):
+    if name not in tensors:
+        return "absent"
+    tensor = tensors[name]
+    is_dense = isinstance(tensor, torch.Tensor) and tensor.layout == torch.strided
+    if is_dense and not tensor.is_meta:
+        return f"{tuple(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+    return f"not a dense tensor: {type(tensor).__name__}"
+
+
+def check_config(saved, config):
+    """Raise UserError if weights with the `saved` config mean something else in `config`. Shapes do
+    not tell everything: 2 heads of 64 and 4 of 32 have the same, and so have vocabularies that are
+    padded to the same size."""
+    here = asdict(config)
+    differ = []
+    for name, value in asdict(read_config(saved)).items():
+        if value != here[name] and name != "max_seq_len":
+            differ.append(f"{name} {value}, here {here[name]}")
+    if differ:
+        raise UserError(f"the weights to start from are of another network: {', '.join(differ)} — "
+                        f"choose its preset, and data of its vocabulary")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -155,16 +198,66 @@ def newest(run):
 
 
 def load(folder):
-    """The full state in a checkpoint's folder, as `capture` returned it; None without a folder."""
+    """The full state in a checkpoint's folder, as `capture` returned it; None without a folder.
+
+    Raises UserError if the files, though undamaged, hold something else."""
     if folder is None:
         return None
-    weights = durable.load_file(folder / "model.pt")
-    rest = durable.load_file(folder / "train_state.pt")
-    state = {"model_config": weights["config"], "model": weights["model"], **rest}
-    if state["step"] != durable.step_of(folder):
-        raise UserError(f"{folder} holds the state of step {state['step']} — restore the folder, "
+    weights = load_parts(folder / "model.pt", WEIGHTS)
+    rest = load_parts(folder / "train_state.pt", REST)
+    try:
+        json.dumps([rest["config"], rest["env"], rest["data"]])  # as they are logged
+    except (TypeError, ValueError, RecursionError):
+        raise UserError(f"{folder}: its settings hold more than plain values — "
+                        f"{OTHER_STATE}") from None
+    if rest["step"] != durable.step_of(folder):
+        raise UserError(f"{folder} holds the state of step {rest['step']} — restore the folder, "
                         f"or delete it to go on from the checkpoint before")
-    return state
+    return {"model_config": weights["config"], "model": weights["model"], **rest}
+
+
+# What the two files hold, and its types.
+WEIGHTS = {"config": dict, "model": dict}
+REST = {"optimizer": dict, "scaler": dict, "rng": dict, "step": int, "tokens": int,
+        "seconds": float, "config": dict, "env": dict, "data": list, "log_bytes": int,
+        "updates": int}
+
+
+def load_parts(file, parts):
+    """The dict in a file of a checkpoint. Raises UserError unless it has exactly these parts."""
+    contents = durable.load_file(file)
+    if not isinstance(contents, dict):
+        contents = {}
+    wrong = [name for name, kind in parts.items() if type(contents.get(name)) is not kind]
+    wrong += [name for name in contents if name not in parts]
+    wrong += [name for name, value in contents.items()
+              if isinstance(value, int | float) and not value >= 0]
+    if wrong:
+        raise UserError(f"{file}: missing, unknown or of another type: "
+                        f"{', '.join(map(str, wrong[:5]))} — {OTHER_STATE}")
+    return contents
+
+
+LARGEST = {"n_layers": 10_000}  # an absurd number of layers would take for ever to make
+
+
+def read_config(saved):
+    """The ModelConfig with the saved sizes. Raises UserError if they are not those of one."""
+    default = asdict(ModelConfig())
+    differ = [str(name) for name in saved if name not in default]
+    for name, value in default.items():
+        found = saved.get(name)
+        too_large = isinstance(found, int) and found > LARGEST.get(name, 2**24)
+        if type(found) is not type(value) or too_large:
+            differ.append(name)
+    try:
+        if differ:
+            raise ValueError(f"missing, unknown, too large or of another type: "
+                             f"{', '.join(differ)}")
+        return ModelConfig(**saved)
+    except ValueError as why:
+        raise UserError(f"the checkpoint's model config cannot be used ({why}) — "
+                        f"{OTHER_STATE}") from None
 
 
 def load_weights(run, step=None):
@@ -176,14 +269,17 @@ def load_weights(run, step=None):
     if folder is None:
         raise UserError(f"{run}: no such run, or one without checkpoints — train it first: "
                         f"python train.py --run {run}")
-    weights = durable.load_file(folder / "model.pt")
-    weights = lora.merge_into_base(run, weights)
+    weights = load_parts(folder / "model.pt", WEIGHTS)
+    if lora.is_lora(weights["model"]):
+        base = load_parts(lora.base_file(run), WEIGHTS)
+        lora.merge(base["model"], weights["model"])
+        weights = base
     return weights, durable.step_of(folder)
 
 
 def load_model(run, step=None, device="cpu"):
     """(model, tokenizer, step) of the newest undamaged checkpoint of `run`, or of `step`."""
     weights, step = load_weights(run, step)
-    model = Llama(ModelConfig(**weights["config"]))
+    model = Llama(read_config(weights["config"]))
     restore_weights(weights, model)
     return model.to(device).eval(), Tokenizer(model.config.vocab_size), step

@@ -8,15 +8,15 @@ only faster. To see the tokenizer at work:
 """
 import base64
 import hashlib
-import json
+import os
 import re
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from support.runs import UserError
-from support.shards import open_shard
+from support.runs import UserError, parse_json
+from support.shards import check_apart, check_ids, check_meaning, check_range, open_shard
 
 # -------------------------------------------------------------------------------------------------
 # Tokenizer: GPT-2's byte-level BPE, optionally with only the first merges of its table.
@@ -65,7 +65,10 @@ class Tokenizer:
 
     def encode(self, text):
         """The ids of `text`. All of it is plain text: "<|endoftext|>" is just 13 characters."""
-        return self.bpe.encode_ordinary(text)
+        ids = []
+        for part in cut_long_blanks(text):
+            ids += self.bpe.encode_ordinary(part)
+        return ids
 
     def decode_bytes(self, ids):
         """The bytes of `ids`; they may end within a character. End-of-text is "<|endoftext|>"."""
@@ -76,6 +79,19 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
+# On about a million white-space characters in a row tiktoken ends with a "panic" of its Rust code.
+LONG_BLANK = re.compile(r"\s{100000}")
+
+
+def cut_long_blanks(text):
+    """Yield `text` in parts: all of it at once, but for a cut in very long white space."""
+    start = 0
+    for blank in LONG_BLANK.finditer(text):
+        yield text[start:blank.end()]
+        start = blank.end()
+    yield text[start:]
+
+
 # -------------------------------------------------------------------------------------------------
 # A folder of shards. A shard is a file of uint16 token ids, memory-mapped.
 
@@ -83,8 +99,9 @@ class DataFolder:
     """The shards of a folder in two lists, `train` and `val`, with their `tokenizer`.
 
     `python prepare_data.py` writes a meta.json beside them. Folders of nanoGPT, build-nanogpt and
-    llm.c have none: there the names of the files tell the split. Raises UserError if a split or a
-    shard is missing or cannot be used."""
+    llm.c have none: there the names of the files tell the split, and the ids must be GPT-2's.
+    `unused` lists the files that look like shards and are in no split. Raises UserError if a split
+    or a shard is missing or cannot be used."""
 
     def __init__(self, path):
         self.path = Path(path)
@@ -93,6 +110,16 @@ class DataFolder:
         self.tokenizer = Tokenizer(self.vocab_size)
         self.train = self.open_split("train")
         self.val = self.open_split("val")
+        used = [shard.path for shard in self.train + self.val]
+        self.unused = [file for file in self.files() if file not in used]
+        if not self.meta:
+            for shard in self.train + self.val:
+                check_meaning(shard, self.tokenizer)
+
+    def files(self):
+        """All files that can be shards, sorted. (The file system of a Mac leaves hidden ones.)"""
+        found = [*self.path.glob("[!.]*.npy"), *self.path.glob("[!.]*.bin")]
+        return sorted(found)
 
     def read_meta(self):
         """The content of meta.json, checked; {} for a folder of another project."""
@@ -100,7 +127,7 @@ class DataFolder:
         if not file.exists():
             return {}
         try:
-            meta = json.loads(file.read_text())
+            meta = parse_json(file.read_bytes())
             listed = meta["splits"]["train"] + meta["splits"]["val"]
             names = [shard["file"] for shard in listed]
             sizes = [shard["tokens"] for shard in listed]
@@ -108,10 +135,10 @@ class DataFolder:
                     and isinstance(meta["vocab_size"], int)
                     and meta["eot"] == meta["vocab_size"] - 1
                     and meta["dtype"] == "uint16"
-                    and all(isinstance(name, str) for name in names)
+                    and all(Path(name).name == name for name in names)  # of this folder
                     and all(isinstance(size, int) for size in sizes)
                     and len(set(names)) == len(names))  # no file is listed twice
-        except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, ValueError, KeyError, TypeError):
             fits = False  # not JSON, or without what we need
         if not fits:
             raise UserError(f"{file}: not a valid meta.json of a data folder — prepare the data "
@@ -125,8 +152,7 @@ class DataFolder:
             listed = self.meta["splits"][split]
             shards = [open_shard(self.path / shard["file"], shard["tokens"]) for shard in listed]
         else:
-            files = [file for file in sorted(self.path.glob("*")) if is_of_split(file, split)]
-            shards = [open_shard(file) for file in files]
+            shards = [open_shard(file) for file in self.files() if is_of_split(file, split)]
         if not shards:
             command = f"text FILE --out {self.path}"
             if self.path.name == "pydocs":
@@ -135,10 +161,13 @@ class DataFolder:
                             f"{command}")
         return shards
 
-    def check_hashes(self):
-        """Compare the SHA-256 of all shards with meta.json, if there is one: this reads every byte.
-        Raises UserError."""
+    def check_content(self):
+        """Read every byte. With a meta.json compare the SHA-256 of each shard, without one look for
+        ids outside the vocabulary and for validation text in training. Raises UserError."""
         if not self.meta:
+            for shard in self.train + self.val:
+                check_ids(shard, self.vocab_size)
+            check_apart(self.train, self.val)
             return
         listed = self.meta["splits"]["train"] + self.meta["splits"]["val"]  # as they were opened
         for shard, recorded in zip(self.train + self.val, listed):
@@ -148,15 +177,40 @@ class DataFolder:
 
     def fingerprint(self):
         """What the data is, for the checkpoint: of each shard its name, its length, and a hash of
-        64 blocks of it, which is fast for any size."""
-        return [shard.fingerprint() for shard in self.train + self.val]
+        64 blocks of it, which is fast for any size; and the same of the questions, if there are
+        any. Raises UserError if two are the same file, or copies: what is read for validation must
+        not be read in training too."""
+        rows = [shard.fingerprint() for shard in self.train + self.val]
+        questions = self.path / "cloze.jsonl"
+        if os.path.lexists(questions):  # a link to nowhere is an error
+            content = questions.read_bytes()
+            rows.append([questions.name, len(content), hashlib.sha256(content).hexdigest()])
+        names = {}
+        for name, _, digest in rows:
+            if digest in names:
+                raise UserError(f"{self.path}: {names[digest]} and {name} have the same content — "
+                                f"remove one of them")
+            names[digest] = name
+        return rows
+
+    def check_same(self, recorded, advice):
+        """Raise UserError, naming the shards, unless the fingerprint is the recorded one."""
+        found = self.fingerprint()
+        if found != recorded:
+            what = "which its config.json does not tell"
+            if isinstance(recorded, list):
+                changed = [row[0] for row in found if row not in recorded]
+                gone = [row for row in recorded if row not in found]
+                changed += [str(row[0]) for row in gone if isinstance(row, list) and row]
+                changed = list(dict.fromkeys(changed))[:5]
+                what = f"changed: {', '.join(changed) or 'the order of the shards'}"
+            raise UserError(f"{self.path} is not the data of this run ({what}) — {advice}")
 
 
 def is_of_split(file, split):
     """Whether a file of another project belongs to a split: if its name contains "train" or "val"
     as a word, as in fineweb_train_000001.bin."""
-    words = re.split(r"[_.-]", file.name)
-    return file.suffix in (".npy", ".bin") and split in words
+    return split in re.split(r"[_.-]", file.name)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -215,9 +269,5 @@ class Windows:
         shard = int(np.searchsorted(self.first, window, side="right")) - 1
         start = (window - int(self.first[shard])) * self.seq_len
         tokens = self.shards[shard].tokens[start:start + self.seq_len + 1].astype(np.int64)
-        if tokens.max() >= self.vocab_size:
-            at = int(np.argmax(tokens >= self.vocab_size))  # the first of them
-            raise UserError(f"{self.shards[shard].path}: token {tokens[at]} at offset {start + at} "
-                            f"is outside the vocabulary of {self.vocab_size} — the shard is "
-                            f"damaged or was made with another tokenizer")
+        check_range(self.shards[shard], start, tokens, self.vocab_size)
         return tokens

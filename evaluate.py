@@ -9,7 +9,6 @@ choice, samples.
 Appends "eval" and "benchmark" events to the run's evaluations.jsonl.
 """
 import itertools
-import json
 import math
 import re
 import sys
@@ -18,15 +17,17 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
+from support import threads  # before torch: it sets how its threads wait
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
 from checkpoint import load_model
 from data import DataFolder, Windows
-from support.devices import choose_device, complete_rows, processes
+from support.devices import choose_device, complete_rows, processes, refuse_processes
 from support.flags import Parser, count
-from support.runs import UserError, newest_run, note, script, settings_of
+from support.runs import (UserError, beginning, newest_run, note, parse_json, script,
+                          settings_of)
 
 BATCH_TOKENS = 4096  # tokens per forward; fixed, so that no flag changes a score
 ROWS = 1024          # tokens whose logits are in memory at once
@@ -198,7 +199,7 @@ class Benchmark:
     def parse(self, line, place):
         """(context, endings, label) of a line. Raises UserError naming the place."""
         try:
-            item = json.loads(line)
+            item = parse_json(line)
             context, endings = put_question(item, self.style)
             label = int(str(item["label"]))  # a string in some releases
             texts = [context, *endings]
@@ -207,7 +208,7 @@ class Benchmark:
                     and 0 <= label < len(endings)
                     and len(endings) >= 2
                     and (not self.endings or len(endings) == len(self.endings[0])))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError):
             fits = False
         if not fits:
             needed = "ctx" if self.style == "token" else "activity_label, ctx_a, ctx_b"
@@ -356,20 +357,19 @@ def log_benchmark(benchmark, model, autocast, step, log):
 # -------------------------------------------------------------------------------------------------
 # The command line. Everything in fp32, so that a score does not depend on the machine.
 
-def score_text(model, tokenizer, folder, seq_len, eval_tokens, autocast):
-    """Print and return the scores on the validation text of a data folder."""
-    data = DataFolder(folder)
+def score_text(model, tokenizer, data, seq_len, eval_tokens, autocast):
+    """Print and return the scores on the validation text of a DataFolder."""
     if data.vocab_size != tokenizer.vocab_size:
-        raise UserError(f"{folder} has a vocabulary of {data.vocab_size}, the model of "
+        raise UserError(f"{data.path} has a vocabulary of {data.vocab_size}, the model of "
                         f"{tokenizer.vocab_size} — prepare it again with --vocab_size "
                         f"{tokenizer.vocab_size}")
     val = Windows(data.val, seq_len, data.vocab_size, shuffle=False)
     scores = evaluate(model, val, tokenizer, eval_tokens, autocast, progress=True)
-    print(f"{folder}: {describe_text(scores)}")
+    print(f"{data.path}: {describe_text(scores)}")
     eighths = " ".join(f"{loss:.3f}" for loss in scores["position_loss"])
     print(f"loss by eighth of the window: {eighths}")
-    return {"data": str(folder), "dtype": "fp32", "seq_len": seq_len, "eval_tokens": eval_tokens,
-            **scores}
+    return {"data": str(data.path), "dtype": "fp32", "seq_len": seq_len,
+            "eval_tokens": eval_tokens, **scores}
 
 
 def score_questions(model, benchmark, autocast):
@@ -379,6 +379,17 @@ def score_questions(model, benchmark, autocast):
     speed = scores["n"] / (time.monotonic() - start)
     print(f"{describe_choices(scores)} ({speed:.0f} questions/s)")
     return scores
+
+
+def check_finite(model, autocast):
+    """Raise UserError with code 3 if the model does not give numbers: a choice among NaN looks like
+    one by chance."""
+    tokens = torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)
+    with evaluating(model, autocast):
+        logits, _ = model(tokens[:, :model.config.max_seq_len])
+    if not logits.isfinite().all():
+        raise UserError("the model's logits are NaN or infinite, so there is nothing to score — "
+                        "choose an earlier --step", code=3)
 
 
 @script
@@ -397,7 +408,9 @@ def main(argv=None):
     add("--device", help="cpu, cuda, cuda:1 …; without it cuda if there is one")
     args = parser.parse_args(argv)
 
+    refuse_processes()
     run = Path(args.run) if args.run else newest_run()
+    began = beginning(run)
     device = choose_device(args.device)
     model, tokenizer, step = load_model(run, args.step, device)
     settings = settings_of(run)
@@ -408,22 +421,39 @@ def main(argv=None):
     folder = args.data
     if folder is None and args.benchmark is None:
         folder = settings["data"]
+    data = None
+    if folder is not None:
+        data = DataFolder(folder)
+        is_own = data.fingerprint() == settings.get("fingerprint")
+        if args.data is None:
+            data.check_same(settings.get("fingerprint"), f"restore it, or score other text with "
+                                                         f"--data {folder}")
+        elif not is_own:
+            print(f"note: {folder} is not the data that {run} was trained on, or was prepared "
+                  f"anew: the run may have read this text")
     questions = args.benchmark
     if questions is None and Path(folder, "cloze.jsonl").exists():
         questions = Path(folder, "cloze.jsonl")
+    if questions is None and args.style == "harness":
+        raise UserError(f"--style is for questions, and {folder} has no cloze.jsonl — give some "
+                        f"with --benchmark")
     benchmark = None
     if questions is not None:
         benchmark = Benchmark(questions, tokenizer, seq_len, args.style)
 
     print(f"{run} step {step}")
     autocast = torch.autocast(device.type, enabled=False)
-    if folder is not None:
-        scores = score_text(model, tokenizer, folder, seq_len, args.eval_tokens, autocast)
-        note(run, {"event": "eval", "step": step, **scores})
+    check_finite(model, autocast)
+    events = []
+    if data is not None:
+        scores = score_text(model, tokenizer, data, seq_len, args.eval_tokens, autocast)
+        events.append({"event": "eval", "step": step, "same_data": is_own, **scores})
     if benchmark is not None:
         scores = score_questions(model, benchmark, autocast)
-        note(run, {"event": "benchmark", "step": step, "dtype": "fp32", "file": str(questions),
-                   "seq_len": seq_len, **scores})
+        events.append({"event": "benchmark", "step": step, "dtype": "fp32",
+                       "file": str(questions), "seq_len": seq_len, **scores})
+    for event in events:  # at the end: if they cannot be noted, they are on the screen at least
+        note(run, event, began)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ To draw something new, log it in train.py, `log.event("weights", step, norm=…)
 table PANELS. Reads a run's metrics.jsonl, and the samples and benchmarks that sample.py and
 evaluate.py appended to its evaluations.jsonl. Needs no checkpoint and no PyTorch.
 """
-import json
 import math
+import os
 import re
 import sys
 import textwrap
@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 
 from support.flags import Parser, count
-from support.runs import UserError, script
+from support.runs import UserError, parse_json, script
 
 # -------------------------------------------------------------------------------------------------
 # What the page shows. A panel is (title, y label, curves), a curve is (event, key, label): it shows
@@ -76,7 +76,7 @@ PLAIN = {  # stream of the plain log: its event, and the key of its value
 def parse(line):
     """The event in a JSON line, or in a line "step stream value". Raises if there is none."""
     if line.startswith("{"):
-        event = json.loads(line)
+        event = parse_json(line)
     else:
         step, stream, value = line.split()
         name, key = PLAIN.get(stream, (stream, stream))
@@ -99,7 +99,7 @@ def read_events(path):
                 continue
             try:
                 events.append(parse(line))
-            except (ValueError, KeyError, TypeError, RecursionError):
+            except (ValueError, KeyError, TypeError):
                 broken.append(str(line_number))
     if broken:
         where = ", ".join(broken) if len(broken) <= 5 else ", ".join(broken[:5]) + " …"
@@ -217,6 +217,8 @@ def read_run(path, batch_tokens=None):
     steps, tokens = points(run, "train", "tokens")
     known = (steps > 0) & (tokens > 0)
     if known.any() and not run.is_tuning:  # the batches of a tuning differ in length
+        if batch_tokens is not None:
+            print(f"{log} has its own tokens per step: --batch_tokens is not used for it")
         run.batch_tokens = round(np.median(tokens[known] / steps[known]))
     return run
 
@@ -284,14 +286,25 @@ def position_rows(run):
     return [row for row in rows if row["step"] in powers or row is rows[-1]]
 
 
+def open_figure(size):
+    """A matplotlib Figure that opens no window: without pyplot it needs none.
+
+    matplotlib reads MPLBACKEND all the same, and a notebook sets it to what may not exist here."""
+    backend = os.environ.pop("MPLBACKEND", None)
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("matplotlib is missing — run: pip install matplotlib") from None
+    finally:
+        if backend is not None:
+            os.environ["MPLBACKEND"] = backend
+    return Figure(figsize=size, layout="constrained", dpi=110)
+
+
 class Page:
     """The figure. A single run has a colour for each curve, several have a colour for each run."""
 
     def __init__(self, runs, scale):
-        try:
-            from matplotlib.figure import Figure  # without pyplot: opens no window
-        except ImportError:
-            raise UserError("matplotlib is missing — run: pip install matplotlib") from None
         self.runs = runs
         self.scale = scale
         self.alone = len(runs) == 1
@@ -308,7 +321,7 @@ class Page:
         columns = min(3, total)
         rows = math.ceil(total / columns)
         size = (5.2 * columns, 3.6 * rows + 0.5)
-        self.figure = Figure(figsize=size, layout="constrained", dpi=110)
+        self.figure = open_figure(size)
         for place, panel in enumerate(panels, 1):
             self.draw(self.figure.add_subplot(rows, columns, place), panel)
         if has_positions:

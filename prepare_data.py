@@ -24,6 +24,8 @@ import shutil
 import sys
 import time
 import zlib
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +35,7 @@ from data import GPT2_VOCAB_SIZE, Tokenizer
 from support.flags import Parser, number, text as valid_text
 from support.pydocs import (
     PACKAGES, VAL_SHARE, build_corpus, cloze_items, instruct_rows, shuffle_sentences, stable_hash)
-from support.runs import UserError, script
+from support.runs import UserError, lock, parse_json, script
 
 # With 4,096 ids a tiny model spends its arithmetic on its layers, not on the output layer (see
 # data.Tokenizer).
@@ -76,8 +78,8 @@ class ShardWriter:
 
         Threads are enough: tiktoken releases Python's global lock while it encodes."""
         texts = [text for text, _ in self.waiting]
-        threads = os.cpu_count() or 1
-        encoded = self.tokenizer.bpe.encode_ordinary_batch(texts, num_threads=threads)
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
+            encoded = list(threads.map(self.tokenizer.encode, texts))
         for (text, starts), ids in zip(self.waiting, encoded):
             if starts:
                 ids = [self.tokenizer.eot] + ids
@@ -170,22 +172,34 @@ def new_folder(out):
     """A temporary folder beside `out`, which becomes `out` when the block succeeds.
 
     If the block fails, `out` stays as it was. After a kill `out` is the old folder, the new one, or
-    absent, but never incomplete."""
+    absent, but never incomplete. Raises UserError if another process is preparing it."""
     out = out.resolve()
     check_replaceable(out)
     folder = out.with_name(f".{out.name}.preparing")
     older = out.with_name(f".{out.name}.replaced")
-    delete(folder, older)  # a killed process may have left them
-    folder.mkdir(parents=True)
+    in_use = f"{out} is being prepared by another process — wait for it, or choose another --out"
+    folder.mkdir(parents=True, exist_ok=True)
+    locked = lock(folder, in_use)
+    # The process that held the lock before may have renamed or deleted this folder by now.
+    if not folder.exists() or not os.path.samestat(os.fstat(locked), folder.stat()):
+        os.close(locked)
+        raise UserError(in_use)
     try:
+        for leftover in folder.iterdir():  # of a killed process
+            leftover.unlink()
+        delete(older)
         yield folder
         for file in folder.iterdir():
             sync(file)
         sync(folder)
         replace(out, folder, older)
         sync(out.parent)
+        delete(older)
+    except BaseException:
+        delete(folder)
+        raise
     finally:
-        delete(folder, older)
+        os.close(locked)
 
 
 def replace(out, folder, older):
@@ -201,9 +215,8 @@ def replace(out, folder, older):
         raise
 
 
-def delete(*folders):
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+def delete(folder):
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def sync(path):
@@ -264,22 +277,44 @@ def has_suffix(path, suffixes):
 
 
 def text_files(paths):
-    """The files among `paths`, and the text files in the folders among them, each of them once.
-
-    The files of a folder are sorted: a file system lists them in any order."""
+    """The files among `paths`, and the text files in the folders among them, each of them once."""
     found = {}  # real path → path, because two paths can lead to one file
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder — check the path")
         files = [path]
         if path.is_dir():
-            files = sorted(file for file in path.rglob("*") if has_suffix(file, SUFFIXES))
+            files = files_in(path)
         if not files or not has_suffix(files[0], SUFFIXES):
             raise UserError(f"{path}: expected {', '.join(SUFFIXES)}, or a folder of these — "
                             f"convert it to one of them")
         for file in files:
             found.setdefault(file.resolve(), file)
     return list(found.values())
+
+
+def files_in(folder):
+    """The text files in a folder and the folders in it; prints what else is there and is not read.
+
+    Hidden ones are left out: editors and notebooks keep older versions in them. The files are
+    sorted, because a file system lists them in any order."""
+    files = []
+    unread = Counter()
+    for path in sorted(folder.rglob("*")):
+        if path.is_dir() and not path.is_symlink():
+            continue
+        names = path.relative_to(folder).parts
+        if any(name.startswith(".") for name in names):
+            unread["hidden"] += 1
+        elif path.is_file() and has_suffix(path, SUFFIXES):
+            files.append(path)
+        else:
+            unread[path.suffix or path.name] += 1
+    if unread:
+        kinds = ", ".join(f"{n} {kind}" for kind, n in unread.most_common(8))
+        print(f"{folder}: {unread.total()} files are not read ({kinds}): only "
+              f"{', '.join(SUFFIXES)} are")
+    return files
 
 
 def read_lines(path):
@@ -314,12 +349,12 @@ def read_json_lines(path):
         if not line.strip():
             continue
         try:
-            text = json.loads(line)["text"]
+            text = parse_json(line)["text"]
             text.encode()  # fails for half a surrogate pair: JSON can write it, UTF-8 cannot
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise UserError(f'{path}, line {line_number}: expected a JSON object with a string '
                             f'"text" — fix or remove this line') from None
-        if text:
+        if text.strip():
             yield text, True
 
 
@@ -332,7 +367,7 @@ def read_plain_text(path, separator):
         parts = line.split(separator) if separator else [line]
         for end in parts[:-1]:  # each ends a document
             text = "".join([*held, end]).strip("\n")
-            if text:
+            if text.strip():
                 yield text, starts
             held = []
             size = 0
@@ -345,7 +380,7 @@ def read_plain_text(path, separator):
             size = 0
             starts = False
     text = "".join(held)
-    if text:
+    if text.strip():
         yield text, starts
 
 
@@ -354,45 +389,81 @@ def read_all_pieces(files, separator):
         yield from read_pieces(file, separator)
 
 
-def measure(files, separator):
-    """(number of characters, hash of each document) of all files. Raises UserError if one of them
-    cannot be read."""
-    total = 0
-    hashes = array.array("Q")  # 8 bytes a document, of which there can be many millions
-    is_separated = False
-    with tqdm(desc="checking", unit=" characters", unit_scale=True) as bar:
-        for file in files:
-            before = len(hashes)
-            is_plain_text = not has_suffix(file, JSON_LINES)
-            for text, starts in read_pieces(file, separator):
-                total += len(text)
-                bar.update(len(text))
-                if starts:
-                    hashes.append(stable_hash(text))
-            documents = len(hashes) - before
-            if is_plain_text and documents > 1:
-                is_separated = True
-    if separator and not is_separated:
-        print(f"--separator {separator!r} separates nothing: each .txt and .md file is one "
-              f"document")
-    return total, hashes
+class Documents:
+    """What the first reading of all files finds: the length and a key of each document.
+
+    Documents with the same words have the same key, whatever the white space between them. Raises
+    UserError if a file cannot be read."""
+
+    def __init__(self, files, separator):
+        keys = array.array("Q")  # 8 bytes a document, of which there can be many millions
+        lengths = array.array("Q")  # in characters
+        empty = []
+        is_separated = False
+        with tqdm(desc="checking", unit=" characters", unit_scale=True) as bar:
+            for file in files:
+                before = len(keys)
+                for text, starts in read_pieces(file, separator):
+                    if starts:
+                        keys.append(0)
+                        lengths.append(0)
+                    words = " ".join(text.split())
+                    keys[-1] = stable_hash(f"{keys[-1]} {words}")
+                    lengths[-1] += len(text)
+                    bar.update(len(text))
+                documents = len(keys) - before
+                if documents == 0:
+                    empty.append(str(file))
+                if documents > 1 and not has_suffix(file, JSON_LINES):
+                    is_separated = True
+        if empty:
+            print(f"{len(empty)} files hold no text: {', '.join(empty[:5])}")
+        if separator and not is_separated:
+            print(f"--separator {separator!r} separates nothing: it occurs in no .txt or .md file, "
+                  f"so each of them is one document")
+        self.keys = np.array(keys, dtype=np.uint64)
+        self.distinct, first = np.unique(self.keys, return_index=True)
+        self.is_first = np.zeros(len(keys), dtype=bool)  # not a repetition of an earlier one
+        self.is_first[first] = True
+        self.total = int(np.array(lengths)[self.is_first].sum())  # characters
+        repeated = len(keys) - len(self.distinct)
+        if repeated > 0:
+            print(f"{repeated} of {len(keys)} documents repeat another one and are left out")
+
+    def first_ones(self, pieces):
+        """Yield (key, text, starts): the pieces, without those of repeated documents."""
+        number = -1
+        for text, starts in pieces:
+            number += starts
+            if number == len(self.keys):
+                break
+            if self.is_first[number]:
+                yield self.keys[number], text, starts
+        if number != len(self.keys) - 1:
+            raise UserError("a file was changed while it was read — prepare the data again")
+
+    def split(self, pieces):
+        """Yield (split, text, starts): 5 % of the documents, or of a few long ones, are for
+        validation."""
+        if len(self.distinct) >= 20:
+            threshold = self.distinct[int(len(self.distinct) * VAL_SHARE)]
+            return split_by_key(self.first_ones(pieces), threshold)
+        # 5 % of so few documents is at most one document, of any length
+        return split_by_length(self.first_ones(pieces), self.total)
 
 
-def split_by_hash(pieces, threshold):
-    """Yield (split, text, starts). A document is for validation if its hash is small: equal
-    documents are on the same side, and the order of the files does not matter."""
-    split = "train"
-    for text, starts in pieces:
-        if starts:  # later pieces of a document follow its first one
-            split = "val" if stable_hash(text) <= threshold else "train"
-        yield split, text, starts
+def split_by_key(pieces, threshold):
+    """Yield (split, text, starts). A document is for validation if its key is small, so the order
+    of the files does not matter."""
+    for key, text, starts in pieces:
+        yield "val" if key <= threshold else "train", text, starts
 
 
 def split_by_length(pieces, total):
     """Yield (split, text, starts). The last 5 % of all `total` characters are for validation."""
     left = int(total * (1 - VAL_SHARE))  # characters that still go to training
     split = "train"
-    for text, starts in pieces:
+    for _, text, starts in pieces:
         if split == "train" and len(text) > left:
             cut = place_to_cut(text, left, int(total * VAL_SHARE))
             if cut > 0:
@@ -406,9 +477,10 @@ def split_by_length(pieces, total):
 
 def place_to_cut(text, end, slack):
     """The last place up to `end` after a line break, if one is within `slack` characters of it,
-    else (a book in one line) after a space, else `end` itself."""
-    after_line = text.rfind("\n", max(0, end - slack), end) + 1
-    after_word = text.rfind(" ", 0, end) + 1
+    else (a book in one line) after a space within them, else `end` itself."""
+    start = max(0, end - slack)
+    after_line = text.rfind("\n", start, end) + 1
+    after_word = text.rfind(" ", start, end) + 1
     return after_line or after_word or end
 
 
@@ -420,17 +492,45 @@ def prepare_text(paths, out, vocab_size=DEFAULT_VOCAB_SIZE, separator=None):
         raise UserError("a separator must be within one line — choose another --separator")
     tokenizer = Tokenizer(vocab_size)
     files = text_files(paths)
-    total, hashes = measure(files, separator)
-    pieces = read_all_pieces(files, separator)
-    if len(hashes) >= 20:
-        threshold = sorted(hashes)[int(len(hashes) * VAL_SHARE)]
-        pieces = split_by_hash(pieces, threshold)
-    else:  # 5 % of so few documents is at most one document, of any length
-        pieces = split_by_length(pieces, total)
+    documents = Documents(files, separator)
+    pieces = documents.split(read_all_pieces(files, separator))
+    passages = PassageCounter(documents.total)
     names = [file.name for file in files]
     source = {"name": "text", "files": names, "separator": separator}
     with new_folder(Path(out)) as folder:
-        write_shards(folder, pieces, tokenizer, source, total)
+        write_shards(folder, passages.watch(pieces), tokenizer, source, documents.total)
+    passages.report()
+
+
+class PassageCounter:
+    """Counts the passages of the validation text that stand in the training text too. Whole
+    documents never do; but of two versions of a text one may be on each side.
+
+    A passage is eight words from one on that ends with h, p, x, 0 or 8 (or a sign whose code is
+    divisible by 8). So the same passages are taken from a text and from its other version, however
+    their lines are broken."""
+    WORDS = 8
+
+    def __init__(self, total):
+        self.sums = {"train": array.array("I"), "val": array.array("I")}  # 4 bytes a passage
+        self.one_in = 1 + total // 2**28  # so that those of any text fit in memory
+
+    def watch(self, pieces):
+        for split, text, starts in pieces:
+            words = text.split()
+            for place, word in enumerate(words):
+                if ord(word[-1]) % 8 == 0:
+                    passage = " ".join(words[place:place + self.WORDS])
+                    checksum = zlib.crc32(passage.encode())
+                    if checksum % self.one_in == 0:
+                        self.sums[split].append(checksum)
+            yield split, text, starts
+
+    def report(self):
+        known = np.isin(self.sums["val"], self.sums["train"])
+        if known.any() and known.mean() > 0.05:
+            print(f"note: {known.mean():.0%} of the passages for validation are in the training "
+                  f"text too, so its loss will be too low — is a text there in two versions?")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -11,15 +11,16 @@ import codecs
 import sys
 from pathlib import Path
 
+from support import threads  # before torch: it sets how its threads wait
 import torch
 
 from checkpoint import load_model
 from evaluate import continue_prompt
 from support.chat import SYSTEM, encode_chat
-from support.devices import choose_device
+from support.devices import choose_device, refuse_processes
 from support.durable import checkpoints
 from support.flags import Parser, count, number, text
-from support.runs import UserError, newest_run, note, script, settings_of
+from support.runs import UserError, beginning, newest_run, note, script, settings_of
 
 
 def stream(model, tokenizer, ids, max_new_tokens, args, generator):
@@ -63,6 +64,7 @@ def trajectory(run, args, device):
     """Print one sample of every checkpoint kept, and append them to the run's evaluations.jsonl."""
     prompts = args.prompt or [settings_of(run).get("sample_prompt") or ""]
     autocast = torch.autocast(device.type, enabled=False)
+    began = beginning(run)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
                "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
     usable = 0
@@ -75,7 +77,7 @@ def trajectory(run, args, device):
         for prompt in prompts:
             sample = continue_prompt(model, tokenizer, prompt, autocast, **options)
             print(f"{step:>9,} | {prompt} | {' '.join(sample['text'].split())}", flush=True)
-            note(run, {"event": "sample", "step": step, **sample, **options})
+            note(run, {"event": "sample", "step": step, **sample, **options}, began)
     if usable == 0:
         raise UserError(f"{run}: no usable checkpoint — train it first: python train.py --run "
                         f"{run}")
@@ -204,6 +206,7 @@ def read_arguments(argv):
 @script
 def main(argv=None):
     args = read_arguments(argv)
+    refuse_processes()
     device = choose_device(args.device)
     run = Path(args.run) if args.run else newest_run()
     if args.trajectory and checkpoints(run):

@@ -18,25 +18,26 @@ import textwrap
 import time
 from pathlib import Path
 
+from support import threads  # before torch: it sets how its threads wait
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
-from data import Tokenizer
+from data import DataFolder, Tokenizer
 from evaluate import (BATCH_TOKENS, ROWS, evaluating, log_benchmark, open_benchmark,
                       text_statistics)
-from model import Llama, ModelConfig
+from model import Llama
 from support import chat, durable, flags, lora
 from support.chat import IGNORE, Batches, Examples
-from support.devices import (StopSignals, any_process, choose_dtype, complete_rows, end_processes,
-                             environment, from_rank_0, processes, start_processes,
-                             sum_over_processes)
+from support.devices import (StopSignals, any_process, check_equal, choose_dtype, complete_rows,
+                             end_processes, environment, from_rank_0, processes, start_processes,
+                             sum_over_processes, use_machine)
 from support.runs import (Log, UserError, claim, due, is_finished, is_tuned, newest_run, script,
                           settings_of, start_over)
-from train import (ONCE, add_settings, finish, finish_settings, has_diverged, introduce_resume,
-                   lr_at, make_optimizer)
+from train import (ONCE, add_settings, check_end, finish, finish_settings, has_diverged,
+                   introduce_resume, lr_at, make_optimizer)
 
 # What a preset of the base changes. A flag on the command line wins over it.
 BY_PRESET = {"tiny": dict(lr=1e-3, epochs=1.0, batch_size=32, eval_every=0, sample_every=0)}
@@ -56,7 +57,7 @@ def main(argv=None):
         raise UserError(f"{run} is the run to start from — choose another --run for the tuned one")
     folder = None  # of the checkpoint to resume
     if is_main:
-        lock = claim(run, args.resume, args.overwrite)  # the folder is ours while this exists
+        claim(run, args.resume, args.overwrite)
         if args.resume:
             folder = checkpoint.newest(run)
     folder = from_rank_0(folder)
@@ -64,6 +65,7 @@ def main(argv=None):
     if state is not None:
         args = read_settings(argv, saved=state["config"])  # again, with the saved values
     args.run = str(run)
+    device = use_machine(args, device, world)
 
     # ---- Data, model, optimizer, precision
     weights = open_base(args, run, state)
@@ -87,6 +89,7 @@ def main(argv=None):
     step = 0
     tokens_seen = 0
     seconds = 0.0      # of training, over all resumes
+    updates = 0        # those that the optimizer's moments have seen
     log_length = 0     # what was logged after the checkpoint is cut off
     resumed_at = None  # this step is saved already
     if state is not None:
@@ -94,10 +97,11 @@ def main(argv=None):
         step = state["step"]
         tokens_seen = state["tokens"]
         seconds = state["seconds"]
+        updates = 0 if args.reset_optimizer else state["updates"]
         log_length = state["log_bytes"]
         resumed_at = step
-    if step > args.max_steps:
-        raise UserError(f"{run} is at step {step} already — give a larger --max_steps")
+    check_end(run, state, args)
+    check_equal({**vars(args), "rows in the file": fingerprint})
     # A run at its last step may still lack its last evaluations: the log says if it is finished.
     finished = from_rank_0(is_main and step == args.max_steps and is_finished(run))
     if finished:
@@ -119,7 +123,7 @@ def main(argv=None):
         if state is None and args.lora is not None:
             lora.keep_base(run, args.base, args.step, weights)
         durable.write_json(run / "config.json", settings)
-    log = Log(run if is_main else None, log_length, args.max_steps)
+    log = Log(run if is_main else None, log_length, step, tokens_seen, args.max_steps)
     log.start(step, state, settings, env, args.reset_optimizer)
     if state is None:
         log_instructions(log, step, args, examples, held_out, bad, batches, observer.shown)
@@ -144,7 +148,7 @@ def main(argv=None):
         if save_now and is_main and step != resumed_at:
             full = checkpoint.capture(model, optimizer, scaler, step=step, tokens=tokens_seen,
                                       seconds=seconds, config=settings, env=env, data=fingerprint,
-                                      log_bytes=log.length())
+                                      updates=updates, log_bytes=log.length())
             checkpoint.save(run, full, args.keep_last, args.keep_every)
         if stopping:
             break
@@ -202,6 +206,7 @@ def main(argv=None):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        updates += not overflow
 
         # 7. Log. Tokens are those of the rows, without padding.
         tokens_in_step = int(examples.lengths[rows].sum())
@@ -226,7 +231,8 @@ def open_base(args, run, state):
         weights, args.step = checkpoint.load_weights(args.base, args.step)
         return weights
     if args.lora is not None:
-        return lora.load_base(run)  # the state has only the adapters
+        file = lora.base_file(run)  # the state has only the adapters
+        return checkpoint.load_parts(file, checkpoint.WEIGHTS)
     return {"config": state["model_config"], "model": state["model"]}
 
 
@@ -238,12 +244,21 @@ def open_instructions(args, state, tokenizer, window, is_main):
     if not file.is_file():
         raise UserError(f"{file}: no such file — give one with --instructions (python "
                         f"prepare_data.py pydocs writes data/pydocs/instruct.json)")
+    questions = Path(args.data, "cloze.jsonl")  # see open_benchmark
+    if args.instructions is None or (args.benchmark is None and questions.exists()):
+        DataFolder(args.data).check_same(args.fingerprint, "restore it, or give --instructions and "
+                                                           "--benchmark")
     fingerprint = chat.file_fingerprint(file)
     if state is not None and state["data"] != fingerprint:
         raise UserError(f"{file} is not the file that this run was tuned on — restore it, or "
                         f"choose another --run")
     chats, splits, bad = chat.read_instructions(file, args.skip_bad)
-    training, held_out = chat.hold_out(splits, args.held_out, args.seed)
+    training, held_out = chat.hold_out(chats, splits, args.held_out, args.seed)
+    if any(splits) and args.held_out != HELD_OUT and is_main:
+        print(f"{file}: its rows have a \"split\", so --held_out is not used")
+    repeated = len(chats) - len(training) - len(held_out)
+    if repeated > 0 and is_main:
+        print(f"{file}: {repeated} rows repeat another one and are left out")
     examples = Examples([chats[i] for i in training], tokenizer, args.system, window, is_main)
     held_out = Examples([chats[i] for i in held_out], tokenizer, args.system, window, is_main)
     if len(examples) == 0:
@@ -256,7 +271,7 @@ def open_instructions(args, state, tokenizer, window, is_main):
 
 def make_model(args, weights, device):
     """The network with the weights to start from; with --lora frozen, and adapters beside them."""
-    config = ModelConfig(**weights["config"])
+    config = checkpoint.read_config(weights["config"])
     if args.lora is not None and args.lora > config.dim:
         raise UserError(f"--lora {args.lora} is more than the model's dim {config.dim}: that rank "
                         f"is not low — choose a smaller one")
@@ -379,6 +394,7 @@ def spread(items, n):
 # -------------------------------------------------------------------------------------------------
 # Settings. A flag that train.py has too means the same here.
 
+HELD_OUT = 0.02
 DEFAULTS = dict(lr=2e-5, warmup_steps=20, weight_decay=0.0, sample_every=250, keep_every=0,
                 epochs=3.0, lora_alpha=16.0)
 
@@ -399,7 +415,7 @@ def read_settings(argv, saved=None):
         "data that RUN was trained on")
     add("--skip_bad", action="store_true", help="leave out bad rows and count them; without it the "
         "first one is an error")
-    add("--held_out", type=flags.number(float, 0, 0.9), default=0.02, help="share of the rows "
+    add("--held_out", type=flags.number(float, 0, 0.9), default=HELD_OUT, help="share of the rows "
         "that is scored and not trained on, unless the rows have a \"split\"")
     add("--system", type=flags.text, default=chat.SYSTEM, help="how each conversation begins")
     add("--max_length", type=flags.count, help="tokens of the longest example, longer ones are "
@@ -431,7 +447,7 @@ def settings_of_base(args):
     else:
         base = args.base or os.path.relpath(newest_run(pretrained=True))
         known = settings_of(base)
-    inherited = ("preset", "data", "seq_len", "benchmark", "benchmark_items")
+    inherited = ("preset", "data", "fingerprint", "seq_len", "benchmark", "benchmark_items")
     defaults = {"base": base, **{name: known.get(name) for name in inherited}}
     defaults.update(BY_PRESET.get(known.get("preset"), {}))
     if args.lora is not None:  # adapters start at zero and are few: they can take larger steps

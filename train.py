@@ -18,6 +18,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from support import threads  # before torch: it sets how its threads wait
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -26,9 +27,9 @@ from data import DataFolder, Windows
 from evaluate import Observer
 from model import PRESETS, Llama, ModelConfig, flops_per_token, kv_bytes_per_token
 from support import flags
-from support.devices import (StopSignals, any_process, choose_dtype, end_processes, environment,
-                             from_rank_0, peak_rate, start_processes, sum_over_processes,
-                             wait_for_rank_0)
+from support.devices import (StopSignals, any_process, check_equal, choose_dtype, end_processes,
+                             environment, from_rank_0, peak_rate, start_processes,
+                             sum_over_processes, use_machine, wait_for_rank_0)
 from support.durable import write_json
 from support.runs import Log, UserError, claim, due, is_finished, script, start_over
 
@@ -99,7 +100,7 @@ def main(argv=None):
     run = Path(args.run or f"runs/{args.preset}")
     folder = None  # of the checkpoint to resume
     if is_main:
-        lock = claim(run, args.resume, args.overwrite)  # the folder is ours while this exists
+        claim(run, args.resume, args.overwrite)
         if args.resume:
             folder = checkpoint.newest(run)
     folder = from_rank_0(folder)
@@ -107,6 +108,7 @@ def main(argv=None):
     if state is not None:
         args = read_settings(argv, saved=state["config"])  # again, with the saved values
     args.run = str(run)
+    device = use_machine(args, device, world)
 
     # ---- Data, model, optimizer, precision
     accumulation = accumulation_steps(args, world)
@@ -131,6 +133,7 @@ def main(argv=None):
     step = 0
     tokens_seen = 0
     seconds = 0.0      # of training, over all resumes
+    updates = 0        # those that the optimizer's moments have seen
     log_length = 0     # what was logged after the checkpoint is cut off
     resumed_at = None  # this step is saved already
     if state is not None:
@@ -138,13 +141,15 @@ def main(argv=None):
         step = state["step"]
         tokens_seen = state["tokens"]
         seconds = state["seconds"]
+        updates = 0 if args.reset_optimizer else state["updates"]
         log_length = state["log_bytes"]
         resumed_at = step
     elif args.init_from:
         weights, _ = checkpoint.load_weights(args.init_from)
+        checkpoint.check_config(weights["config"], model.config)
         checkpoint.restore_weights(weights, model)
-    if step > args.max_steps:
-        raise UserError(f"{run} is at step {step} already — give a larger --max_steps")
+    check_end(run, state, args)
+    check_equal({**vars(args), "data in the folder": fingerprint})
     # A run at its last step may still lack its last evaluations: the log says if it is finished.
     finished = from_rank_0(is_main and step == args.max_steps and is_finished(run))
     if finished:
@@ -168,8 +173,9 @@ def main(argv=None):
     if is_main:
         if state is None:
             start_over(run)
-        write_json(run / "config.json", settings)
-    log = Log(run if is_main else None, log_length, args.max_steps, peak_rate(env, flops))
+        write_json(run / "config.json", {**settings, "fingerprint": fingerprint})
+    log = Log(run if is_main else None, log_length, step, tokens_seen, args.max_steps,
+              peak_rate(env, flops))
     log.start(step, state, settings, env, args.reset_optimizer)
     log.say(introduce(args, model, world, accumulation, dtype, device))
     if state is not None:
@@ -193,7 +199,7 @@ def main(argv=None):
         if save_now and is_main and step != resumed_at:
             full = checkpoint.capture(model, optimizer, scaler, step=step, tokens=tokens_seen,
                                       seconds=seconds, config=settings, env=env, data=fingerprint,
-                                      log_bytes=log.length())
+                                      updates=updates, log_bytes=log.length())
             checkpoint.save(run, full, args.keep_last, args.keep_every)
         if stopping:
             break
@@ -249,6 +255,7 @@ def main(argv=None):
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
         step += 1
+        updates += not overflow
 
         # 7. Log.
         tokens_in_step = args.batch_tokens  # here every token is a target
@@ -276,22 +283,28 @@ def open_data(args, state, is_main):
         prepare_pydocs(Path(EMBEDDED), PRESETS["tiny"].vocab_size)
     wait_for_rank_0()
     data = DataFolder(args.data)
-    fingerprint = data.fingerprint()
-    if state is None:
-        if is_main:
-            data.check_hashes()  # every byte, once; a resume compares the fingerprint
-    elif state["data"] != fingerprint:
-        pairs = zip(state["data"], fingerprint)  # [name of the shard, …] each
-        changed = [new[0] for old, new in pairs if old != new] or ["the number of shards"]
-        raise UserError(f"{args.data} is not this run's data (changed: {', '.join(changed)}) — "
-                        f"restore it, or choose another --run")
-    return data, fingerprint
+    if data.unused and is_main:
+        names = ", ".join(file.name for file in data.unused[:5])
+        print(f"{args.data}: {len(data.unused)} files are in no split and not used: {names}")
+    if state is not None:
+        data.check_same(state["data"], "restore it, or choose another --run")
+    elif is_main:
+        data.check_content()  # every byte, once; a resume compares the fingerprint
+    return data, data.fingerprint()
 
 
 def make_model(args, state, vocab_size, device):
-    """A network of the preset, or on a resume one with the saved sizes; new random weights."""
+    """A network of the preset, or on a resume one with the saved sizes; new random weights. Raises
+    UserError if these sizes cannot be used."""
     if state is not None:
-        config = ModelConfig(**state["model_config"])
+        config = checkpoint.read_config(state["model_config"])
+        if config.vocab_size != vocab_size:
+            raise UserError(f"{args.data} has a vocabulary of {vocab_size}, the model of "
+                            f"{config.vocab_size} — restore the data, or choose another --run")
+        tokens = state["step"] * args.batch_tokens
+        if config.max_seq_len < args.seq_len or state["tokens"] != tokens:
+            raise UserError("the checkpoint's sizes contradict its settings — restore it, or "
+                            "delete it to go on from the one before")
     else:
         preset = PRESETS[args.preset]
         config = replace(preset, vocab_size=vocab_size, padded_vocab_size=None,
@@ -310,6 +323,19 @@ def accumulation_steps(args, world):
                         f"{args.micro_batch} x seq_len {args.seq_len} x {world} processes = {unit} "
                         f"— use --batch_tokens {' or '.join(near)}, or another --micro_batch")
     return args.batch_tokens // unit
+
+
+def check_end(run, state, args):
+    """Raise UserError unless the run is to end after the step at which it begins."""
+    if state is None:
+        if args.reset_optimizer:
+            raise UserError(f"{run} has no state to continue without its optimizer — leave out "
+                            f"--reset_optimizer")
+        return
+    for name in ("max_steps", "stop_at"):
+        end = getattr(args, name)
+        if end is not None and end < state["step"]:
+            raise UserError(f"{run} is at step {state['step']} already — give a larger --{name}")
 
 
 def has_diverged(loss, norm, scaler, skipped_in_a_row):
@@ -392,6 +418,8 @@ def read_settings(argv, saved=None):
     preset_parser.add_argument("--preset", choices=PRESETS, default="tiny", help="size of the "
                                "model and its settings; --help shows those of the given preset")
     preset = preset_parser.parse_known_args(argv)[0].preset
+    if saved is not None and saved.get("preset") in list(PRESETS):
+        preset = saved["preset"]
 
     parser = flags.Parser(description=__doc__.split("\n")[0], parents=[preset_parser])
     add_settings(parser)
@@ -423,7 +451,7 @@ def finish_settings(parser, argv, saved, experiment):
                             f"code (it differs in the settings {', '.join(other[:5])}) — continue "
                             f"it with that one, or start a new run from its weights: train.py "
                             f"--init_from")
-        parser.set_defaults(**saved)
+        parser.set_saved(saved)
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
         raise UserError("--resume continues and --overwrite starts over — give one of them")
@@ -470,7 +498,7 @@ def introduce_resume(args, state, env):
     before = {**state["config"], **state["env"]}
     now = {**vars(args), **env}
     changed = [f"{name} {value} → {now[name]}" for name, value in before.items()
-               if value != now[name]]
+               if name in now and value != now[name]]
     lr_before = lr_at(step, argparse.Namespace(**state["config"]))
     optimizer = "without" if args.reset_optimizer else "with"
     return "\n".join([

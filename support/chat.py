@@ -11,6 +11,7 @@ messages:
 """
 import hashlib
 import json
+import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from support import runs
 from support.runs import UserError
 
 # -------------------------------------------------------------------------------------------------
@@ -128,12 +130,10 @@ def parse_json(content, first_line=1):
     """The value of JSON text, which begins at `first_line` of its file. Raises ValueError, in a few
     words."""
     try:
-        return json.loads(content.decode("utf-8"))
+        return runs.parse_json(content.decode("utf-8"))
     except UnicodeDecodeError as error:
         line = first_line + content[:error.start].count(b"\n")
         raise ValueError(f"not valid UTF-8 (line {line})") from None
-    except RecursionError:
-        raise ValueError("not valid JSON (too deeply nested)") from None
     except json.JSONDecodeError as error:
         line = first_line + error.lineno - 1
         where = f"line {line} column {error.colno}"
@@ -208,20 +208,44 @@ def check_text(message):
         raise ValueError(f"{name} contains half a character (a lone surrogate)") from None
 
 
-def hold_out(splits, share, seed):
+def hold_out(chats, splits, share, seed):
     """(rows to train on, rows held out), as two arrays of row numbers.
 
     If any row has a "split", all but "train" are held out; otherwise a random share, at least one
-    of two or more rows."""
-    n = len(splits)
+    of two or more rows. What is scored must not be trained on: of rows that repeat a conversation
+    only one remains, a held-out one if there is one; and no row is trained on that begins like a
+    held-out one and goes on, or that a held-out one goes on from."""
+    held = np.array([(split or "train").strip().lower() != "train" for split in splits])
+    words = [words_of(messages) for messages in chats]
+    remaining = {}  # conversation → its row
+    for row in [*np.flatnonzero(held), *np.flatnonzero(~held)]:
+        remaining.setdefault(words[row], row)
+    rows = np.sort(list(remaining.values()))
     if any(splits):
-        held = np.array([split not in (None, "", "train") for split in splits])
-        return np.flatnonzero(~held), np.flatnonzero(held)
-    count = 0
-    if share > 0:
-        count = min(n - 1, max(1, round(share * n)))
-    order = np.random.RandomState(seed).permutation(n)
-    return np.sort(order[count:]), np.sort(order[:count])
+        training, held_out = rows[~held[rows]], rows[held[rows]]
+    else:
+        n = len(rows)
+        count = 0
+        if share > 0:
+            count = min(n - 1, max(1, round(share * n)))
+        order = np.random.RandomState(seed).permutation(n)
+        training, held_out = rows[np.sort(order[count:])], rows[np.sort(order[:count])]
+    scored = {words[row] for row in held_out}
+    begun = {start for row in held_out for start in beginnings(words[row])}
+    apart = [row for row in training
+             if words[row] not in begun and scored.isdisjoint(beginnings(words[row]))]
+    return np.array(apart, dtype=int), held_out
+
+
+def beginnings(words):
+    """A conversation after one answer, after two, and so on."""
+    return [words[:n] for n in range(2, len(words) + 1, 2)]
+
+
+def words_of(messages):
+    """The questions and answers of a conversation, whatever the white space in them."""
+    return tuple(" ".join(message["content"].split()) for message in messages
+                 if message["role"] != "system")
 
 
 def file_fingerprint(path):

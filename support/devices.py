@@ -9,7 +9,7 @@ import time
 import torch
 import torch.distributed as dist
 
-from support.runs import UserError
+from support.runs import AT_END, UserError, first_line_of
 
 # -------------------------------------------------------------------------------------------------
 # Device and precision
@@ -72,9 +72,10 @@ def peak_rate(env, flops_per_token):
 # Stop signals
 
 class StopSignals:
-    """Ctrl-C, SIGTERM and a closed terminal set `requested`, so that the loop finishes its step and
-    saves. A second Ctrl-C, or any second signal after 10 seconds, ends the process at once. (Before
-    that it is ignored: a cluster may send one stop twice, by itself and through torchrun.)"""
+    """Ctrl-C, SIGTERM, SIGUSR1 (SLURM can send it before the time is up) and a closed terminal set
+    `requested`, so that the loop finishes its step and saves. A second Ctrl-C, or any second signal
+    after 10 seconds, ends the process at once. (Before that it is ignored: a cluster may send one
+    stop twice, by itself and through torchrun.)"""
 
     def __init__(self, log):
         self.log = log
@@ -83,12 +84,12 @@ class StopSignals:
         self.before = {}
         if threading.current_thread() is not threading.main_thread():
             return  # Python delivers signals to the main thread only
-        names = ["SIGINT", "SIGTERM"]
-        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            names.append("SIGHUP")  # not on Windows; nohup ignores it
-        for name in names:
-            number = getattr(signal, name)
-            self.before[number] = signal.signal(number, self.receive)
+        AT_END.append(lambda code: self.restore())
+        for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
+            number = getattr(signal, name, None)  # Windows has only the first two
+            is_nohup = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
+            if number is not None and not is_nohup:
+                self.before[number] = signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         if self.requested:
@@ -104,29 +105,120 @@ class StopSignals:
 
     def restore(self):
         """Put back the handlers that were there before."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
+        while self.before:
+            signal.signal(*self.before.popitem())
 
 
 # -------------------------------------------------------------------------------------------------
 # Processes: one, or as many as torchrun started
 
 def start_processes(args):
-    """Join the other processes, if there are any: (rank, world, device)."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    """Join the other processes, if there are any: (rank, world, device). Raises UserError."""
+    rank, world, local_rank = ranks()
     device = choose_device(args.device)
+    if world > 1 and device.type == "cuda":
+        if local_rank >= torch.cuda.device_count():
+            raise UserError(f"LOCAL_RANK is {local_rank}, but there are "
+                            f"{torch.cuda.device_count()} GPUs — start as many processes as GPUs")
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
     if world > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-            torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        join(rank, world, backend="nccl" if device.type == "cuda" else "gloo")
+        watch_others()
+    return rank, world, device
+
+
+def use_machine(args, device, world):
+    """Apply the settings of the machine, on a resume the saved ones; returns the device."""
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-    return rank, world, device
+    torch.use_deterministic_algorithms(args.deterministic)
+    if world > 1:
+        return device  # on which they have joined
+    return choose_device(args.device)
+
+
+def refuse_processes():
+    """Raise UserError if torchrun started several processes: each would do all of the work."""
+    _, world, _ = ranks()
+    if world > 1:
+        raise UserError("this script runs in one process — start it without torchrun, or unset "
+                        "RANK and WORLD_SIZE")
+
+
+def ranks():
+    """(rank, world, local rank), as torchrun puts them into the environment; (0, 1, 0) without it.
+
+    Raises UserError if the environment has only some of them, or other values: left there by
+    another program, they would make this process wait for others that do not exist."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+    found = {name: os.environ[name] for name in names if name in os.environ}
+    if found.get("RANK", "0") == "0" and found.get("WORLD_SIZE", "1") == "1":
+        return 0, 1, 0
+    try:
+        rank, world, local_rank = (int(found[name]) for name in names[:3])
+        fits = 0 <= rank < world and 0 <= local_rank < world and found["MASTER_ADDR"] != ""
+        fits = fits and 0 < int(found["MASTER_PORT"]) < 65_536
+    except (KeyError, ValueError):
+        fits = False
+    if not fits:
+        shown = ", ".join(f"{name}={found.get(name, '(not set)')}" for name in names)
+        raise UserError(f"the environment has {shown}, which is not what torchrun sets — start "
+                        f"several processes with torchrun, or unset RANK and WORLD_SIZE")
+    return rank, world, local_rank
+
+
+def join(rank, world, backend):
+    """Wait for the other processes, and say so if it takes long. Raises UserError."""
+    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+    text = f"rank {rank} of {world} is waiting for the others at {place}"
+    reminder = threading.Timer(5, print, [text], {"file": sys.stderr, "flush": True})
+    reminder.daemon = True
+    reminder.start()
+    is_main_thread = threading.current_thread() is threading.main_thread()
+    if is_main_thread:  # Python would handle Ctrl-C only after the waiting
+        handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
+    try:
+        dist.init_process_group(backend)
+    except (RuntimeError, ValueError) as error:  # errors of the network are RuntimeErrors
+        raise UserError(f"rank {rank} of {world} did not reach the others at {place} "
+                        f"({first_line_of(error)}) — start all of them, with torchrun") from None
+    finally:
+        reminder.cancel()
+        if is_main_thread:
+            signal.signal(signal.SIGINT, handler)
+
+
+def watch_others():
+    """From now on, when one process fails, the others end too, within seconds and with its exit
+    code. Otherwise they would wait for it in their next exchange: for ten minutes with NCCL."""
+    store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
+                          is_master=False)  # a connection of its own to what all have joined at
+    key = f"failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    ended = threading.Event()  # this process, by itself
+
+    def tell(code):
+        ended.set()
+        if code not in (0, 75):
+            store.set(key, str(code or 1))  # None: a traceback
+            time.sleep(3)  # the store may end with this process: let the others read it
+
+    def watch():
+        while not ended.wait(1):
+            try:
+                failed = store.check([key])
+            except RuntimeError:
+                return  # the store has ended: so has the training, or the next exchange fails
+            if failed:
+                code = int(store.get(key))
+                print(f"another process failed with exit code {code}, see its message",
+                      file=sys.stderr, flush=True)
+                os._exit(code)
+
+    AT_END.append(tell)
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def processes():
@@ -140,17 +232,23 @@ def from_rank_0(value=None):
     """The value that rank 0 has, on every rank: they wait for it here."""
     box = [value]
     if dist.is_initialized():
-        try:
-            dist.broadcast_object_list(box, src=0)
-        except RuntimeError as error:
-            reason = str(error).splitlines()[0][:100]
-            raise UserError(f"another process has ended, see its message ({reason})") from None
+        dist.broadcast_object_list(box, src=0)
     return box[0]
 
 
 def wait_for_rank_0():
     """Return when rank 0 has come here too."""
     from_rank_0()
+
+
+def check_equal(settings):
+    """Raise UserError unless all processes have the settings of rank 0: with another number of
+    steps, for example, one would wait for ever for the others."""
+    first = from_rank_0(settings)
+    differ = [name for name, value in settings.items() if value != first.get(name)]
+    if differ:
+        raise UserError(f"this process has other settings or data than rank 0 "
+                        f"({', '.join(differ)}) — start all of them with the same command and data")
 
 
 def sum_over_processes(tensor):

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from support.runs import UserError, due
+from support.runs import UserError, due, is_out_of_memory, parse_json
 
 
 class Damaged(Exception):
@@ -151,9 +151,9 @@ def checkpoints(run):
 def read_meta(folder):
     """meta.json of a checkpoint; raises Damaged."""
     try:
-        meta = json.loads((folder / "meta.json").read_text())
-        fits = meta["step"] == step_of(folder) and "model.pt" in meta["files"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        meta = parse_json((folder / "meta.json").read_bytes())
+        fits = meta["step"] == step_of(folder) and isinstance(meta["files"]["model.pt"], dict)
+    except (OSError, ValueError, KeyError, TypeError):
         fits = False
     if not fits:
         raise Damaged("meta.json is missing, broken or of another step")
@@ -185,6 +185,11 @@ def load_file(path):
     except pickle.UnpicklingError:
         raise UserError(f"{path}: holds more than tensors and plain values, so it is not loaded — "
                         f"use a checkpoint that train.py wrote") from None
+    except Exception as error:  # of a file that is not one of torch.save: almost any
+        if is_out_of_memory(error):
+            raise
+        raise UserError(f"{path}: cannot be read ({error}) — use a checkpoint that train.py "
+                        f"wrote") from None
 
 
 def find(run, step=None, full=False):

@@ -1,7 +1,7 @@
 """flags.py — the command line: argparse, with one-line errors and numbers that know their range."""
 import argparse
 
-from support.runs import UserError
+from support.runs import UserError, is_argument
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -20,8 +20,33 @@ class Parser(argparse.ArgumentParser):
         options.setdefault("formatter_class", Formatter)
         super().__init__(allow_abbrev=False, **options)
 
+    def set_saved(self, saved):
+        """Take the settings of a saved run as defaults. Raises UserError for a value that its flag
+        could not have given."""
+        for action in self._actions:
+            if action.dest in saved and not can_give(action, saved[action.dest]):
+                raise UserError(f"the saved {action.dest} {saved[action.dest]!r} is not a value "
+                                f"that the flag can have — restore the checkpoint")
+        self.set_defaults(**saved)
+
     def error(self, message):
         raise UserError(f"{message} — see --help")
+
+
+def can_give(action, value):
+    """Whether a flag can have this value."""
+    if value is None:
+        return action.default is None
+    if not is_argument(value):
+        return False
+    if action.nargs == 0:  # a switch
+        return isinstance(value, bool)
+    try:
+        parsed = (action.type or str)(str(value))
+    except (ValueError, argparse.ArgumentTypeError):
+        return False
+    is_choice = action.choices is None or parsed in action.choices
+    return is_choice and type(parsed) is type(value) and parsed == value
 
 
 def number(kind, least, most):

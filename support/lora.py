@@ -10,7 +10,6 @@ ordinary matrix again: merged, the network costs nothing more.
 A LoRA run is one folder: the checkpoints hold the adapters, and base.pt the weights that they are
 for; base.json has its size and SHA-256.
 """
-import json
 import math
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support import durable
-from support.runs import UserError
+from support.runs import UserError, parse_json
 
 
 class LoRALinear(nn.Linear):
@@ -51,13 +50,33 @@ def add_adapters(model, rank, alpha):
                 setattr(part, name, LoRALinear(linear, rank, alpha))
 
 
+def is_lora(weights):
+    """Whether weights {name: tensor} are adapters."""
+    return any(str(name).endswith(".lora_A") for name in weights)
+
+
 def merge(base, adapters):
-    """Add scale · B A to the weights {name: tensor} of the base, in place."""
-    for name in adapters:
-        if name.endswith(".lora_A"):
-            layer = name.removesuffix(".lora_A")
-            low_rank = adapters[f"{layer}.lora_B"] @ adapters[f"{layer}.lora_A"]
-            base[f"{layer}.weight"] += adapters[f"{layer}.lora_scale"] * low_rank
+    """Add scale · B A to the weights {name: tensor} of the base, in place. Raises UserError if
+    they do not belong together."""
+    parts = ("lora_A", "lora_B", "lora_scale")
+    used = 0
+    try:
+        for name, weight in base.items():
+            layer = name.removesuffix(".weight")
+            found = [adapters.get(f"{layer}.{part}") for part in parts]
+            if found == [None, None, None]:
+                continue
+            A, B, scale = found
+            change = scale * (B @ A)
+            if change.shape != weight.shape or change.dtype != weight.dtype:
+                raise ValueError(f"{layer}: {tuple(change.shape)} {change.dtype}")
+            weight += change
+            used += len(parts)
+        if used != len(adapters):
+            raise ValueError(f"{len(adapters)} tensors, {used} of them for layers of the base")
+    except (ValueError, TypeError, AttributeError, RuntimeError) as why:
+        raise UserError(f"the adapters do not fit their base ({why}) — restore both, or tune again "
+                        f"in another --run") from None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -88,22 +107,12 @@ def are_equal(first, second):
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
-def load_base(run):
-    """The weights of the base of a LoRA run, verified. Raises UserError."""
+def base_file(run):
+    """The verified file with the weights that the adapters of `run` are for. Raises UserError."""
     run = Path(run)
     try:
-        durable.verify(run, "base.pt", json.loads((run / "base.json").read_text()))
-    except (durable.Damaged, OSError, ValueError, RecursionError) as why:
+        durable.verify(run, "base.pt", parse_json((run / "base.json").read_bytes()))
+    except (durable.Damaged, OSError, ValueError) as why:
         raise UserError(f"{run}: base.pt, the weights that its adapters are for, cannot be used "
                         f"({why}) — restore it, or tune again in another --run") from None
-    return durable.load_file(run / "base.pt")
-
-
-def merge_into_base(run, weights):
-    """Weights of a LoRA run merged into its base; those of any other run as they are."""
-    adapters = weights["model"]
-    if not any(name.endswith(".lora_A") for name in adapters):
-        return weights
-    base = load_base(run)
-    merge(base["model"], adapters)
-    return base
+    return run / "base.pt"

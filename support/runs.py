@@ -15,47 +15,104 @@ class UserError(Exception):
     """Says what is wrong, where, and what to do next. `code` is the script's exit code."""
 
     def __init__(self, message, code=2):
-        super().__init__(message)
+        super().__init__(" ".join(message.splitlines()))  # one line, whatever a file name holds
         self.code = code
+
+
+# What to call when a script ends, with its exit code, or None before a traceback. A notebook may
+# call main([…]) again in the same process, and must find locks and signal handlers as they were.
+AT_END = []
 
 
 def script(main):
     """Decorator for a script's `main(argv=None)`: whatever the user can fix ends in one line."""
     @functools.wraps(main)
     def wrapped(argv=None):
+        open_closed_streams()
+        if argv is not None:
+            argv = [str(argument) for argument in argv]  # a notebook may give numbers and paths
         if hasattr(sys.stdout, "reconfigure"):
             sys.stdout.reconfigure(errors="replace")  # a terminal that lacks a character shows "?"
+        outer = len(AT_END)  # a script can call another one
+        code = None
         try:
             code = main(argv)
-            if sys.stdout is not None:
-                sys.stdout.flush()  # here, so that a reader who left is noticed here
+            sys.stdout.flush()  # here, so that a reader who left is noticed here
             return code
-        except UserError as error:
-            message, code = str(error), error.code
-        except BrokenPipeError:  # the reader of our output left, as in `python sample.py | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            sys.exit(0)
-        except KeyboardInterrupt:  # train.py and sft.py, which have something to save, handle it
-            sys.exit(130)
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            message = f"{where}{error.strerror or error} — check path, permissions and disk"
-            code = 2
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
+        except BaseException as error:
+            code, message = explain(error)
+            if code is None:
                 raise
-            message = ("out of memory — use a smaller --micro_batch, a shorter --seq_len (sft.py: "
-                       "--max_length) or a smaller model")
-            code = 2
-        print(f"{Path(main.__code__.co_filename).name}: {message}", file=sys.stderr)
+            if message is not None:
+                name = Path(main.__code__.co_filename).name
+                print(f"{name}: {message}", file=sys.stderr)
+        finally:
+            while len(AT_END) > outer:
+                AT_END.pop()(code)
         sys.exit(code)
     return wrapped
 
 
+def explain(error):
+    """(exit code, message or None) of an error that the user can fix; (None, None) of another."""
+    if isinstance(error, UserError):
+        return error.code, str(error)
+    if isinstance(error, BrokenPipeError):  # our reader left, as in `python sample.py | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0, None
+    if isinstance(error, KeyboardInterrupt):  # train.py and sft.py handle it while they train
+        return 130, None
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        what = f"{where}{error.strerror or error}"
+        return 2, f"{' '.join(what.splitlines())} — check path, permissions and disk"
+    if is_out_of_memory(error):
+        return 2, ("out of memory — use a smaller --micro_batch, a shorter --seq_len (sft.py: "
+                   "--max_length) or a smaller model")
+    if "BackendCompilerFailed" in class_names(error):
+        return 2, f"torch.compile failed ({first_line_of(error)}) — give --no-compile"
+    if is_lost_process(error):
+        return 2, (f"another process has ended ({first_line_of(error)}) — see its message, then "
+                   f"run again with --resume")
+    return None, None
+
+
+def open_closed_streams():
+    """Give a closed stdout or stderr, as in `python train.py >&-`, the null device: otherwise the
+    next file that is opened gets its number, and with it what libraries print."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))
+
+
 def is_out_of_memory(error):
     """PyTorch has a class of its own for a GPU; on a CPU it raises a plain RuntimeError."""
-    names = [kind.__name__ for kind in type(error).__mro__]
+    names = class_names(error)
     return "OutOfMemoryError" in names or "MemoryError" in names or "allocate memory" in str(error)
+
+
+def is_lost_process(error):
+    """Whether an exchange between processes failed. PyTorch has a class of its own for NCCL and the
+    network; gloo raises a plain RuntimeError."""
+    names = class_names(error)
+    return "DistError" in names or ("RuntimeError" in names and "/gloo/" in str(error))
+
+
+def class_names(error):
+    """The names of its class and their bases: this file does without PyTorch, which has some."""
+    return [kind.__name__ for kind in type(error).__mro__]
+
+
+def first_line_of(error):
+    return str(error).split("\n")[0][:150]
+
+
+def parse_json(text):
+    """The value of JSON text that may be damaged. Raises ValueError, whatever is wrong with it."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("too deeply nested") from None
 
 
 # -------------------------------------------------------------------------------------------------
@@ -74,42 +131,56 @@ def due(step, every, last):
 
 
 def claim(run, resume, overwrite):
-    """Make the run folder and lock it; returns the lock, an open file to be held until the end.
-
-    Deletes nothing but what a killed process left unfinished. Raises UserError if another process
-    holds the folder, or if it holds a run and neither --resume nor --overwrite was given."""
+    """Make the run folder and hold it until the script ends. Raises UserError if another process
+    holds it, or if it holds a run and neither --resume nor --overwrite was given."""
     run.mkdir(parents=True, exist_ok=True)
-    lock = hold(run)
+    held = hold(run)
+    AT_END.append(lambda code: os.close(held))
     used = (run / "metrics.jsonl").exists() or (run / "checkpoints").exists()
     if used and not resume and not overwrite:
         raise UserError(f"{run} already holds a run — continue it with --resume, start over with "
                         f"--overwrite, or choose another --run")
-    return lock
 
 
 def hold(run):
-    """Lock the run folder for this process; the system unlocks it however the process ends."""
-    lock = open(run / ".lock", "w")
-    try:
-        import fcntl  # not on Windows
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{run} is in use by another process — wait for it, or choose another "
-                        f"--run") from None
-    except (ImportError, OSError):
-        print(f"warning: {run} cannot be locked here; do not train into it twice at once",
-              file=sys.stderr)
+    """Lock a run folder, and delete what a killed process left unfinished in it; returns the lock.
+    Raises UserError if another process holds it."""
+    held = lock(run / ".lock", f"{run} is in use by another process — wait for it, or choose "
+                               f"another --run")
     for leftover in [*run.glob(".tmp_*"), *run.glob("checkpoints/.tmp_*")]:
         shutil.rmtree(leftover, ignore_errors=True)
-    return lock
+    return held
+
+
+def lock(path, message):
+    """Lock a folder, or a file that is made if necessary. It is unlocked by os.close(), and however
+    the process ends. Raises UserError with the message if another process holds it."""
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+    try:
+        import fcntl  # not on Windows
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise UserError(message) from None
+    except (ImportError, OSError):
+        print(f"warning: {path} cannot be locked here; do not let two processes write into it at "
+              f"once", file=sys.stderr)
+    return handle
 
 
 def start_over(run):
-    """Delete an earlier run. Its checkpoints are renamed aside first, and all else after them: what
-    a kill leaves is never resumed by mistake."""
+    """Delete an earlier run. Its checkpoints are renamed aside first, and all else after them, in
+    the order of OURS: what a kill leaves is never resumed by mistake (and see `note`).
+
+    Raises UserError if `checkpoints` is a link to a folder, on a larger disk for example, and that
+    is not empty: a rename would move the link, and the new run would be here."""
+    linked = (run / "checkpoints").is_symlink()
+    if linked and any(run.glob("checkpoints/*")):
+        raise UserError(f"{run / 'checkpoints'} is a link to a folder that is not empty — empty "
+                        f"it yourself, or choose another --run")
     aside = run / ".tmp_old"
     aside.mkdir()
-    for name in OURS:
+    for name in OURS[linked:]:  # all, or all but the checkpoints
         if (run / name).exists():
             os.rename(run / name, aside / name)
     shutil.rmtree(aside)
@@ -125,7 +196,7 @@ def is_finished(run):
     """Whether the last row of the log says that the run was completed."""
     lines = (run / "metrics.jsonl").read_bytes().splitlines()
     try:
-        last = json.loads(lines[-1])
+        last = parse_json(lines[-1])
         return last["event"] == "end" and last["reason"] == "done"
     except (IndexError, ValueError, KeyError, TypeError):
         return False
@@ -151,17 +222,34 @@ def is_tuned(run):
         return False
 
 
+def is_argument(value):
+    """Whether a saved value can come from a command line: a path could not be opened otherwise."""
+    try:
+        return b"\0" not in os.fsencode(str(value))
+    except UnicodeEncodeError:  # half a character
+        return False
+
+
+# The settings that other scripts use, and their types.
+READ_BY_OTHERS = {"data": str, "seq_len": int, "preset": str | None, "base": str | None,
+                  "benchmark": str | None, "benchmark_items": int | None, "system": str | None,
+                  "sample_prompt": str | None}
+
+
 def settings_of(run):
     """The settings that `run` was trained with, from its config.json. Raises UserError."""
     run = Path(run)
     if not run.is_dir():
         raise UserError(f"{run}: no such run — train it first: python train.py --run {run}")
     try:
-        settings = json.loads((run / "config.json").read_text())
-        if not isinstance(settings["data"], str) or not isinstance(settings["seq_len"], int):
-            raise TypeError
+        settings = parse_json((run / "config.json").read_bytes())
+        for name, kind in READ_BY_OTHERS.items():
+            value = settings.get(name)
+            in_range = not isinstance(value, int) or 1 <= value <= 2**40
+            if not isinstance(value, kind) or not in_range or not is_argument(value):
+                raise TypeError
         return settings
-    except (OSError, ValueError, TypeError, KeyError, RecursionError):
+    except (OSError, ValueError, TypeError, AttributeError):
         raise UserError(f"{run}/config.json is missing or damaged — training with --resume writes "
                         f"it again") from None
 
@@ -172,37 +260,34 @@ def settings_of(run):
 class Log:
     """metrics.jsonl and the screen. Without a run folder it is silent, as on every rank but 0."""
 
-    def __init__(self, run, length, max_steps, peak_rate=None):
-        """Open the log and cut it back to `length`, what it was when the resumed state was saved.
+    def __init__(self, run, length, step, tokens, max_steps, peak_rate=None):
+        """Open the log and cut it back to `length`, what it was when the state was saved, which is
+        that of `step`, after `tokens`.
 
         peak_rate: tokens per second if all of the hardware's FLOPs were used, where it is known.
         Raises UserError if the log is shorter than `length`, or was edited."""
         self.file = None
         self.max_steps = max_steps
         self.peak_rate = peak_rate
-        self.step_seconds = []
+        self.step_seconds = []  # of the last steps
+        self.slow_steps = 0  # in a row; −1 after the remark about them
         self.last_line = 0.0
         if run is None:
             return
         self.file = open(run / "metrics.jsonl", "a+b", buffering=0)
         self.file.seek(0)
-        kept = self.file.read(length)
-        is_whole = len(kept) == length and kept[-1:] in (b"", b"\n")
-        if not is_whole:
+        kept = self.file.read(min(length, os.fstat(self.file.fileno()).st_size))
+        if len(kept) != length or not ends_at(kept, step, tokens):
             raise UserError(f"{self.file.name} was changed since the state to resume was saved — "
                             f"restore it, or start over with --overwrite")
         self.file.truncate(length)
 
     def event(self, event, step, **fields):
-        """Append one JSON line, unbuffered. JSON has no NaN or infinity: they become null.
-
-        Raises UserError with code 4 if the disk does not take the whole line; the next resume
-        cuts off the rest."""
+        """Append one JSON line, unbuffered. Raises UserError with code 4 if the disk does not take
+        the whole line; the next resume cuts off the rest."""
         if self.file is None:
             return
-        row = json.dumps({"event": event, "step": step, **fields})
-        row = json.loads(row, parse_constant=lambda name: None)
-        line = json.dumps(row).encode() + b"\n"
+        line = json_line({"event": event, "step": step, **fields})
         try:
             written = self.file.write(line)
             reason = "disk full"
@@ -231,6 +316,8 @@ class Log:
             row["skipped"] = True
         self.event("train", step, **row)
         self.step_seconds.append(seconds)
+        del self.step_seconds[:-1000]  # enough, and fast to sort
+        self.say_if_slow(seconds)
         if len(self.step_seconds) == 20:
             self.say(f"  at this speed the training steps take {self.minutes_left(step):.1f} more "
                      f"minutes; to end sooner: --max_steps, or Ctrl-C, which saves")
@@ -243,11 +330,25 @@ class Log:
                  f"norm {grad_norm:.2f} | {1000 * seconds:.0f} ms | {rate / 1000:.1f}k tok/s | "
                  f"{self.minutes_left(step):.1f} min left{remark}")
 
+    def fastest(self):
+        """Seconds of a step, of the fastest tenth of the last 1,000. Other programs can slow a step
+        down, nothing speeds it up; and the first ones are slow."""
+        return sorted(self.step_seconds)[len(self.step_seconds) // 10]
+
     def minutes_left(self, step):
-        """How long the rest of the steps takes if it goes as fast as the fastest tenth so far.
-        Other programs can slow a step down, nothing speeds it up; and the first ones are slow."""
-        fast = sorted(self.step_seconds)[len(self.step_seconds) // 10]
-        return (self.max_steps - step) * fast / 60
+        """How long the rest of the steps takes if they are as fast as the fastest."""
+        return (self.max_steps - step) * self.fastest() / 60
+
+    def say_if_slow(self, seconds):
+        """Say it, once, if 20 steps in a row take more than twice as long as the fastest."""
+        if self.slow_steps < 0:
+            return
+        self.slow_steps = self.slow_steps + 1 if seconds > 2 * self.fastest() else 0
+        if self.slow_steps == 20:
+            self.slow_steps = -1
+            self.say(f"  the last 20 steps took {seconds / self.fastest():.1f} times as long as "
+                     f"the fastest: other programs use this machine. What helps on a CPU: close "
+                     f"them, or stop, and go on with OMP_WAIT_POLICY=PASSIVE before the command")
 
     def length(self):
         """Bytes written so far, made sure to be on the disk."""
@@ -264,7 +365,50 @@ class Log:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def note(run, event):
-    """Append an event to the run's evaluations.jsonl, which no resume ever cuts."""
-    with open(run / "evaluations.jsonl", "a") as file:
-        file.write(json.dumps({**event, "time": time.time()}) + "\n")
+def json_line(row):
+    """A row of a log, in bytes. JSON has no NaN or infinity: they become null."""
+    plain = json.loads(json.dumps(row), parse_constant=lambda name: None)
+    return json.dumps(plain).encode() + b"\n"
+
+
+def ends_at(log, step, tokens):
+    """Whether the bytes of a log are whole lines, of which the last is of this step and tells no
+    other number of tokens; at step 0 the log may be empty."""
+    if not log:
+        return step == 0
+    try:
+        row = parse_json(log.splitlines()[-1])
+        fits = row["step"] == step and row.get("tokens", tokens) == tokens
+    except (ValueError, KeyError, TypeError, AttributeError):
+        fits = False
+    return fits and log.endswith(b"\n")
+
+
+def beginning(run):
+    """The first line of the run's log, with the time at which the run began: it tells a run from
+    another one in the same folder. None without a log."""
+    try:
+        with open(run / "metrics.jsonl", "rb") as log:
+            return log.readline()
+    except OSError:
+        return None
+
+
+def note(run, event, began):
+    """Append an event to the run's evaluations.jsonl, which no resume ever cuts.
+
+    began: the `beginning` of the log when the weights were read. Raises UserError if the run was
+    started over since: the score is not that of the run that is there now."""
+    row = json_line({**event, "time": time.time()})
+    with open(run / "evaluations.jsonl", "a+b") as file:
+        # In this order. start_over() moves this file away after the log: if the log is still that
+        # of the old run, then the file that we have opened is so too.
+        if beginning(run) != began:
+            raise UserError(f"{run} was started over in the meantime, so this is not noted there — "
+                            f"evaluate the new run")
+        file.seek(0, os.SEEK_END)
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # half a row, left by a full disk
+                row = b"\n" + row
+        file.write(row)

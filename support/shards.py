@@ -1,10 +1,11 @@
-"""shards.py — files of token ids, ours and of three other projects, checked as they are opened.
+"""shards.py — files of token ids, ours and of three other projects, checked before they are used.
 
 ours, build-nanogpt    .npy    a 1-D array of uint16
 llm.c                  .bin    int32[256]: magic, version, number of tokens, …; then uint16
 nanoGPT                train.bin, val.bin: uint16 and nothing else
 """
 import hashlib
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,7 @@ LLMC_VERSION = 1
 LLMC_HEADER = 256 * 4  # bytes
 BLOCK = 65_536         # bytes of a block of the fingerprint
 BLOCKS = 64
+IDS_AT_ONCE = 1 << 24  # read at once when all of them are checked
 
 ADVICE = "prepare the data again or restore the file"
 
@@ -61,6 +63,98 @@ def open_shard(path, declared=None):
         raise UserError(f"{path}: expected tokens, found an empty shard — {ADVICE}")
     return Shard(path, tokens)
 
+
+# -------------------------------------------------------------------------------------------------
+# Ids of other projects: no file says what they stand for, so look for evidence
+
+CHECKED_BLOCKS = 16
+CHECKED_IDS = 512     # ids in such a block
+LEAST_SAME = 0.97     # of them; measured: 0.99 and more of GPT-2's ids, 0.95 and less of others
+
+
+def check_meaning(shard, tokenizer):
+    """Raise UserError if the ids of a shard cannot be those of `tokenizer`."""
+    evidence = None
+    if shard.path.with_name("meta.pkl").exists():
+        evidence = "the meta.pkl beside it is nanoGPT's table of another vocabulary"
+    elif looks_like_32_bits(shard.tokens):
+        evidence = "every second id is 0, 1 or 2: these are 32-bit numbers"
+    else:
+        share = share_encoded_again(shard.tokens, tokenizer)
+        if share < LEAST_SAME:
+            evidence = (f"decoded and encoded again, only {share:.1%} of them are the same: "
+                        f"another tokenizer made them")
+    if evidence is not None:
+        raise UserError(f"{shard.path}: its ids are not those of GPT-2's tokenizer ({evidence}) — "
+                        f"prepare its text with prepare_data.py, or, if they are, put a meta.json "
+                        f"like ours beside it")
+
+
+def looks_like_32_bits(tokens):
+    """Whether uint16 ids are the halves of 32-bit ones: then every second of them is small."""
+    halves = tokens[1:1_000_000:2]
+    return len(halves) > 0 and np.mean(halves < 3) > 0.9
+
+
+def share_encoded_again(tokens, tokenizer):
+    """Decode some blocks and encode their text again: the share of the ids that come back.
+
+    Of GPT-2's ids nearly all do, except where a block begins or ends within a word. Ids of another
+    tokenizer decode to a jumble of pieces, and some of them merge when it is encoded."""
+    starts = np.linspace(0, max(0, len(tokens) - CHECKED_IDS), CHECKED_BLOCKS).astype(int)
+    same = 0
+    total = 0
+    for start in np.unique(starts):
+        block = tokens[start:start + CHECKED_IDS]
+        block = block[block < tokenizer.vocab_size]
+        for document in np.split(block, np.flatnonzero(block == tokenizer.eot)):
+            ids = [int(token) for token in document if token != tokenizer.eot]
+            again = tokenizer.encode(tokenizer.decode(ids))
+            same += (Counter(ids) & Counter(again)).total()
+            total += len(ids)
+    return same / max(1, total)
+
+
+def check_ids(shard, vocab_size):
+    """Raise UserError if any id of the shard is outside the vocabulary; this reads all of them."""
+    for start in range(0, len(shard.tokens), IDS_AT_ONCE):
+        check_range(shard, start, shard.tokens[start:start + IDS_AT_ONCE], vocab_size)
+
+
+def check_range(shard, start, tokens, vocab_size):
+    """Raise UserError naming shard, offset and id if one of `tokens`, which begin at offset
+    `start`, is not in the vocabulary: it would index outside the embedding."""
+    if tokens.max() >= vocab_size:
+        at = int(np.argmax(tokens >= vocab_size))  # the first of them
+        raise UserError(f"{shard.path}: token {tokens[at]} at offset {start + at} is outside the "
+                        f"vocabulary of {vocab_size} — the shard is damaged or was made with "
+                        f"another tokenizer")
+
+
+def check_apart(train, val):
+    """Raise UserError if most of four passages of the validation shards stand in training too."""
+    tokens = val[0].tokens
+    length = min(100, len(tokens) // 8)
+    passages = [tokens[at:at + length] for at in range(length, 8 * length, 2 * length)]
+    known = 0
+    for passage in passages:
+        known += length >= 20 and any(holds(shard.tokens, passage) for shard in train)
+    if known > len(passages) / 2:
+        raise UserError(f"{val[0].path}: its text is in the training shards too — remove it from "
+                        f"one of them")
+
+
+def holds(tokens, passage):
+    """Whether a passage stands in a shard."""
+    for start in range(0, len(tokens), IDS_AT_ONCE):
+        part = tokens[start:start + IDS_AT_ONCE + len(passage)]
+        if passage.tobytes() in part.tobytes():
+            return True
+    return False
+
+
+# -------------------------------------------------------------------------------------------------
+# The formats
 
 def open_npy(path):
     try:

@@ -2,7 +2,6 @@
 import functools
 import hashlib
 import json
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -54,14 +53,11 @@ def short_samples(monkeypatch):
     monkeypatch.setattr(evaluate, "continue_prompt", brief)
 
 
-@pytest.fixture(autouse=True)
-def signal_handlers():
-    """A run that fails leaves its handlers behind. With them Ctrl-C would not end the tests."""
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.getsignal(number) for number in numbers]
+@pytest.fixture
+def one_thread_afterwards():
     yield
-    for number, handler in zip(numbers, before):
-        signal.signal(number, handler)
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
 
 
 # -------------------------------------------------------------------------------------------------

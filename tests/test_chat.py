@@ -158,20 +158,29 @@ def test_skipped_rows_do_not_shift_the_others():
 # -------------------------------------------------------------------------------------------------
 # Held out, and batches
 
+def conversation(question, answer="Yes."):
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def different(n):
+    return [conversation(f"Is it {i}?") for i in range(n)]
+
+
 def test_split_decides_what_is_held_out():
     """Catches: rows of a "split" that are trained on all the same, or held out without reason."""
-    training, held_out = hold_out(["train", "val", None, "test", ""], 0.5, seed=0)
+    training, held_out = hold_out(different(5), ["train", "val", None, "test", ""], 0.5, seed=0)
     assert training.tolist() == [0, 2, 4]
     assert held_out.tolist() == [1, 3]
 
 
 def test_without_split_a_random_share_is_held_out():
     """Catches: a share of the wrong size, a row on both sides, a draw that ignores the seed."""
-    training, held_out = hold_out([None] * 50, 0.1, seed=0)
+    chats = different(50)
+    training, held_out = hold_out(chats, [None] * 50, 0.1, seed=0)
     assert len(held_out) == 5
     assert sorted([*training, *held_out]) == list(range(50))
-    assert hold_out([None] * 50, 0.1, seed=0)[1].tolist() == held_out.tolist()
-    assert hold_out([None] * 50, 0.1, seed=1)[1].tolist() != held_out.tolist()  # control
+    assert hold_out(chats, [None] * 50, 0.1, seed=0)[1].tolist() == held_out.tolist()
+    assert hold_out(chats, [None] * 50, 0.1, seed=1)[1].tolist() != held_out.tolist()  # control
 
 
 @pytest.mark.parametrize("n, share, sizes", [
@@ -182,7 +191,30 @@ def test_without_split_a_random_share_is_held_out():
 ])
 def test_few_rows_are_still_divided(n, share, sizes):
     """Catches: nothing left to train on, or nothing to score."""
-    assert [len(part) for part in hold_out([None] * n, share, seed=0)] == sizes
+    parts = hold_out(different(n), [None] * n, share, seed=0)
+    assert [len(part) for part in parts] == sizes
+
+
+def test_repeated_rows_are_on_one_side():
+    """Catches: rows that are scored and trained on, as copies, or as copies but for white space or
+    the system prompt. (Row 43.)"""
+    chats = different(20) * 3
+    training, held_out = hold_out(chats, [None] * 60, 0.2, seed=0)
+    assert sorted(row % 20 for row in [*training, *held_out]) == list(range(20))
+    assert len(held_out) == 4
+
+    system = {"role": "system", "content": "S."}
+    chats = [conversation("A  b?\n"), conversation("C?"), [system, *conversation("A b?")],
+             conversation("A b?", "No.")]
+    training, held_out = hold_out(chats, ["train", None, "test", "train"], 0.2, seed=0)
+    assert held_out.tolist() == [2]  # it stays what it was before the copy
+    assert training.tolist() == [1, 3]  # control: another answer is another row
+
+    more = [*conversation("A?"), *conversation("And?")]
+    chats = [conversation("A?"), more, conversation("B?"), [*more, *conversation("So?")]]
+    training, held_out = hold_out(chats, ["train", "val", "train", " Train"], 0.2, seed=0)
+    assert held_out.tolist() == [1]
+    assert training.tolist() == [2]  # not how the conversation begins, nor how it goes on
 
 
 def epoch_of(examples, epoch, seed):

@@ -6,6 +6,7 @@ import io
 import json
 import pickle
 import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -213,6 +214,11 @@ def nanogpt(tokens):
     return tokens.tobytes()
 
 
+# Text that GPT-2's tokenizer has encoded: folders of others must hold such ids.
+SOURCE = Path(data.__file__).read_text()
+IDS = np.array(Tokenizer().encode(SOURCE), dtype=np.uint16)
+
+
 @pytest.mark.parametrize("pack, train, val", [
     (npy, "edufineweb_train_000001.npy", "edufineweb_val_000000.npy"),
     (npy, "medieval_train_000001.npy", "val.npy"),
@@ -222,17 +228,122 @@ def nanogpt(tokens):
 def test_shards_of_other_projects_are_read(tmp_path, pack, train, val):
     """Catches: a header that is read as tokens; a file that is in the wrong split, as when "val"
     is only a part of a word."""
-    (tmp_path / train).write_bytes(pack(TOKENS))
-    (tmp_path / val).write_bytes(pack(TOKENS[:50]))
+    (tmp_path / train).write_bytes(pack(IDS))
+    (tmp_path / val).write_bytes(pack(IDS[:50]))
     (tmp_path / "val_notes.txt").write_text("not a shard")
-    (tmp_path / f"trainer_valid{Path(val).suffix}").write_bytes(pack(TOKENS))
+    unused = tmp_path / f"trainer_valid{Path(val).suffix}"
+    unused.write_bytes(pack(TOKENS))
     folder = DataFolder(tmp_path)
     assert [shard.path.name for shard in folder.train] == [train]
     assert [shard.path.name for shard in folder.val] == [val]
-    assert np.array_equal(folder.train[0].tokens, TOKENS)
-    assert np.array_equal(folder.val[0].tokens, TOKENS[:50])
+    assert np.array_equal(folder.train[0].tokens, IDS)
+    assert np.array_equal(folder.val[0].tokens, IDS[:50])
     assert folder.vocab_size == 50_257
-    folder.check_hashes()  # nothing to compare with
+    assert folder.unused == [unused]
+    folder.check_content()
+    (tmp_path / train).write_bytes(pack(np.append(IDS, 50_257).astype(np.uint16)))
+    with pytest.raises(UserError, match=f"{train}: token 50257 at offset {len(IDS)} is outside"):
+        DataFolder(tmp_path).check_content()
+
+
+def characters():
+    """Numbers of characters, as nanoGPT's example for Shakespeare makes them."""
+    letters = sorted(set(SOURCE))
+    return np.array([letters.index(letter) for letter in SOURCE], dtype=np.uint16)
+
+
+OF_OTHERS = {
+    "characters": characters(),
+    "bytes": np.frombuffer(SOURCE.encode(), dtype=np.uint8).astype(np.uint16),
+    "32 bits": IDS.astype(np.uint32),
+    "64 bits": IDS.astype(np.int64),
+    "32 bits, ids above 65,535": IDS + 65_536 * (IDS % 2 == 0).astype(np.uint32),
+    "a smaller vocabulary": np.array(Tokenizer(4096).encode(SOURCE), dtype=np.uint16),
+    "the same pieces in another order": np.random.RandomState(0).permutation(50_257)[IDS],
+    "four other ids first": np.minimum(IDS + 4, 50_256),
+    "shifted by a byte": np.frombuffer(IDS.tobytes()[1:-1], dtype=np.uint16),
+}
+
+
+@pytest.mark.parametrize("kind", OF_OTHERS)
+def test_ids_of_other_tokenizers_are_refused(tmp_path, kind):
+    """Catches: a run on numbers that stand for something else, with bits per byte that mean
+    nothing. (Row 42.)"""
+    ids = OF_OTHERS[kind]
+    (tmp_path / "train.bin").write_bytes(IDS.tobytes())
+    (tmp_path / "val.bin").write_bytes(IDS[:999].tobytes())
+    DataFolder(tmp_path)  # control
+    width = ids.dtype if "bits" in kind else np.uint16
+    (tmp_path / "val.bin").write_bytes(ids.astype(width).tobytes())
+    with pytest.raises(UserError, match="val.bin: its ids are not those of GPT-2's") as error:
+        DataFolder(tmp_path)
+    assert ("32-bit numbers" in str(error.value)) == ("bits" in kind)
+
+
+def test_table_of_another_vocabulary_is_evidence(tmp_path):
+    """Catches: nanoGPT's meta.pkl, which no one reads. (Row 42.)"""
+    (tmp_path / "train.bin").write_bytes(IDS.tobytes())
+    (tmp_path / "val.bin").write_bytes(IDS[:999].tobytes())
+    DataFolder(tmp_path)  # control
+    (tmp_path / "meta.pkl").write_bytes(b"")
+    with pytest.raises(UserError, match="meta.pkl beside it"):
+        DataFolder(tmp_path)
+
+
+def line_by_line():
+    """Some projects encode each line for itself."""
+    return np.concatenate([Tokenizer().encode(line) for line in SOURCE.splitlines(True)])
+
+
+@pytest.mark.parametrize("ids", [
+    IDS,
+    IDS[:1],
+    line_by_line(),
+    Tokenizer().encode("中文的維基百科是一個自由的百科全書。" * 99),
+    np.concatenate([[50_256, *Tokenizer().encode(line)] for line in SOURCE.splitlines()]),
+])
+def test_ids_of_gpt2_are_not_refused(tmp_path, ids):
+    """Catches: a guard that refuses real data. The control of the two before. (Row 42.)"""
+    (tmp_path / "train.bin").write_bytes(IDS.tobytes())
+    (tmp_path / "val.bin").write_bytes(np.array(ids, dtype=np.uint16).tobytes())
+    assert len(DataFolder(tmp_path).val[0].tokens) == len(ids)
+
+
+@pytest.mark.parametrize("how", [Path.hardlink_to, Path.symlink_to, shutil.copy])
+def test_one_content_is_never_in_both_splits(tmp_path, how):
+    """Catches: validation on training text, by a link or a copy. (Row 43.)"""
+    (tmp_path / "train.bin").write_bytes(IDS.tobytes())
+    (tmp_path / "val.bin").write_bytes(IDS[:999].tobytes())
+    DataFolder(tmp_path).fingerprint()  # control
+    (tmp_path / "val.bin").unlink()
+    if how is shutil.copy:
+        shutil.copy(tmp_path / "train.bin", tmp_path / "val.bin")
+    else:
+        how(tmp_path / "val.bin", tmp_path / "train.bin")
+    with pytest.raises(UserError, match="train.bin and val.bin have the same content"):
+        DataFolder(tmp_path).fingerprint()
+
+
+@pytest.mark.parametrize("train", ["train.bin", "x_train_0.npy"])
+def test_validation_text_within_training_is_refused(tmp_path, train):
+    """Catches: a validation shard that was copied out of the training text and not removed from it,
+    or that is the same text in another format. (Row 43.)"""
+    half = len(IDS) // 2
+    (tmp_path / "val.bin").write_bytes(IDS[half:].tobytes())
+    pack = npy if train.endswith(".npy") else nanogpt
+    (tmp_path / train).write_bytes(pack(IDS[:half]))
+    DataFolder(tmp_path).check_content()  # control
+    (tmp_path / train).write_bytes(pack(IDS))
+    with pytest.raises(UserError, match="val.bin: its text is in the training shards too"):
+        DataFolder(tmp_path).check_content()
+
+
+def test_link_to_nowhere_is_refused(tmp_path):
+    """Catches: a traceback, or a split without its shard. (Row 54.)"""
+    (tmp_path / "train.bin").write_bytes(IDS.tobytes())
+    (tmp_path / "val.bin").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(UserError, match="val.bin: shard is missing"):
+        DataFolder(tmp_path)
 
 
 @pytest.mark.parametrize("name, content, message", [
@@ -314,6 +425,8 @@ def our_folder(path, train=TOKENS, **changes):
     {"splits": {"train": [TRAIN], "val": [TRAIN]}},  # a file listed twice
     {"splits": {"train": [{"file": "train_0000.npy"}], "val": [VAL]}},
     {"splits": {"train": [{"file": 5, "tokens": 300}], "val": [VAL]}},
+    {"splits": {"train": [TRAIN], "val": [{**TRAIN, "file": "./train_0000.npy"}]}},
+    {"splits": {"train": [{**TRAIN, "file": "../a/train_0000.npy"}], "val": [VAL]}},
 ])
 def test_meta_that_does_not_fit_is_refused(tmp_path, changes):
     """Catches: tokens of another format that are used because there is a meta.json; validation on
@@ -347,12 +460,12 @@ def test_missing_data_names_the_command(tmp_path):
 def test_hashes_find_one_flipped_bit(tmp_path, name):
     """Catches: a damaged shard that nothing notices, since its length is right."""
     folder = our_folder(tmp_path / "a")
-    DataFolder(folder).check_hashes()  # control
+    DataFolder(folder).check_content()  # control
     damaged = bytearray((folder / name).read_bytes())
     damaged[-9] ^= 1
     (folder / name).write_bytes(damaged)
     with pytest.raises(UserError, match=f"{name}: its content is not"):
-        DataFolder(folder).check_hashes()
+        DataFolder(folder).check_content()
 
 
 def test_fingerprint_finds_a_changed_token(tmp_path):

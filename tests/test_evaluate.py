@@ -1,7 +1,9 @@
 """evaluate.py: scores against a plain loop that does one thing at a time, each with a control."""
+import hashlib
 import json
 import math
 import shutil
+import sys
 import time
 from pathlib import Path
 
@@ -11,11 +13,13 @@ import torch
 import torch.nn.functional as F
 
 import evaluate
-from checkpoint import load_model
-from conftest import evals, exit_code, messages, write_lines
+import sample
+from checkpoint import load_model, load_weights
+from conftest import evals, exit_code, messages, run, write_lines
 from data import Tokenizer, Windows
 from evaluate import Benchmark
 from model import PRESETS, Llama
+from support import durable
 from support.runs import UserError
 from support.shards import Shard
 
@@ -357,6 +361,131 @@ def test_command_repeats_the_scores_of_the_training(copied, capsys):
     assert text["event"] == "eval"
     assert choice["event"] == "benchmark"
     assert choice["step"] == 8
+
+
+def prepare_again(folder):
+    """Other text in the folder that a run was trained on, as prepare_data.py would leave it."""
+    meta = json.loads((folder / "meta.json").read_text())
+    shard = meta["splits"]["train"][0]
+    np.save(folder / shard["file"], np.arange(shard["tokens"], dtype=np.uint16) % 299)
+    digest = hashlib.sha256((folder / shard["file"]).read_bytes()).hexdigest()
+    (folder / "meta.json").write_text(json.dumps(meta).replace(shard["sha256"], digest))
+
+
+@pytest.fixture
+def own_data(copied, data, monkeypatch):
+    """A copy of the data, which the settings of the copied run name."""
+    folder = shutil.copytree(data, "own_data")
+    settings = json.loads((copied / "config.json").read_text())
+    (copied / "config.json").write_text(json.dumps({**settings, "data": "own_data"}))
+    return Path(folder)
+
+
+def test_data_of_another_preparation_is_refused(copied, own_data, capsys):
+    """Catches: a score, noted in the run's log, on text that the run was trained on. (Row 44.)"""
+    assert not evaluate.main([])  # control
+    assert [event.get("same_data") for event in events(copied)] == [True, None]
+    prepare_again(own_data)
+    assert exit_code(evaluate.main, []) == 2
+    message = messages(capsys)[-1]
+    assert "own_data is not the data of this run (changed: train_0000.npy)" in message
+    assert len(events(copied)) == 2
+    assert not evaluate.main(["--data", "own_data"])  # on request
+    assert "note: own_data is not the data that" in capsys.readouterr().out
+    assert [event.get("same_data") for event in events(copied)] == [True, None, False, None]
+
+
+def test_scores_are_printed_before_they_are_noted(copied, capsys):
+    """Catches: scores of questions that are never computed, because those of the text cannot be
+    noted. (Row 47.)"""
+    (copied / "evaluations.jsonl").mkdir()
+    assert exit_code(evaluate.main, []) == 2
+    printed, error = capsys.readouterr()
+    assert "val loss" in printed
+    assert "cloze (token style" in printed
+    assert "evaluations.jsonl: Is a directory" in error
+
+
+@pytest.mark.parametrize("reader, flags", [(evaluate.main, []), (sample.main, ["--trajectory"])])
+def test_score_of_a_run_that_was_started_over_is_not_noted(copied, data, capsys, monkeypatch,
+                                                           reader, flags):
+    """Catches: a score of the old weights in the log of the new run. (Row 52.)"""
+    module = sys.modules[reader.__module__]
+    note = module.note
+
+    def started_over(*args):
+        assert run(data, copied, "--overwrite", "--stop_at", 1) == 75
+        return note(*args)
+
+    monkeypatch.setattr(module, "note", started_over)
+    assert exit_code(reader, flags) == 2
+    assert "was started over in the meantime" in messages(capsys)[-1]
+    assert (copied / "evaluations.jsonl").read_bytes() == b""
+    monkeypatch.setattr(module, "note", note)
+    assert not reader(flags)  # control
+    assert len(events(copied)) >= 2
+
+
+def test_half_a_row_is_not_joined_to_the_next(copied):
+    """Catches: a row that a full disk cut, and the next one lost with it. (Row 55.)"""
+    (copied / "evaluations.jsonl").write_text('{"event": "ev')
+    assert not evaluate.main([])
+    lines = (copied / "evaluations.jsonl").read_text().splitlines()
+    assert lines[0] == '{"event": "ev'
+    assert [json.loads(line)["event"] for line in lines[1:]] == ["eval", "benchmark"]
+
+
+def test_a_style_without_questions_is_refused(copied, own_data, capsys):
+    """Catches: a flag that does nothing. (Row 45.)"""
+    (own_data / "cloze.jsonl").unlink()
+    flags = ["--data", "own_data"]
+    assert exit_code(evaluate.main, [*flags, "--style", "harness"]) == 2
+    assert "--style is for questions" in messages(capsys)[-1]
+    assert not evaluate.main(flags)  # control
+
+
+@pytest.mark.parametrize("change", ["fewer", "gone", "link to nowhere"])
+def test_other_questions_are_refused(copied, own_data, data, capsys, change):
+    """Catches: scores on other questions, under the same name, in the log of a run, or none any
+    more. (Row 44.)"""
+    file = own_data / "cloze.jsonl"
+    flags = ("--resume", "--max_steps", 21)
+    assert run(own_data, copied, *flags) == 0  # control
+    lines = file.read_text().splitlines(True)
+    file.unlink()
+    if change == "fewer":
+        file.write_text("".join(lines[:3]))
+    if change == "link to nowhere":
+        file.symlink_to("nowhere")
+    assert exit_code(evaluate.main, []) == 2
+    assert "cloze.jsonl" in messages(capsys)[-1]
+    assert run(own_data, copied, "--resume", "--max_steps", 22) == 2
+    assert "cloze.jsonl" in messages(capsys)[-1]
+
+
+def test_model_that_gives_no_numbers_is_not_scored(copied, capsys):
+    """Catches: accuracies of a choice among NaN, which look like chance. (Row 53.)"""
+    weights, _ = load_weights(copied)
+    weights["model"]["model.norm.weight"][0] = math.nan
+    folder = copied / "checkpoints/step_00000020"
+    recorded = durable.write_file(folder / "model.pt", weights)
+    meta = json.loads((folder / "meta.json").read_text())
+    meta["files"]["model.pt"] = recorded
+    (folder / "meta.json").write_text(json.dumps(meta))
+    assert exit_code(evaluate.main, []) == 3
+    assert "logits are NaN or infinite" in messages(capsys)[-1]
+    assert not evaluate.main(["--step", "16"])  # control
+    assert [event["step"] for event in events(copied)] == [16, 16]
+
+
+def test_several_processes_are_refused(copied, capsys, monkeypatch):
+    """Catches: torchrun, with which each process scores everything and notes it. (Row 46.)"""
+    for name, value in dict(RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, MASTER_ADDR="h",
+                            MASTER_PORT=1).items():
+        monkeypatch.setenv(name, str(value))
+    for main in (evaluate.main, sample.main):
+        assert exit_code(main, []) == 2
+        assert "runs in one process" in messages(capsys)[-1]
 
 
 def test_command_ends_in_one_line(copied, data, capsys):

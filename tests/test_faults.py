@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -191,7 +192,7 @@ def test_leftovers_of_a_kill_are_removed_by_the_holder_of_the_lock(resume, copy)
     half.mkdir()  # now it is of the run that holds the lock
     assert resume(copy)["code"] == 2
     assert half.exists()
-    lock.close()
+    os.close(lock)
     assert resume(copy)["code"] == 0
     assert not half.exists()
 
@@ -508,13 +509,38 @@ def lose_all_moments(state):
     state["optimizer"] = {}
 
 
+def round_weights(state):
+    state["model"][UP[0]] = state["model"][UP[0]].half()
+
+
+def thin_out_weight(state):
+    state["model"][UP[0]] = state["model"][UP[0]].to_sparse()
+
+
+def round_moments(state):
+    state["optimizer"][UP[0]]["exp_avg_sq"] = state["optimizer"][UP[0]]["exp_avg_sq"].half()
+
+
+def lose_an_update(state):
+    state["optimizer"][UP[0]]["step"] -= 1
+
+
+def lose_random_state(state):
+    del state["rng"]["cpu"]
+
+
 @pytest.mark.parametrize("spoil, message", [
     (rename_weight, r"weights do not fit .* 2 parameters: .*model.norm.scale \(.*absent in the"),
-    (reshape_weight, r"weights do not fit .* 1 parameters: .*up_proj.weight \(\(2048,\) saved"),
-    (lose_moments, r"optimizer state exp_avg do not fit .* 1 parameters: .*\(absent saved"),
-    (add_moments, r"optimizer state exp_avg do not fit .* lm_head.bias"),
-    (reshape_moments, r"optimizer state exp_avg_sq do not fit .* \(\(3,\) saved"),
-    (lose_all_moments, r"optimizer state exp_avg do not fit"),
+    (reshape_weight, r"weights do not fit .* 1 parameters: .*up_proj.weight \(\(2048,\) float32"),
+    (round_weights, r"weights do not fit .*up_proj.weight \(\(64, 32\) float16 saved"),
+    (lose_moments, r"optimizer state do not fit .* 3 parameters: .*\(absent saved"),
+    (add_moments, r"optimizer state do not fit .* lm_head.bias"),
+    (reshape_moments, r"optimizer state do not fit .*exp_avg_sq \(\(3,\) float32 saved"),
+    (round_moments, r"optimizer state do not fit .*exp_avg_sq \(\(64, 32\) float16 saved"),
+    (lose_all_moments, r"optimizer state do not fit"),
+    (lose_an_update, r"of \[14.0, 15.0\] updates, not of 15"),
+    (thin_out_weight, r"weights do not fit .*\(not a dense tensor: Tensor saved"),
+    (lose_random_state, r"random state cannot be used"),
 ])
 def test_state_of_another_network_is_refused(saved, restored, spoil, message):
     """Catches: weights or moments that are left out, or loaded into another parameter. (Row
@@ -700,7 +726,8 @@ for parameter in model.parameters():
 optimizer.step()
 optimizer.zero_grad()
 scaler = torch.amp.GradScaler("cpu", enabled=False)
-state = checkpoint.capture(model, optimizer, scaler, step=1)
+state = checkpoint.capture(model, optimizer, scaler, step=1, tokens=1, seconds=1.0, config={},
+                           env={}, data=[], log_bytes=0, updates=1)
 size = sum(tensor.nbytes for tensor in durable.named_tensors(state).values())
 largest = max(parameter.nbytes for parameter in model.parameters())
 open("/proc/self/clear_refs", "w").write("5")  # the peak of memory starts anew
@@ -736,7 +763,7 @@ def test_saving_needs_no_second_copy_in_memory(tmp_path):
 # Signals: rows 18, 50
 
 @pytest.mark.parametrize("where, name", [
-    ("step", "SIGTERM"), ("step", "SIGINT"), ("step", "SIGHUP"),
+    ("step", "SIGTERM"), ("step", "SIGINT"), ("step", "SIGHUP"), ("step", "SIGUSR1"),
     ("evaluate", "SIGTERM"), ("evaluate", "SIGINT"),
     ("save", "SIGTERM"), ("save", "SIGINT"),
 ])
@@ -818,10 +845,11 @@ def test_ignored_hangup_stays_ignored():
 # -------------------------------------------------------------------------------------------------
 # Whole processes, one or two: rows 15, 18, 19, 20
 
-def start(data, folder, *flags, stdout=subprocess.DEVNULL, rank=None, port=None):
-    """train.py --resume as a process of its own; as one of two if `rank` is given."""
+def start(data, folder, *flags, stdout=subprocess.DEVNULL, rank=None, port=None, before=""):
+    """train.py --resume as a process of its own; as one of two if `rank` is given. before: what it
+    runs first."""
     child = folder.parent / "child.py"
-    child.write_text(CHILD)
+    child.write_text(CHILD.replace("sys.exit", f"{before}\nsys.exit"))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     if rank is not None:
         env.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2",
@@ -831,12 +859,12 @@ def start(data, folder, *flags, stdout=subprocess.DEVNULL, rank=None, port=None)
     return subprocess.Popen(command, env=env, stdout=stdout, stderr=subprocess.PIPE, text=True)
 
 
-def two(data, folder, *flags):
+def two(data, folder, *flags, before=""):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     flags = ("--micro_batch", 2, *flags)
-    return [start(data, folder, *flags, rank=rank, port=port) for rank in (0, 1)]
+    return [start(data, folder, *flags, rank=rank, port=port, before=before) for rank in (0, 1)]
 
 
 def ends(processes):
@@ -940,6 +968,94 @@ def test_closed_screen_does_not_end_the_training(data, whole, tmp_path):
     assert same(tmp_path / "r", whole)
 
 
+def test_surroundings_do_not_end_a_run_in_a_traceback(data, tmp_path):
+    """Catches: a log that takes the number of the closed stdout, and what is printed; a matplotlib
+    backend that a notebook set and that does not exist here. (Row 47.)"""
+    child = tmp_path / "child.py"
+    child.write_text(CHILD)
+    argv = [*FLAGS, "--data", data, "--run", tmp_path / "r", "--max_steps", 2]
+    command = " ".join(map(str, [sys.executable, child, *argv]))
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "nonsense"}
+    done = subprocess.run(f"{command} >&- 2>{tmp_path}/stderr", shell=True, env=env)
+    assert done.returncode == 0
+    assert "Traceback" not in (tmp_path / "stderr").read_text()
+    assert (tmp_path / "r/dynamics.png").exists()
+    lines = (tmp_path / "r/metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines][-1] == "end"
+    assert subprocess.run(f"{command} --resume >&- 2>&-", shell=True, env=env).returncode == 0
+
+
+# The disk of rank 0 is full at step 8.
+FULL = """
+import errno, os
+from support import durable
+write_file = durable.write_file
+def full(path, obj):
+    if "step_00000008" in str(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    return write_file(path, obj)
+durable.write_file = full
+"""
+
+# Rank 1 waits for it in a call that does not return, as in NCCL.
+HANGING = """
+import os, time
+evaluate = train.Observer.evaluate
+def hang(self, step, log):
+    if step == 8 and os.environ["RANK"] == "1":
+        time.sleep(600)
+    evaluate(self, step, log)
+train.Observer.evaluate = hang
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before", [FULL, FULL + HANGING], ids=["exchanges", "hangs"])
+def test_failure_of_one_process_ends_the_other(data, tmp_path, before):
+    """Catches: a rank that waits ten minutes for another one that could not save; one that ends in
+    a traceback of gloo, or with another code. (Row 51.)"""
+    processes = two(data, tmp_path / "r", "--benchmark_items", 1, before=before)
+    begin = time.monotonic()
+    codes, errors = ends(processes)
+    assert time.monotonic() - begin < 45
+    assert codes == [4, 4]
+    assert "step_00000008: not saved ([Errno 28]" in errors[0]
+    assert "another process failed with exit code 4" in errors[1]
+    assert "Traceback" not in errors[0] + errors[1]
+
+
+OTHERWISE = """
+import os, sys
+if os.environ["RANK"] == "1":
+    sys.argv += ["--max_steps", "19"]
+"""
+
+
+@pytest.mark.slow
+def test_processes_with_other_settings_are_refused(data, tmp_path):
+    """Catches: two processes of which one takes more steps and waits for the other for ever. (Row
+    46.)"""
+    codes, errors = ends(two(data, tmp_path / "r", before=OTHERWISE))
+    assert codes == [2, 2]
+    assert "other settings or data than rank 0 (max_steps)" in errors[1]
+    assert "another process failed with exit code 2" in errors[0]
+
+
+@pytest.mark.slow
+def test_waiting_for_other_processes_is_reported(data, tmp_path):
+    """Catches: a start that waits without a word for a process that does not come, or that Ctrl-C
+    does not end. (Row 46.)"""
+    first, second = two(data, tmp_path / "r")
+    first.kill()
+    watchdog = threading.Timer(50, second.kill)
+    watchdog.start()
+    assert "rank 1 of 2 is waiting for the others at 127.0.0.1:" in second.stderr.readline()
+    second.send_signal(signal.SIGINT)
+    codes, _ = ends([first, second])
+    watchdog.cancel()
+    assert codes == [-signal.SIGKILL, -signal.SIGINT]
+
+
 @pytest.mark.slow
 def test_signal_to_one_of_two_processes_stops_both(data, tmp_path):
     """Catches: one process that goes on alone and waits for ever; a killed one that leaves half a
@@ -1033,12 +1149,6 @@ def test_resume_of_another_experiment_names_all_settings(data, copy, capsys):
     assert run(data, copy, "--resume", "--lr", 0.01, "--stop_at", 15) == 75  # control
 
 
-@pytest.fixture
-def one_thread_afterwards():
-    yield
-    torch.set_num_threads(1)
-
-
 def test_harmless_changes_are_printed_and_logged(data, copy, whole, capsys, one_thread_afterwards):
     """Catches: a change of speed or last bits that nobody can find afterwards. (Rows 13, 16,
     36.)"""
@@ -1088,14 +1198,15 @@ def test_data_edited_between_stop_and_resume_is_refused(copy, data, data_copy, c
     np.save(data_copy / "train_0001.npy", tokens)
     assert run(data_copy, copy, "--resume") == 2
     message, = messages(capsys)
-    assert "is not this run's data (changed: train_0001.npy)" in message
+    assert "is not the data of this run (changed: train_0001.npy)" in message
     # control: the same bytes in another folder
     shutil.copy(data / "train_0001.npy", data_copy)
     assert run(data_copy, copy, "--resume", "--stop_at", 15) == 75
 
 
-@pytest.mark.parametrize("change", ["reordered", "fewer"])
-def test_data_with_other_shards_is_refused(copy, data_copy, capsys, change):
+@pytest.mark.parametrize("change, what", [("reordered", "the order of the shards"),
+                                          ("fewer", "train_0001.npy")])
+def test_data_with_other_shards_is_refused(copy, data_copy, capsys, change, what):
     """Catches: the same shards in another order, or not all of them. (Row 25.)"""
     meta = json.loads((data_copy / "meta.json").read_text())
     if change == "reordered":
@@ -1105,7 +1216,7 @@ def test_data_with_other_shards_is_refused(copy, data_copy, capsys, change):
     (data_copy / "meta.json").write_text(json.dumps(meta))
     assert run(data_copy, copy, "--resume") == 2
     message, = messages(capsys)
-    assert "is not this run's data (changed: " in message
+    assert f"is not the data of this run (changed: {what})" in message
 
 
 @pytest.mark.parametrize("name", ["train_0001.npy", "val_0000.npy"])

@@ -444,9 +444,143 @@ def test_a_file_given_twice_is_read_once(tmp_path, story):
     once = contents(tmp_path / "once")
     assert contents(tmp_path / "twice") == once
 
-    (tmp_path / "copy.txt").write_text(STORY)  # control: another file is read
-    run("text", story, tmp_path / "copy.txt", "--out", tmp_path / "copied")
-    assert contents(tmp_path / "copied") != once
+    (tmp_path / "other.txt").write_text(STORY[::-1])  # control: another text is read
+    run("text", story, tmp_path / "other.txt", "--out", tmp_path / "both")
+    assert contents(tmp_path / "both")["train_0000.npy"] != once["train_0000.npy"]
+
+
+def shards(folder):
+    return {name: text for name, text in contents(folder).items() if name.endswith(".npy")}
+
+
+def test_a_copied_text_is_read_once(tmp_path, story, capsys):
+    """Catches: one text in both splits as two files, be it with other line ends, with a byte-order
+    mark or with more blank lines. (Row 43.)"""
+    run("text", story, "--out", tmp_path / "once")
+    assert "left out" not in capsys.readouterr().out  # control
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "z copy.txt").write_bytes(b"\xef\xbb\xbf" + STORY.replace("\n", "\r\n").encode())
+    (folder / "z (2).md").write_text(STORY.replace("\n", "\n\n") + "\n")
+    run("text", story, folder, "--out", tmp_path / "thrice")
+    assert shards(tmp_path / "thrice") == shards(tmp_path / "once")
+    assert "2 of 3 documents repeat another one and are left out" in capsys.readouterr().out
+
+
+def test_repeated_documents_are_on_one_side(tmp_path, capsys):
+    """Catches: a document that is validated and trained on; one that counts twice for the share of
+    validation; blank documents. (Row 43.)"""
+    texts = [f"Document {i} says something of its own." for i in range(100)]
+    rows = [{"text": text} for text in [*texts, " \n", "", *texts, *[texts[0]] * 500]]
+    file = tmp_path / "a.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "b.txt").write_text("##\n\n##".join([*texts, "One more document."]))
+    run("text", file, tmp_path / "b.txt", "--separator", "##", "--out", tmp_path / "out")
+    train = documents_of(tmp_path / "out", "train")
+    val = documents_of(tmp_path / "out", "val")
+    assert sorted(train + val) == sorted([*texts, "One more document."])
+    assert len(val) == 6
+    assert "700 of 801 documents repeat another one" in capsys.readouterr().out
+
+
+def test_two_versions_of_a_text_are_reported(tmp_path, story, capsys):
+    """Catches: a low validation loss, because most of the text is in training too. (Row 43.)"""
+    lines = STORY.splitlines()
+    version = "\n".join(f"{line} And so on, until {n}." for n, line in enumerate(lines))
+    older = version.replace("Line 7:", "Row 7:")
+    (tmp_path / "a.txt").write_text(version)
+    (tmp_path / "b.txt").write_text(older)
+    run("text", tmp_path / "a.txt", "--out", tmp_path / "out")
+    assert "passages for validation" not in capsys.readouterr().out  # control
+    run("text", tmp_path / "a.txt", tmp_path / "b.txt", "--out", tmp_path / "out")
+    assert "100% of the passages for validation are in the training text too" in \
+        capsys.readouterr().out
+
+
+def test_what_is_not_read_is_counted(tmp_path, capsys):
+    """Catches: files of a folder that are passed over without a word; the older versions that
+    editors and notebooks keep; a pipe for which it waits. (Rows 43, 45.)"""
+    folder = tmp_path / "notes"
+    (folder / ".ipynb_checkpoints").mkdir(parents=True)
+    (folder / "a.txt").write_text(STORY)
+    (folder / "b.MD").write_text(STORY[::-1])
+    run("text", folder, "--out", tmp_path / "once")
+    assert "not read" not in capsys.readouterr().out  # control
+    for name in (".ipynb_checkpoints/a-checkpoint.txt", ".c.txt", "c.txt~", "d.pdf", "e.pdf"):
+        (folder / name).write_text("Something else.")
+    os.mkfifo(folder / "f.txt")
+    (folder / "g.txt").symlink_to("nowhere")
+    (folder / "h.txt").mkdir()
+    (folder / "empty.txt").write_text("\n")
+    run("text", folder, "--out", tmp_path / "again")
+    assert shards(tmp_path / "again") == shards(tmp_path / "once")
+    printed = capsys.readouterr().out
+    assert "7 files are not read (2 hidden, 2 .pdf, 2 .txt, 1 .txt~)" in printed
+    assert "1 files hold no text: " in printed
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", "\t ", "\u00a0"])
+def test_a_million_blanks_are_encoded(tmp_path, capsys, blank):
+    """Catches: a panic of tiktoken's, in prepare_data.py or in any other script. (Row 47.)"""
+    text = f"A word.{blank * 1_500_000}Another word. " + STORY
+    ids = Tokenizer(512).encode(text)
+    assert Tokenizer(512).decode(ids) == text
+    (tmp_path / "a.txt").write_text(text)
+    run("text", tmp_path / "a.txt", "--out", tmp_path / "out")
+    with pytest.raises(BaseException, match="StackOverflow|BacktrackLimit|called .Result"):
+        Tokenizer(512).bpe.encode_ordinary(text)  # control: it does panic
+    capsys.readouterr()
+
+
+def test_one_of_two_preparations_wins(tmp_path, story, capsys, monkeypatch):
+    """Catches: shards of one text beside the meta.json of another; a folder that is lost. (Row
+    52.)"""
+    out = tmp_path / "out"
+    run("text", story, "--out", out)
+    before = contents(out)
+    other = tmp_path / "other.txt"
+    other.write_text(STORY.upper())
+    script = (f"import os, sys; sys.path.insert(0, {str(Path(prepare_data.__file__).parent)!r})\n"
+              f"import prepare_data\n"
+              f"write = prepare_data.write_shards\n"
+              f"def slow(*args):\n"
+              f"    print('begun', flush=True)\n"
+              f"    input()\n"
+              f"    write(*args)\n"
+              f"prepare_data.write_shards = slow\n"
+              f"sys.exit(prepare_data.main(['text', {str(other)!r}, '--out', {str(out)!r}]))\n")
+    first = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, text=True,
+                             stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    while first.stdout.readline() != "begun\n":
+        assert first.poll() is None
+    message = fails(capsys, "text", story, "--out", out)
+    assert "out is being prepared by another process" in message
+    assert contents(out) == before
+    first.communicate("go\n", timeout=60)
+    assert first.returncode == 0
+    assert contents(out) != before
+    run("text", story, "--out", out)  # control
+    assert contents(out) == before
+    assert names_in(tmp_path) == ["other.txt", "out", "story.txt"]
+
+
+@pytest.mark.parametrize("grows", [True, False])
+def test_a_file_that_changes_meanwhile_is_refused(tmp_path, capsys, monkeypatch, grows):
+    """Catches: documents in the wrong split, or a traceback, because the file has others when it is
+    read again."""
+    file = tmp_path / "a.txt"
+    lines = [f"Document {i} says something of its own. " * 9 for i in range(50)]
+    file.write_text("##".join(lines))
+    argv = ("text", file, "--separator", "##", "--out", tmp_path / "out")
+    run(*argv)  # control
+    split = prepare_data.Documents.split
+
+    def changed(self, pieces):
+        file.write_text("##".join([*lines, "One more."] if grows else lines[:-1]))
+        return split(self, pieces)
+
+    monkeypatch.setattr(prepare_data.Documents, "split", changed)
+    assert "was changed while it was read" in fails(capsys, *argv)
 
 
 def test_a_separator_that_separates_nothing_is_reported(tmp_path, story, capsys):
@@ -456,6 +590,10 @@ def test_a_separator_that_separates_nothing_is_reported(tmp_path, story, capsys)
     assert "'<|endoftxt|>' separates nothing" in capsys.readouterr().out
     run("text", story, "--separator", "lazy", "--out", out)
     assert "separates nothing" not in capsys.readouterr().out  # control
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps({"text": f"{i} lazy dogs"}) + "\n" for i in range(400)))
+    run("text", rows, "--separator", "lazy", "--out", out)
+    assert "'lazy' separates nothing" in capsys.readouterr().out
     message = fails(capsys, "text", story, "--separator", "a\nb", "--out", out)
     assert "a separator must be within one line" in message
 

@@ -278,7 +278,7 @@ def rows_of(tuned, instructions):
     """(chats to train on, chats held out), as the tuning divides its file."""
     settings = settings_of(tuned)
     chats, splits, _ = read_instructions(instructions)
-    training, held_out = hold_out(splits, settings.held_out, settings.seed)
+    training, held_out = hold_out(chats, splits, settings.held_out, settings.seed)
     return [chats[i] for i in training], [chats[i] for i in held_out]
 
 
@@ -552,11 +552,48 @@ def test_missing_base_is_one_line(instructions, tmp_path, capsys):
 def test_bad_rows_are_skipped_and_counted(whole, tmp_path, capsys):
     """Catches: --skip_bad that stops all the same, or leaves out rows silently."""
     file = tmp_path / "rows.json"
-    file.write_text(json.dumps([GOOD, {}, GOOD]))
+    other = {**GOOD, "output": "Blue."}
+    file.write_text(json.dumps([GOOD, {}, other]))
     assert tune(whole, file, tmp_path / "r", "--skip_bad", "--system", "\udcff") == 0
     assert "1 bad" in capsys.readouterr().out
     assert rows(tmp_path / "r", "instructions", ("rows", "held_out", "bad")) == [(1, 1, 1)]
     assert settings_of(tmp_path / "r").system == "?"
+
+
+def test_data_of_another_preparation_is_refused(whole, instructions, data, tmp_path, capsys):
+    """Catches: a tuning on instructions and questions of text that the base was not trained on, or
+    that it was trained on though they are held out. (Row 44.)"""
+    base = shutil.copytree(whole, tmp_path / "base")
+    folder = shutil.copytree(data, tmp_path / "data")
+    settings = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps({**settings, "data": str(folder)}))
+    assert tune(base, instructions, tmp_path / "r", "--max_steps", 1) == 0  # control
+    shard = np.load(folder / "train_0001.npy")
+    np.save(folder / "train_0001.npy", shard[::-1])
+    again = ("--max_steps", 1, "--overwrite")
+    assert tune(base, instructions, tmp_path / "r", *again) == 2
+    assert "data is not the data of this run (changed: train_0001.npy)" in messages(capsys)[-1]
+    questions = ("--benchmark", folder / "cloze.jsonl")
+    assert tune(base, instructions, tmp_path / "r", *again, *questions) == 0
+
+
+def test_rows_and_flags_that_do_nothing_are_reported(whole, tmp_path, capsys):
+    """Catches: copies of a row that are left out, and a flag that has no effect, without a word.
+    (Rows 43, 45.)"""
+    rows_ = [{"instruction": f"{n}?", "output": "b", "split": "val" * (n == 1)} for n in range(4)]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows_))
+    flags = ("--max_steps", 1, "--held_out", 0.02)
+    assert tune(whole, file, tmp_path / "r", *flags) == 0
+    printed = capsys.readouterr().out
+    assert "left out" not in printed  # control
+    assert "not used" not in printed
+    file.write_text(json.dumps(rows_ * 2))
+    assert tune(whole, file, tmp_path / "s", *flags, "--held_out", 0.5) == 0
+    printed = capsys.readouterr().out
+    assert "4 rows repeat another one and are left out" in printed
+    assert "--held_out is not used" in printed
+    assert rows(tmp_path / "s", "instructions", ("rows", "held_out")) == [(3, 1)]
 
 
 def test_base_cannot_be_overwritten_by_its_tuning(whole, instructions, tmp_path, capsys):
@@ -623,6 +660,9 @@ def test_sft_resume_differs_if_state_is_incomplete(tuned, tmp_path, mistake):
     if mistake == "system":
         saved["config"]["system"] = "T."
     checkpoint.save(folder, saved, keep_last=2, keep_every=0)
+    if mistake == "step":  # contradicts the log
+        assert resume(folder) == 2
+        return
     assert resume(folder, *flags) == 0
     assert not same(folder, tuned, 12)
 

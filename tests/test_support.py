@@ -6,10 +6,10 @@ import sys
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, exit_code
 from support import runs
 from support.flags import Parser, count, count_or_0, number, positive, seed, text
-from support.runs import Log, UserError, claim, hold, is_finished, newest_run, settings_of
+from support.runs import Log, UserError, hold, is_finished, newest_run, settings_of
 
 
 def child(code):
@@ -22,6 +22,7 @@ def child(code):
 # ---- how a script ends
 
 CUDA = type("OutOfMemoryError", (RuntimeError,), {})  # as torch.cuda's, which needs a GPU
+COMPILER = type("BackendCompilerFailed", (RuntimeError,), {})  # as torch.compile's
 
 
 @pytest.mark.parametrize("error, code, message", [
@@ -33,6 +34,9 @@ CUDA = type("OutOfMemoryError", (RuntimeError,), {})  # as torch.cuda's, which n
     (MemoryError(), 2, "test_support.py: out of memory — use a smaller --micro_batch"),
     (CUDA("CUDA out of memory"), 2, "test_support.py: out of memory"),
     (RuntimeError("DefaultCPUAllocator: can't allocate memory"), 2, "test_support.py: out of mem"),
+    (COMPILER("no compiler\n\nSet TORCH_LOGS"), 2, "test_support.py: torch.compile failed (no "),
+    (RuntimeError("[/p/third_party/gloo/gloo/transport/tcp/pair.cc:538] Connection closed"), 2,
+     "test_support.py: another process has ended ([/p/third_party"),
 ])
 def test_what_the_user_can_fix_ends_in_one_line(capsys, error, code, message):
     """Catches: a traceback, or exit code 0, after a mistake of the user."""
@@ -89,23 +93,32 @@ def test_a_run_folder_is_held_by_one_process(tmp_path):
                     f"input()\n")
     process.stdout.readline()
     with pytest.raises(UserError, match="in use by another process"):
-        claim(tmp_path, resume=True, overwrite=False)
+        hold(tmp_path)
     process.kill()
     process.wait()
-    hold(tmp_path).close()  # control
+    os.close(hold(tmp_path))  # control
 
 
-def test_claim_protects_a_used_folder(tmp_path):
+def claimed(run, resume=False, overwrite=False):
+    """The exit code of a script that claims the folder and ends."""
+    @runs.script
+    def main(argv):
+        runs.claim(run, resume, overwrite)
+        return 0
+    return exit_code(main, [])
+
+
+def test_claim_protects_a_used_folder(tmp_path, capsys):
     """Catches: a run that is continued or deleted without a flag that says so."""
     run = tmp_path / "new/run"
-    claim(run, resume=False, overwrite=False).close()  # control: an unused folder is made
+    assert claimed(run) == 0  # control: an unused folder is made
     (run / "checkpoints/.tmp_step_00000005").mkdir(parents=True)
     (run / ".tmp_old").mkdir()
     (run / "metrics.jsonl").write_text("a\n")
-    with pytest.raises(UserError, match="already holds a run"):
-        claim(run, resume=False, overwrite=False)
-    claim(run, resume=True, overwrite=False).close()
-    claim(run, resume=False, overwrite=True).close()
+    assert claimed(run) == 2
+    assert "already holds a run" in capsys.readouterr().err
+    assert claimed(run, resume=True) == 0
+    assert claimed(run, overwrite=True) == 0
     left = sorted(str(path.relative_to(run)) for path in run.rglob("*"))
     assert left == [".lock", "checkpoints", "metrics.jsonl"]  # without what a kill left
 
@@ -125,7 +138,7 @@ def test_starting_over_deletes_the_run_alone(tmp_path, monkeypatch):
         patch.setattr(runs.shutil, "rmtree", killed)
         runs.start_over(tmp_path)
     assert sorted(os.listdir(tmp_path)) == [".tmp_old", "notes.txt"]
-    hold(tmp_path).close()
+    os.close(hold(tmp_path))
     assert sorted(os.listdir(tmp_path)) == [".lock", "notes.txt"]
     runs.start_over(tmp_path)  # nothing to delete
 
@@ -185,19 +198,19 @@ def log_rows(run):
 
 def test_log_is_cut_to_what_the_state_knows(tmp_path):
     """Catches: steps that stand in the log twice, or a line that a kill left half written."""
-    log = Log(tmp_path, 0, max_steps=9)
+    log = Log(tmp_path, 0, 0, 0, max_steps=9)
     log.event("a", 1)
     length = log.length()
     log.event("b", 2)
     log.file.write(b'{"ev')
-    again = Log(tmp_path, length, max_steps=9)
+    again = Log(tmp_path, length, 1, 8, max_steps=9)
     again.event("c", 2, loss=float("nan"), rates=[float("inf"), 1.5])
     rows = log_rows(tmp_path)
     assert rows[1] == {"event": "c", "step": 2, "loss": None, "rates": [None, 1.5]}
     assert len(rows) == 2
     for wrong in (length - 1, 10**6):
         with pytest.raises(UserError, match="was changed since"):
-            Log(tmp_path, wrong, max_steps=9)
+            Log(tmp_path, wrong, 1, 8, max_steps=9)
     assert log_rows(tmp_path) == rows  # control: a refused log stays as it is
 
 
@@ -209,7 +222,7 @@ def test_full_disk_stops_the_log(tmp_path, monkeypatch):
         def write(self, line):
             return len(line) // 2
 
-    log = Log(tmp_path, 0, max_steps=9)
+    log = Log(tmp_path, 0, 0, 0, max_steps=9)
     log.event("a", 1)  # control
     log.file = Full()
     with pytest.raises(UserError, match="not written at step 2") as error:
@@ -219,7 +232,7 @@ def test_full_disk_stops_the_log(tmp_path, monkeypatch):
 
 def test_other_processes_log_nothing(capsys):
     """Catches: every line once for each process."""
-    log = Log(None, 0, max_steps=9)
+    log = Log(None, 0, 0, 0, max_steps=9)
     log.event("a", 1)
     log.train(1, 8, 2.0, 0.1, 1.0, seconds=1, tokens_in_step=8, skipped=False)
     log.say("text")
@@ -229,7 +242,7 @@ def test_other_processes_log_nothing(capsys):
 def test_train_row_has_speed_and_utilization(tmp_path, capsys):
     """Catches: milliseconds that are seconds, utilization of another peak, a skipped update that
     looks like any other."""
-    log = Log(tmp_path, 0, max_steps=9, peak_rate=64.0)
+    log = Log(tmp_path, 0, 0, 0, max_steps=9, peak_rate=64.0)
     log.train(1, 8, 2.0, 0.1, 1.0, seconds=0.5, tokens_in_step=8, skipped=False)
     log.train(2, 16, 2.0, 0.1, 1.0, seconds=0.5, tokens_in_step=8, skipped=True)
     first, second = log_rows(tmp_path)
@@ -243,8 +256,8 @@ def test_train_row_has_speed_and_utilization(tmp_path, capsys):
 
 def test_notes_are_appended(tmp_path):
     """Catches: an evaluation that deletes the one before it."""
-    runs.note(tmp_path, {"event": "eval", "step": 1})
-    runs.note(tmp_path, {"event": "eval", "step": 2})
+    runs.note(tmp_path, {"event": "eval", "step": 1}, began=None)
+    runs.note(tmp_path, {"event": "eval", "step": 2}, began=None)
     lines = (tmp_path / "evaluations.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2]
     assert json.loads(lines[0])["time"] > 1.7e9

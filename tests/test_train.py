@@ -6,10 +6,17 @@ What may happen to a run from outside is in test_faults.py.
 """
 import argparse
 import functools
+import hashlib
 import json
 import math
+import os
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import threading
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -21,9 +28,10 @@ import evaluate
 import plot_dynamics
 import sample
 import train
-from conftest import FLAGS, evals, exit_code, messages, rows, run, same
+from conftest import FLAGS, ROOT, TEST, evals, exit_code, messages, rows, run, same
 from model import PRESETS, Llama, SwiGLU
 from support import durable, runs
+from support.runs import UserError
 
 pytestmark = pytest.mark.usefixtures("short_samples")
 
@@ -112,6 +120,9 @@ def test_resume_differs_if_state_is_incomplete(data, whole, tmp_path, mistake):
     state = checkpoint.load(durable.find(folder, full=True))
     MISTAKES[mistake](state)
     checkpoint.save(folder, state, keep_last=2, keep_every=0)
+    if mistake in ("count of updates", "step"):  # these contradict the rest of the state
+        assert run(data, folder, "--resume") == 2
+        return
     assert run(data, folder, "--resume") == 0
     assert not same(folder, whole)
     assert rows(folder)[-1] != rows(whole)[-1]
@@ -196,7 +207,7 @@ def test_folder_in_use_is_refused(data, finished, capsys, flag):
     message, = messages(capsys)
     assert "in use by another process" in message
     assert contents(finished) == before
-    lock.close()
+    os.close(lock)
     assert run(data, finished, "--resume") == 0  # control
 
 
@@ -221,6 +232,31 @@ def test_init_from_takes_the_weights_only(data, whole, tmp_path):
     assert first_eval[0] == 0
     assert first_eval[1:] == last_eval[1:]
     assert first_eval[1:] != evals(whole)[0][1:]  # control
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"vocab_size": 290}, "vocab_size 300, here 290"),  # both are padded to 384
+    ({"n_heads": 4, "n_kv_heads": 2}, "n_heads 2, here 4"),
+    ({"rope_theta": 10_000.0}, "rope_theta 500000.0, here 10000.0"),
+])
+def test_weights_of_another_network_are_refused(data, whole, tmp_path, capsys, monkeypatch, change,
+                                                message):
+    """Catches: weights that fit, but whose ids or heads mean something else. (Row 42.)"""
+    folder = shutil.copytree(data, tmp_path / "data")
+    small = {name: value for name, value in change.items() if name != "vocab_size"}
+    monkeypatch.setitem(PRESETS, "test", replace(TEST, **small))
+    if "vocab_size" in change:
+        for file in folder.glob("*.npy"):
+            np.save(file, np.load(file) % 289)
+        meta = json.loads((folder / "meta.json").read_text())
+        for shard in meta["splits"]["train"] + meta["splits"]["val"]:
+            content = (folder / shard["file"]).read_bytes()
+            shard["sha256"] = hashlib.sha256(content).hexdigest()
+        (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": 290, "eot": 289}))
+    assert run(folder, tmp_path / "r", "--init_from", whole) == 2
+    line, = messages(capsys)
+    assert message in line
+    assert run(folder, tmp_path / "r", "--stop_at", 1) == 75  # control
 
 
 # -------------------------------------------------------------------------------------------------
@@ -542,7 +578,7 @@ def test_loss_scale_below_1_ends_the_run(data, tmp_path, capsys, start_scale):
 
 def test_remaining_time_is_that_of_the_fastest_steps(tmp_path, capsys):
     """Catches: a forecast from the first steps, which are slow, or from a mean with them."""
-    log = runs.Log(tmp_path, 0, max_steps=1020)
+    log = runs.Log(tmp_path, 0, 0, 0, max_steps=1020)
     for step in range(1, 21):
         seconds = 60.0 if step <= 15 else 0.6
         log.train(step, 128 * step, 3.0, 0.1, 1.0, seconds, 128, skipped=False)
@@ -554,12 +590,61 @@ def test_remaining_time_is_that_of_the_fastest_steps(tmp_path, capsys):
 
 def test_first_last_and_skipped_steps_are_printed(tmp_path, capsys):
     """Catches: a screen that stays empty at first, or that scrolls with every step."""
-    log = runs.Log(tmp_path, 0, max_steps=30)
+    log = runs.Log(tmp_path, 0, 0, 0, max_steps=30)
     for step in range(1, 31):
         log.train(step, 128 * step, 3.0, 0.1, 1.0, 0.01, 128, skipped=step == 9)
     printed = re.findall(r"^step +(\d+)/30 ", capsys.readouterr().out, re.MULTILINE)
     assert printed == ["1", "2", "3", "4", "9", "30"]
     assert steps(tmp_path) == list(range(1, 31))
+
+
+def test_reason_in_the_log_is_what_a_job_script_looks_for(data, tmp_path):
+    """Catches: a job of README's example that is never put into the queue again. (Row 51.)"""
+    pattern = '"reason": "stopped"'
+    assert f"grep -q '{pattern}'" in (ROOT / "README.md").read_text()
+    assert run(data, tmp_path / "r", "--stop_at", 2) == 75
+    log = tmp_path / "r/metrics.jsonl"
+    assert pattern in log.read_text().splitlines()[-1]
+    assert run(data, tmp_path / "r", "--resume", "--max_steps", 3) == 0
+    assert pattern not in log.read_text().splitlines()[-1]  # control
+
+
+def test_slow_steps_are_reported_once(tmp_path, capsys):
+    """Catches: a machine that another program slows down, and nobody knows why; a remark about one
+    slow step, or in every line. (Row 49.)"""
+    def remarks(durations):
+        log = runs.Log(tmp_path, 0, 0, 0, max_steps=1000)
+        for step, seconds in enumerate(durations, 1):
+            log.train(step, 128 * step, 3.0, 0.1, 1.0, seconds, 128, skipped=False)
+        return re.findall("times as long as the fastest.*", capsys.readouterr().out)
+
+    alternating = [0.1, 0.1, 0.5, 0.5] * 20
+    assert remarks([5.0] + [0.1] * 50 + alternating) == []  # control
+    remark, = remarks([0.1] * 30 + [0.5] * 60 + [0.1] + [0.5] * 60)
+    assert "OMP_WAIT_POLICY=PASSIVE" in remark
+
+
+@pytest.mark.parametrize("script", ["train", "sft", "evaluate", "sample"])
+@pytest.mark.parametrize("given, expected", [
+    ({}, "5000"),
+    ({"GOMP_SPINCOUNT": "7"}, "7"),           # what the user set stays
+    ({"OMP_WAIT_POLICY": "PASSIVE"}, None),
+])
+def test_threads_wait_as_measured(script, given, expected):
+    """Catches: a setting that is made after PyTorch has read it. (Row 49.)"""
+    code = ("import os, sys\n"
+            "class Finder:\n"
+            "    def find_spec(name, *rest):\n"
+            "        if name == 'torch':\n"
+            "            print(os.environ.get('GOMP_SPINCOUNT'), flush=True)\n"
+            "            os._exit(0)\n"
+            "sys.meta_path.insert(0, Finder)\n"
+            f"import {script}\n")
+    env = {name: value for name, value in os.environ.items()
+           if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+    printed = subprocess.run([sys.executable, "-c", code], env={**env, **given}, cwd=ROOT,
+                             capture_output=True, text=True).stdout
+    assert printed == f"{expected}\n"
 
 
 def test_failing_figure_does_not_fail_the_run(data, tmp_path, capsys, monkeypatch):
@@ -614,6 +699,7 @@ def test_help_shows_the_values_of_the_preset(capsys, preset):
     (["--init_from", "nowhere"], "nowhere: no such run"),
     (["--lr", 0.5, "--resume"], "lr (saved 0.01, given 0.5)"),
     (["--max_steps", 19, "--resume"], "is at step 20 already — give a larger --max_steps"),
+    (["--stop_at", 7, "--resume"], "is at step 20 already — give a larger --stop_at"),
 ])
 def test_mistake_is_one_line_and_loses_nothing(data, finished, capsys, flags, message):
     """Catches: a traceback; a run that is deleted before its successor's settings are checked."""
@@ -625,6 +711,139 @@ def test_mistake_is_one_line_and_loses_nothing(data, finished, capsys, flags, me
     assert line.startswith("train.py: ")
     assert message in line
     assert contents(finished) == before
+
+
+ENVIRONMENTS = {
+    "RANK alone": dict(RANK="1"),
+    "WORLD_SIZE alone": dict(WORLD_SIZE="2"),
+    "without an address": dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0"),
+    "without a local rank": dict(RANK="0", WORLD_SIZE="2", MASTER_ADDR="h", MASTER_PORT="1"),
+    "RANK too large": dict(RANK="2", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="h",
+                           MASTER_PORT="1"),
+    "RANK below 0": dict(RANK="-1", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="h",
+                         MASTER_PORT="1"),
+    "not a number": dict(RANK="0", WORLD_SIZE="two", LOCAL_RANK="0", MASTER_ADDR="h",
+                         MASTER_PORT="1"),
+    "not a port": dict(RANK="0", WORLD_SIZE="2", LOCAL_RANK="0", MASTER_ADDR="h",
+                       MASTER_PORT="70000"),
+}
+
+
+@pytest.mark.parametrize("name", ENVIRONMENTS)
+def test_ranks_that_torchrun_did_not_set_are_refused(data, tmp_path, capsys, monkeypatch, name):
+    """Catches: a process that does nothing and says "done", that waits for ever, or a traceback,
+    because of variables that another program has left. (Row 46.)"""
+    for variable, value in ENVIRONMENTS[name].items():
+        monkeypatch.setenv(variable, value)
+    assert run(data, tmp_path / "r") == 2
+    line, = messages(capsys)
+    assert "which is not what torchrun sets" in line
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("env", [dict(MASTER_ADDR="h"), dict(RANK="0"), dict(WORLD_SIZE="1"),
+                                 dict(LOCAL_RANK="3")])
+def test_harmless_variables_are_ignored(data, tmp_path, monkeypatch, env):
+    """Catches: a guard that refuses a single process. The control of the test before. (Row 46.)"""
+    for variable, value in env.items():
+        monkeypatch.setenv(variable, value)
+    assert run(data, tmp_path / "r", "--max_steps", 1) == 0
+
+
+def test_resume_takes_the_saved_settings_of_the_machine(data, tmp_path, one_thread_afterwards):
+    """Catches: --threads and --deterministic that a resume logs and does not apply. (Row 45.)"""
+    flags = ("--threads", 2, "--deterministic", "--stop_at", 1)
+    assert run(data, tmp_path / "r", *flags) == 75
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(False)
+    argv = ["--run", tmp_path / "r", "--resume", "--stop_at", 2]
+    assert exit_code(train.main, argv) == 75
+    env, = rows(tmp_path / "r", "resume", ("env",))[0]
+    assert env["threads"] == 2
+    assert torch.are_deterministic_algorithms_enabled()
+    assert exit_code(train.main, [*argv, "--no-deterministic", "--stop_at", 3]) == 75  # control
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_resume_with_another_vocabulary_is_refused(data, tmp_path, capsys):
+    """Catches: a tokenizer that its data folder changed, and ids outside the embedding. (Row
+    44.)"""
+    folder = shutil.copytree(data, tmp_path / "data")
+    assert run(folder, tmp_path / "r", "--stop_at", 1) == 75
+    meta = (folder / "meta.json").read_text()
+    (folder / "meta.json").write_text(meta.replace("300", "301").replace("299", "300"))
+    assert run(folder, tmp_path / "r", "--resume") == 2
+    assert "has a vocabulary of 301, the model of 300" in messages(capsys)[-1]
+    (folder / "meta.json").write_text(meta)  # control
+    assert run(folder, tmp_path / "r", "--resume", "--stop_at", 2) == 75
+
+
+def test_reset_without_a_state_is_refused(data, tmp_path, capsys):
+    """Catches: a flag that does nothing. (Row 45.)"""
+    assert run(data, tmp_path / "r", "--resume", "--reset_optimizer") == 2
+    assert "no state to continue without its optimizer" in messages(capsys)[-1]
+    assert run(data, tmp_path / "r", "--resume", "--max_steps", 1) == 0  # control
+
+
+def test_unused_shards_are_named(data, tmp_path, capsys):
+    """Catches: a shard that lies in the folder and is not read, without a word. (Row 45.)"""
+    folder = shutil.copytree(data, tmp_path / "data")
+    assert run(folder, tmp_path / "r", "--max_steps", 1) == 0
+    assert "not used" not in capsys.readouterr().out  # control
+    shutil.copy(folder / "train_0000.npy", folder / "train_0002.npy")
+    assert run(folder, tmp_path / "r", "--max_steps", 1, "--overwrite") == 0
+    assert "1 files are in no split and not used: train_0002.npy" in capsys.readouterr().out
+
+
+def test_linked_checkpoints_are_not_replaced(data, tmp_path, capsys):
+    """Catches: a link to a large disk that --overwrite turns into a folder on a small one. (Row
+    52.)"""
+    large = tmp_path / "large"
+    large.mkdir()
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/checkpoints").symlink_to(large)
+    assert run(data, tmp_path / "r", "--resume", "--max_steps", 2) == 0  # control
+    kept = names(large)
+    assert len(kept) == 3
+    assert run(data, tmp_path / "r", "--overwrite") == 2
+    assert "checkpoints is a link" in messages(capsys)[-1]
+    assert names(large) == kept
+
+
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_a_run_that_fails_gives_everything_back(data, tmp_path, capsys, monkeypatch):
+    """Catches: a notebook in which Ctrl-C has no effect after a failed run, or whose run folder
+    stays locked. (Row 47.)"""
+    before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    held = []
+
+    def fail(self, step, log):
+        held.append(signal.getsignal(signal.SIGINT))
+        raise UserError("no evaluation")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.Observer, "evaluate", fail)
+        try:
+            train.main([*FLAGS, "--data", str(data), "--run", str(tmp_path / "r")])
+        except SystemExit as error:
+            kept = error  # as a notebook keeps the last one, with all its frames
+    assert kept.code == 2
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == before
+    assert held[0] not in before  # control
+    assert run(data, tmp_path / "r", "--resume", "--max_steps", 20) == 0
+
+
+def test_runs_in_a_thread_too(data, tmp_path):
+    """Catches: signal handlers, which only the main thread of a program may set. (Row 47.)"""
+    codes = []
+    thread = threading.Thread(
+        target=lambda: codes.append(run(data, tmp_path / "r", "--max_steps", 1)))
+    thread.start()
+    thread.join()
+    assert codes == [0]
 
 
 def test_first_start_with_a_mistake_leaves_the_folder_unused(data, tmp_path):
