@@ -7,6 +7,7 @@ only faster. To see the tokenizer at work:
     python prepare_data.py show "Two commands." --vocab_size 512
 """
 import base64
+import functools
 import hashlib
 import os
 import re
@@ -175,6 +176,7 @@ class DataFolder:
                 raise UserError(f"{shard.path}: its content is not what meta.json recorded (the "
                                 f"SHA-256 differs) — prepare the data again or restore the file")
 
+    @functools.cached_property
     def fingerprint(self):
         """What the data is, for the checkpoint: of each shard its name, its length, and a hash of
         64 blocks of it, which is fast for any size; and the same of the questions, if there are
@@ -194,17 +196,18 @@ class DataFolder:
         return rows
 
     def check_same(self, recorded, advice):
-        """Raise UserError, naming the shards, unless the fingerprint is the recorded one."""
-        found = self.fingerprint()
-        if found != recorded:
-            what = "which its config.json does not tell"
-            if isinstance(recorded, list):
-                changed = [row[0] for row in found if row not in recorded]
-                gone = [row for row in recorded if row not in found]
-                changed += [str(row[0]) for row in gone if isinstance(row, list) and row]
-                changed = list(dict.fromkeys(changed))[:5]
-                what = f"changed: {', '.join(changed) or 'the order of the shards'}"
-            raise UserError(f"{self.path} is not the data of this run ({what}) — {advice}")
+        """Raise UserError, naming the files, unless the fingerprint is the recorded one."""
+        found = self.fingerprint
+        if found == recorded:
+            return
+        what = "which its config.json does not tell"
+        if isinstance(recorded, list):
+            changed = [row[0] for row in found if row not in recorded]
+            gone = [row for row in recorded if row not in found]
+            changed += [str(row[0]) for row in gone if isinstance(row, list) and row]
+            changed = list(dict.fromkeys(changed))[:5]  # each once
+            what = f"changed: {', '.join(changed) or 'the order of the shards'}"
+        raise UserError(f"{self.path} is not the data of this run ({what}) — {advice}")
 
 
 def is_of_split(file, split):

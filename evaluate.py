@@ -424,11 +424,10 @@ def main(argv=None):
     data = None
     if folder is not None:
         data = DataFolder(folder)
-        is_own = data.fingerprint() == settings.get("fingerprint")
+        recorded = settings.get("fingerprint")
         if args.data is None:
-            data.check_same(settings.get("fingerprint"), f"restore it, or score other text with "
-                                                         f"--data {folder}")
-        elif not is_own:
+            data.check_same(recorded, f"restore it, or score other text with --data {folder}")
+        elif data.fingerprint != recorded:
             print(f"note: {folder} is not the data that {run} was trained on, or was prepared "
                   f"anew: the run may have read this text")
     questions = args.benchmark
@@ -447,7 +446,8 @@ def main(argv=None):
     events = []
     if data is not None:
         scores = score_text(model, tokenizer, data, seq_len, args.eval_tokens, autocast)
-        events.append({"event": "eval", "step": step, "same_data": is_own, **scores})
+        events.append({"event": "eval", "step": step, "same_data": data.fingerprint == recorded,
+                       **scores})
     if benchmark is not None:
         scores = score_questions(model, benchmark, autocast)
         events.append({"event": "benchmark", "step": step, "dtype": "fp32",

@@ -484,24 +484,6 @@ def place_to_cut(text, end, slack):
     return after_line or after_word or end
 
 
-def prepare_text(paths, out, vocab_size=DEFAULT_VOCAB_SIZE, separator=None):
-    """Write the user's own text into the folder `out`.
-
-    The text is read twice: first to check and count it, then to encode it."""
-    if separator and "\n" in separator:
-        raise UserError("a separator must be within one line — choose another --separator")
-    tokenizer = Tokenizer(vocab_size)
-    files = text_files(paths)
-    documents = Documents(files, separator)
-    pieces = documents.split(read_all_pieces(files, separator))
-    passages = PassageCounter(documents.total)
-    names = [file.name for file in files]
-    source = {"name": "text", "files": names, "separator": separator}
-    with new_folder(Path(out)) as folder:
-        write_shards(folder, passages.watch(pieces), tokenizer, source, documents.total)
-    passages.report()
-
-
 class PassageCounter:
     """Counts the passages of the validation text that stand in the training text too. Whole
     documents never do; but of two versions of a text one may be on each side.
@@ -531,6 +513,24 @@ class PassageCounter:
         if known.any() and known.mean() > 0.05:
             print(f"note: {known.mean():.0%} of the passages for validation are in the training "
                   f"text too, so its loss will be too low — is a text there in two versions?")
+
+
+def prepare_text(paths, out, vocab_size=DEFAULT_VOCAB_SIZE, separator=None):
+    """Write the user's own text into the folder `out`.
+
+    The text is read twice: first to check and count it, then to encode it."""
+    if separator and "\n" in separator:
+        raise UserError("a separator must be within one line — choose another --separator")
+    tokenizer = Tokenizer(vocab_size)
+    files = text_files(paths)
+    documents = Documents(files, separator)
+    pieces = documents.split(read_all_pieces(files, separator))
+    passages = PassageCounter(documents.total)
+    names = [file.name for file in files]
+    source = {"name": "text", "files": names, "separator": separator}
+    with new_folder(Path(out)) as folder:
+        write_shards(folder, passages.watch(pieces), tokenizer, source, documents.total)
+    passages.report()
 
 
 # -------------------------------------------------------------------------------------------------

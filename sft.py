@@ -36,7 +36,7 @@ from support.devices import (StopSignals, any_process, check_equal, choose_dtype
                              sum_over_processes, use_machine)
 from support.runs import (Log, UserError, claim, due, is_finished, is_tuned, newest_run, script,
                           settings_of, start_over)
-from train import (ONCE, add_settings, check_end, finish, finish_settings, has_diverged,
+from train import (ONCE, add_settings, check_resume, finish, finish_settings, has_diverged,
                    introduce_resume, lr_at, make_optimizer)
 
 # What a preset of the base changes. A flag on the command line wins over it.
@@ -100,7 +100,7 @@ def main(argv=None):
         updates = 0 if args.reset_optimizer else state["updates"]
         log_length = state["log_bytes"]
         resumed_at = step
-    check_end(run, state, args)
+    check_resume(run, state, args)
     check_equal({**vars(args), "rows in the file": fingerprint})
     # A run at its last step may still lack its last evaluations: the log says if it is finished.
     finished = from_rank_0(is_main and step == args.max_steps and is_finished(run))

@@ -148,7 +148,7 @@ def main(argv=None):
         weights, _ = checkpoint.load_weights(args.init_from)
         checkpoint.check_config(weights["config"], model.config)
         checkpoint.restore_weights(weights, model)
-    check_end(run, state, args)
+    check_resume(run, state, args)
     check_equal({**vars(args), "data in the folder": fingerprint})
     # A run at its last step may still lack its last evaluations: the log says if it is finished.
     finished = from_rank_0(is_main and step == args.max_steps and is_finished(run))
@@ -290,7 +290,7 @@ def open_data(args, state, is_main):
         data.check_same(state["data"], "restore it, or choose another --run")
     elif is_main:
         data.check_content()  # every byte, once; a resume compares the fingerprint
-    return data, data.fingerprint()
+    return data, data.fingerprint
 
 
 def make_model(args, state, vocab_size, device):
@@ -325,8 +325,9 @@ def accumulation_steps(args, world):
     return args.batch_tokens // unit
 
 
-def check_end(run, state, args):
-    """Raise UserError unless the run is to end after the step at which it begins."""
+def check_resume(run, state, args):
+    """Raise UserError for flags that do not fit the state that is resumed: an end before its step,
+    or no state to reset."""
     if state is None:
         if args.reset_optimizer:
             raise UserError(f"{run} has no state to continue without its optimizer — leave out "

@@ -215,25 +215,33 @@ def hold_out(chats, splits, share, seed):
     of two or more rows. What is scored must not be trained on: of rows that repeat a conversation
     only one remains, a held-out one if there is one; and no row is trained on that begins like a
     held-out one and goes on, or that a held-out one goes on from."""
-    held = np.array([(split or "train").strip().lower() != "train" for split in splits])
+    names = [(split or "train").strip().lower() for split in splits]
+    held = np.array([name != "train" for name in names])
     words = [words_of(messages) for messages in chats]
     remaining = {}  # conversation → its row
     for row in [*np.flatnonzero(held), *np.flatnonzero(~held)]:
         remaining.setdefault(words[row], row)
     rows = np.sort(list(remaining.values()))
     if any(splits):
-        training, held_out = rows[~held[rows]], rows[held[rows]]
+        training = rows[~held[rows]]
+        held_out = rows[held[rows]]
     else:
         n = len(rows)
         count = 0
         if share > 0:
             count = min(n - 1, max(1, round(share * n)))
         order = np.random.RandomState(seed).permutation(n)
-        training, held_out = rows[np.sort(order[count:])], rows[np.sort(order[:count])]
-    scored = {words[row] for row in held_out}
-    begun = {start for row in held_out for start in beginnings(words[row])}
-    apart = [row for row in training
-             if words[row] not in begun and scored.isdisjoint(beginnings(words[row]))]
+        training = rows[np.sort(order[count:])]
+        held_out = rows[np.sort(order[:count])]
+    scored = set()  # the held-out conversations
+    begun = set()   # these, and how they begin
+    for row in held_out:
+        scored.add(words[row])
+        begun.update(beginnings(words[row]))
+    apart = []
+    for row in training:
+        if words[row] not in begun and scored.isdisjoint(beginnings(words[row])):
+            apart.append(row)
     return np.array(apart, dtype=int), held_out
 
 

@@ -158,9 +158,14 @@ def ranks():
     if found.get("RANK", "0") == "0" and found.get("WORLD_SIZE", "1") == "1":
         return 0, 1, 0
     try:
-        rank, world, local_rank = (int(found[name]) for name in names[:3])
-        fits = 0 <= rank < world and 0 <= local_rank < world and found["MASTER_ADDR"] != ""
-        fits = fits and 0 < int(found["MASTER_PORT"]) < 65_536
+        rank = int(found["RANK"])
+        world = int(found["WORLD_SIZE"])
+        local_rank = int(found["LOCAL_RANK"])
+        port = int(found["MASTER_PORT"])
+        fits = (0 <= rank < world
+                and 0 <= local_rank < world
+                and 0 < port < 65_536
+                and found["MASTER_ADDR"] != "")
     except (KeyError, ValueError):
         fits = False
     if not fits:

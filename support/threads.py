@@ -3,16 +3,14 @@
 An operation on several threads ends when the last of them has finished. GNU's OpenMP, which PyTorch
 uses on Linux, lets the others wait in a loop, for up to 15 ms, before they sleep. If another
 program uses one of the cores, a waiting thread takes the time from the one that it waits for, and
-a training step takes ten times as long. With a shorter loop it does not. Milliseconds of a step of
-`tiny` (`python train.py` shows them) on two cores of an Intel Xeon with AMX, medians of 1 to 7 runs
-of 60 or 80 steps without evaluations, with 0, 1 and 2 other programs that are always busy:
+a training step takes many times as long. A shorter loop avoids most of this, and costs little when
+the machine is idle. Milliseconds of a step of `tiny` on two cores of an Intel Xeon with AMX, medians
+of three runs of `python -m pytest -m slow -k busy_core -s`:
 
-    GOMP_SPINCOUNT            57   909   125    (as it is without this file)
-    GOMP_SPINCOUNT=10000      57   206   219
-    GOMP_SPINCOUNT=5000       58   152   153
-    GOMP_SPINCOUNT=2000       67   120   119
-    OMP_WAIT_POLICY=PASSIVE   97    94   101    (no loop at all)
-    one thread                91    86   136
+                                 idle    beside one busy program
+    without this file              74    510
+    with it                        75    185
+    OMP_WAIT_POLICY=PASSIVE       112    126    (no loop at all)
 """
 import os
 

@@ -314,14 +314,14 @@ def test_one_content_is_never_in_both_splits(tmp_path, how):
     """Catches: validation on training text, by a link or a copy. (Row 43.)"""
     (tmp_path / "train.bin").write_bytes(IDS.tobytes())
     (tmp_path / "val.bin").write_bytes(IDS[:999].tobytes())
-    DataFolder(tmp_path).fingerprint()  # control
+    DataFolder(tmp_path).fingerprint  # control
     (tmp_path / "val.bin").unlink()
     if how is shutil.copy:
         shutil.copy(tmp_path / "train.bin", tmp_path / "val.bin")
     else:
         how(tmp_path / "val.bin", tmp_path / "train.bin")
     with pytest.raises(UserError, match="train.bin and val.bin have the same content"):
-        DataFolder(tmp_path).fingerprint()
+        DataFolder(tmp_path).fingerprint
 
 
 @pytest.mark.parametrize("train", ["train.bin", "x_train_0.npy"])
@@ -471,7 +471,7 @@ def test_hashes_find_one_flipped_bit(tmp_path, name):
 def test_fingerprint_finds_a_changed_token(tmp_path):
     """Catches: a resume on other data, since names and lengths are the same."""
     def fingerprint(name, train):
-        return DataFolder(our_folder(tmp_path / name, train)).fingerprint()
+        return DataFolder(our_folder(tmp_path / name, train)).fingerprint
 
     before = fingerprint("before", TOKENS)
     assert fingerprint("elsewhere", TOKENS) == before  # control: the folder does not matter

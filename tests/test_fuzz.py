@@ -192,7 +192,7 @@ def open_data(folder):
     """{split: {file: its tokens}} of a folder that is checked as a new run checks it."""
     data = DataFolder(folder)
     data.check_content()
-    data.fingerprint()
+    data.fingerprint
     return {split: {shard.path.name: shard.tokens.tobytes() for shard in getattr(data, split)}
             for split in ("train", "val")}, data.vocab_size
 

@@ -605,6 +605,9 @@ def test_reason_in_the_log_is_what_a_job_script_looks_for(data, tmp_path):
     assert run(data, tmp_path / "r", "--stop_at", 2) == 75
     log = tmp_path / "r/metrics.jsonl"
     assert pattern in log.read_text().splitlines()[-1]
+    before = log.stat()
+    assert run(tmp_path / "nowhere", tmp_path / "r", "--resume") == 2
+    assert log.stat().st_mtime_ns == before.st_mtime_ns  # not queued again for an error
     assert run(data, tmp_path / "r", "--resume", "--max_steps", 3) == 0
     assert pattern not in log.read_text().splitlines()[-1]  # control
 
@@ -645,6 +648,61 @@ def test_threads_wait_as_measured(script, given, expected):
     printed = subprocess.run([sys.executable, "-c", code], env={**env, **given}, cwd=ROOT,
                              capture_output=True, text=True).stdout
     assert printed == f"{expected}\n"
+
+
+STEPS = """
+import statistics, sys, time
+sys.path.insert(0, sys.argv[1])
+import train
+import torch
+from model import PRESETS, Llama
+device = torch.device("cpu")
+model = Llama(PRESETS["tiny"])
+optimizer = train.make_optimizer(model, train.read_settings([]), device)
+tokens = torch.randint(4096, (8, 129))
+dtype = train.choose_dtype("auto", device)
+durations = []
+for step in range(40):
+    start = time.monotonic()
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
+        _, loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    durations.append(time.monotonic() - start)
+print(1000 * statistics.median(durations))
+"""
+
+
+def step_of_tiny(busy, **env):
+    """Milliseconds of a step beside `busy` programs, the median of 40."""
+    clean = {name: value for name, value in os.environ.items()
+             if not name.startswith(("OMP_", "GOMP_"))}
+    loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
+    try:
+        printed = subprocess.run([sys.executable, "-c", STEPS, str(ROOT)], env={**clean, **env},
+                                 capture_output=True, text=True, check=True).stdout
+    finally:
+        for loop in loops:
+            loop.kill()
+            loop.wait()
+    return float(printed)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.cpu_count() != 2, reason="the figures are of two cores")
+def test_a_busy_core_slows_a_step_little():
+    """Catches: threads that wait in loops as long as they do by themselves, so that a step takes
+    many times as long beside another program. (Row 49.)"""
+    found = {}
+    for name, env in {"as it is without support/threads.py": {"GOMP_SPINCOUNT": "300000"},
+                      "with it": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}.items():
+        idle = step_of_tiny(busy=0, **env)
+        busy = step_of_tiny(busy=1, **env)
+        found[name] = busy / idle
+        print(f"{name}: {idle:.0f} ms idle, {busy:.0f} ms beside one busy program")
+    assert found["with it"] < 4
 
 
 def test_failing_figure_does_not_fail_the_run(data, tmp_path, capsys, monkeypatch):
