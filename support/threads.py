@@ -4,8 +4,8 @@ An operation on several threads ends when the last of them has finished. GNU's O
 uses on Linux, lets the others wait in a loop, for up to 15 ms, before they sleep. If another
 program uses one of the cores, a waiting thread takes the time from the one that it waits for, and
 a training step takes many times as long. A shorter loop avoids most of this, and costs little when
-the machine is idle. Milliseconds of a step of `tiny` on two cores of an Intel Xeon with AMX, medians
-of three runs of `python -m pytest -m slow -k busy_core -s`:
+the machine is idle. Milliseconds of a step of `tiny` on two cores of an Intel Xeon with AMX, each
+the median of three runs of `python -m pytest -m slow -k busy_core -s`:
 
                                  idle    beside one busy program
     without this file              74    510
