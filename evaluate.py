@@ -17,7 +17,7 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-from support import threads  # before torch: it sets how its threads wait
+from support import cpu  # before torch, which reads its settings once
 import torch
 import torch.nn.functional as F
 from tqdm import tqdm

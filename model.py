@@ -124,27 +124,31 @@ def apply_rope(x, cos, sin):
 def attention(q, k, v):
     """softmax(q kᵀ / √head_dim) v, each query seeing its own position and all before it (Vaswani et
     al. 2017, arXiv 1706.03762, eq. 1). q (B, n_heads, T, head_dim); k and v (B, n_kv_heads, S,
-    head_dim). This is the formula, to be read; the network calls `fused_attention`, which gives the
-    same numbers faster."""
+    head_dim); returns the shape of q. This is the formula, which holds all scores. In short windows
+    on a CPU it is also the faster way."""
+    B, n_heads, T, head_dim = q.shape
+    _, n_kv_heads, S, _ = k.shape
     # Each key/value head serves a group of neighbouring query heads: 4 query heads use 2 key heads
     # as [K1 K1 K2 K2]. In the order [K1 K2 K1 K2] training would work just as well, but nobody
-    # else's weights would fit.
-    group = q.shape[1] // k.shape[1]
-    k = k.repeat_interleave(group, dim=1)                       # (B, n_heads, S, head_dim)
-    v = v.repeat_interleave(group, dim=1)                       # (B, n_heads, S, head_dim)
-    scores = q @ k.transpose(2, 3) / math.sqrt(q.shape[3])      # (B, n_heads, T, S)
-    scores = scores.masked_fill(~visible(q, k), -math.inf)
-    weights = scores.softmax(-1, dtype=torch.float32)  # (B, n_heads, T, S); each row sums to 1
-    return weights.type_as(v) @ v                               # (B, n_heads, T, head_dim)
+    # else's weights would fit. The queries of a group are stacked, to meet their keys in one
+    # product.
+    group = n_heads // n_kv_heads
+    q = q / math.sqrt(head_dim)
+    q = q.reshape(B, n_kv_heads, group * T, head_dim)
+    scores = q @ k.transpose(2, 3)               # (B, n_kv_heads, group · T, S)
+    scores = scores + causal_mask(q, T, S).repeat(group, 1)
+    weights = scores.softmax(-1)                 # each row sums to 1; in fp32 inside
+    y = weights @ v                              # (B, n_kv_heads, group · T, head_dim)
+    return y.view(B, n_heads, T, head_dim)
 
 
-def visible(q, k):
-    """Which positions each query sees: (T, S), bool. k covers S positions; the T queries are the
-    last T of them. For T = 2 new tokens and S = 4:  [1 1 1 0]
-                                                     [1 1 1 1]"""
-    T = q.shape[2]
-    S = k.shape[2]
-    return torch.ones(T, S, dtype=torch.bool, device=q.device).tril(S - T)
+def causal_mask(q, T, S):
+    """What is added to the scores (T, S): 0 for keys that a query sees, −∞ for those after it,
+    whose weight is then exp(−∞) = 0. The T queries are the last T of the S positions. For T = 2 new
+    tokens and S = 4:  [0 0 0 −∞]
+                       [0 0 0  0]"""
+    mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device)
+    return mask.triu(S - T + 1)
 
 
 def fused_attention(q, k, v):
@@ -157,8 +161,12 @@ def fused_attention(q, k, v):
     # would not see the past.
     mask = None
     if T > 1:  # a single new token sees everything
-        mask = visible(q, k)
+        mask = causal_mask(q, T, S)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+
+
+# Up to so many keys the formula is faster on a CPU. Forward and backward of `tiny`'s attention:
+SHORT = 512
 
 
 class Attention(nn.Module):
@@ -189,7 +197,10 @@ class Attention(nn.Module):
         k = apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, n_kv_heads, S, head_dim)
-        y = fused_attention(q, k, v)               # or attention(q, k, v): the same, slower
+        if k.shape[2] <= SHORT and k.device.type == "cpu":
+            y = attention(q, k, v)
+        else:
+            y = fused_attention(q, k, v)           # the same numbers
         y = y.transpose(1, 2).flatten(2)           # (B, T, n_heads · head_dim)
         return self.o_proj(y)                      # (B, T, dim)
 
@@ -266,6 +277,7 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.compiled = False  # see `compile_parts`
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.dim, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
@@ -273,6 +285,14 @@ class Llama(nn.Module):
         for module in self.modules():
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, mean=0.0, std=0.02)
+
+    def compile_parts(self):
+        """Let torch.compile translate what a training step spends its time in: the blocks (once,
+        for they are alike) and the loss. What happens between two matrix products then is one pass
+        over memory instead of several. In place: the state_dict keeps its names."""
+        for block in self.model.layers:
+            block.compile()
+        self.compiled = True
 
     def logits(self, hidden):
         """The output layer: hidden (…, dim) → logits (…, padded_vocab_size), cast to fp32."""
@@ -290,11 +310,13 @@ class Llama(nn.Module):
             return self.logits(hidden), None
         hidden = hidden.flatten(0, 1)       # (B · T, dim)
         targets = targets.flatten()         # (B · T,)
-        if len(targets) * self.config.padded_vocab_size <= MOST_LOGITS:
+        many = len(targets) * self.config.padded_vocab_size > MOST_LOGITS
+        if many or self.compiled:  # the same number, from the logits of a few rows at a time
+            loss = chunked_cross_entropy(hidden, self.lm_head.weight, targets, IGNORE,
+                                         self.compiled)
+        else:
             logits = self.logits(hidden)    # (B · T, padded_vocab_size)
             loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-        else:  # the same number, from the logits of a few rows at a time
-            loss = chunked_cross_entropy(hidden, self.lm_head.weight, targets, IGNORE)
         if reduction == "mean":
             loss = loss / (targets != IGNORE).sum().clamp(min=1)  # min: no division by 0
         return None, loss

@@ -11,7 +11,7 @@ import codecs
 import sys
 from pathlib import Path
 
-from support import threads  # before torch: it sets how its threads wait
+from support import cpu  # before torch, which reads its settings once
 import torch
 
 from checkpoint import load_model

@@ -18,7 +18,7 @@ import textwrap
 import time
 from pathlib import Path
 
-from support import threads  # before torch: it sets how its threads wait
+from support import cpu  # before torch, which reads its settings once
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -18,7 +18,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-from support import threads  # before torch: it sets how its threads wait
+from support import cpu  # before torch, which reads its settings once
 import torch
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,8 +27,8 @@ from data import DataFolder, Windows
 from evaluate import Observer
 from model import PRESETS, Llama, ModelConfig, flops_per_token, kv_bytes_per_token
 from support import flags
-from support.devices import (StopSignals, any_process, check_equal, choose_dtype, end_processes,
-                             environment, from_rank_0, peak_rate, start_processes,
+from support.devices import (StopSignals, any_process, can_compile, check_equal, choose_dtype,
+                             end_processes, environment, from_rank_0, peak_rate, start_processes,
                              sum_over_processes, use_machine, wait_for_rank_0)
 from support.durable import write_json
 from support.runs import Log, UserError, claim, due, is_finished, script, start_over
@@ -44,6 +44,9 @@ BY_PRESET = {
     "978m": dict(max_steps=38_147),
     "1.7b": dict(max_steps=38_147),  # the paper: 20B tokens, and all defaults below
 }
+
+
+COMPILE_FROM = 500  # steps; compiling takes 10 to 20 s, which a shorter run does not earn back
 
 
 # -------------------------------------------------------------------------------------------------
@@ -157,10 +160,10 @@ def main(argv=None):
             print(f"{run} is finished: {step} steps — next: python sample.py {run}")
         return end_processes(0)
 
-    compiled = device.type == "cuda" if args.compile is None else args.compile
+    compiled = args.max_steps >= COMPILE_FROM if args.compile is None else args.compile
+    compiled = compiled and can_compile(device)
     if compiled:
-        for block in model.model.layers:
-            block.compile()  # in place, so the names in the state_dict stay the same
+        model.compile_parts()
     network = model  # what the loop calls; `model` keeps the plain names
     if world > 1:
         devices = [device] if device.type == "cuda" else None
@@ -436,8 +439,8 @@ def read_settings(argv, saved=None):
     add("--eval_tokens", type=flags.count, default=10_485_760,
         help="validation tokens per evaluation")
     add("--sample_prompt", type=flags.text, default="The", help="what the samples continue")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile each block; "
-        "if not given, on CUDA only")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile blocks and "
+        f"loss; if not given, in runs of {COMPILE_FROM} steps and more")
     parser.set_defaults(**BY_PRESET[preset])
     return finish_settings(parser, argv, saved, EXPERIMENT)
 

@@ -45,6 +45,18 @@ def choose_dtype(name, device):
     return torch.float32
 
 
+def can_compile(device):
+    """Whether torch.compile works here. If not, say why: there may be no C++ compiler, no headers
+    of Python, no OpenMP."""
+    try:
+        torch.compile(lambda x: x.exp() + 1)(torch.zeros(8, device=device))
+    except Exception as error:  # each cause has its own class
+        print(f"torch.compile does not work here, so this is slower ({first_line_of(error)})",
+              file=sys.stderr, flush=True)
+        return False
+    return True
+
+
 def environment(device, dtype, world, micro_batch, compiled):
     """What the speed of a run and its last bits depend on: the "env" of its log."""
     name = platform.machine()

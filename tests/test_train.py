@@ -627,6 +627,51 @@ def test_slow_steps_are_reported_once(tmp_path, capsys):
     assert "OMP_WAIT_POLICY=PASSIVE" in remark
 
 
+# -------------------------------------------------------------------------------------------------
+# The compiler
+
+@pytest.mark.parametrize("flags, expected", [
+    (["--max_steps", 500], True),
+    (["--max_steps", 499], False),                 # too short to earn it back
+    (["--max_steps", 500, "--no-compile"], False),
+    (["--max_steps", 20, "--compile"], True),
+])
+def test_long_runs_are_compiled(data, tmp_path, monkeypatch, flags, expected):
+    """Catches: a default run at half its speed, a short one that spends its time compiling."""
+    compiled = []
+    monkeypatch.setattr(train, "can_compile", lambda device: True)
+    monkeypatch.setattr(Llama, "compile_parts", lambda llama: compiled.append(llama))
+    assert run(data, tmp_path / "r", *flags, "--stop_at", 1) == 75
+    assert bool(compiled) == expected
+    (env,), = rows(tmp_path / "r", "start", ("env",))
+    assert env["compile"] == expected
+
+
+def test_run_goes_on_without_a_compiler(data, whole, tmp_path, capsys, monkeypatch):
+    """Catches: a run that ends because the machine has no C++ compiler, or is silently slower."""
+    def fail(function):
+        raise RuntimeError("no compiler found\nand more")
+    monkeypatch.setattr(torch, "compile", fail)
+    assert run(data, tmp_path / "r", "--compile") == 0
+    assert "no compiler found" in capsys.readouterr().err
+    (env,), = rows(tmp_path / "r", "start", ("env",))
+    assert env["compile"] is False
+    assert rows(tmp_path / "r") == rows(whole)
+
+
+@pytest.mark.slow
+def test_compiled_run_resumes_bitwise(data, whole, tmp_path):
+    """Catches: a compiled run that is resumed without the compiler, or compiled otherwise."""
+    assert run(data, tmp_path / "whole", "--compile") == 0
+    assert run(data, tmp_path / "r", "--compile", "--stop_at", 8) == 75
+    assert run(data, tmp_path / "r", "--compile", "--resume") == 0
+    assert same(tmp_path / "whole", tmp_path / "r")
+    losses = [loss for loss, in rows(whole, keys=("loss",))]
+    compiled = [loss for loss, in rows(tmp_path / "r", keys=("loss",))]
+    assert compiled == pytest.approx(losses, rel=1e-4)
+    assert compiled != losses  # control: it was compiled
+
+
 @pytest.mark.parametrize("script", ["train", "sft", "evaluate", "sample"])
 @pytest.mark.parametrize("given, expected", [
     ({}, "5000"),
@@ -696,7 +741,7 @@ def test_a_busy_core_slows_a_step_little():
     """Catches: threads that wait in loops as long as they do by themselves, so that a step takes
     many times as long beside another program. (Row 49.)"""
     found = {}
-    for name, env in {"as it is without support/threads.py": {"GOMP_SPINCOUNT": "300000"},
+    for name, env in {"as it is without support/cpu.py": {"GOMP_SPINCOUNT": "300000"},
                       "with it": {}, "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}.items():
         idle = step_of_tiny(busy=0, **env)
         busy = step_of_tiny(busy=1, **env)
