@@ -350,7 +350,8 @@ def test_dependencies_add_training_text_only(tmp_path, monkeypatch, small):
     held_out = documents_of(tmp_path / "without", "val")
     known = max(held_out, key=len).split("\n")[1]
     files = []
-    for name, text in (("copy", known), ("new", "Surely no one has ever written this.")):
+    new = "Surely no one has ever written this."
+    for name, text in (("copy", f"{new} {known}"), ("new", new)):
         file = tmp_path / f"{name}.py"
         file.write_text(f'"""{text}"""')
         files.append((name, name, file))
@@ -360,7 +361,7 @@ def test_dependencies_add_training_text_only(tmp_path, monkeypatch, small):
     run("pydocs", "--out", tmp_path / "with")
 
     train = documents_of(tmp_path / "with", "train")
-    assert "new\nSurely no one has ever written this." in train
+    assert f"new\n{new}" in train
     assert not [document for document in train if known in document]
     before = contents(tmp_path / "without")
     after = contents(tmp_path / "with")
