@@ -105,8 +105,8 @@ def source_files():
 
 
 def dependencies():
-    """{package: version} of what pip installs along with the five packages; the version of a package
-    that is not installed is None.
+    """{package: version} of what pip installs along with the five packages; of a package that is
+    not installed the version is None.
 
     A requirement with a marker is left out: it is for an extra, one operating system (as Triton is)
     or one version of Python. So the text is the same on all of them."""
