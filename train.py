@@ -311,7 +311,8 @@ def make_model(args, state, vocab_size, device):
             raise UserError("the checkpoint's sizes contradict its settings — restore it, or "
                             "delete it to go on from the one before")
         with checkpoint.NoInit():
-            return Llama(config).to(device)
+            model = Llama(config)
+        return model.to(device)
     preset = PRESETS[args.preset]
     config = replace(preset, vocab_size=vocab_size, padded_vocab_size=None,
                      max_seq_len=max(preset.max_seq_len, args.seq_len))
