@@ -1,5 +1,7 @@
 """support/devices.py, as far as it can be seen without a GPU: what PyTorch is told about one."""
 import os
+import subprocess
+import sys
 from datetime import timedelta
 from types import SimpleNamespace
 
@@ -9,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import checkpoint
-from conftest import rows
+from conftest import ROOT, rows
 from model import Llama
 from support import devices, durable
 from support.runs import Log, UserError
@@ -191,3 +193,26 @@ def test_loaded_weights_are_not_drawn_first(whole):
     fresh = Llama(model.config)
     assert not torch.equal(torch.get_rng_state(), before)  # control
     assert torch.equal(model.model.rope_cos, fresh.model.rope_cos)  # a table that is not saved
+
+
+# -------------------------------------------------------------------------------------------------
+# gpu_check.sh
+
+def test_gpu_check_fails_where_nothing_ran(tmp_path):
+    """Catches: a mistake in a script that nobody runs for months; a table in which a part that did
+    not run has passed."""
+    script = ROOT / "gpu_check.sh"
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    checks = script.read_text().split("<<'PYTHON'\n")[1]
+    (tmp_path / "check.py").write_text(checks.removesuffix("PYTHON\n"))
+    command = [sys.executable, str(tmp_path / "check.py"), "cpu", str(tmp_path)]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    table = subprocess.run([*command, "table"], env=env, capture_output=True, text=True)
+    print(table.stderr)
+    assert table.returncode == 0
+    results = table.stdout.splitlines()[2:]
+    assert len(results) > 20
+    assert all(line.endswith("| **FAIL** |") for line in results)
+    machine = subprocess.run([*command, "machine"], env=env, capture_output=True, text=True)
+    assert machine.stdout.splitlines()[-1].startswith("| versions |  | torch")  # control
+    assert not machine.stdout.endswith("| **FAIL** |\n")
