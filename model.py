@@ -373,16 +373,16 @@ def sample_ids(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     sorted_logits, ids = (logits / temperature).sort(-1, descending=True)
-    probs = sorted_logits.softmax(-1)
+    # On the CPU from here on: a seed then gives the same text on every device with the same logits.
+    probs = sorted_logits.softmax(-1).cpu()
     if top_k is not None:
         probs[:, top_k:] = 0
     if top_p is not None:
         # The total probability of all likelier ids. It is 0 for the first, which so always stays.
         before = probs.cumsum(-1) - probs
         probs[before >= top_p] = 0
-    # multinomial does not need probabilities that sum to 1. On the CPU, because then a seed gives
-    # the same text on every device with the same logits.
-    drawn = torch.multinomial(probs.cpu(), 1, generator=generator).to(ids.device)  # (B, 1)
+    # multinomial does not need probabilities that sum to 1.
+    drawn = torch.multinomial(probs, 1, generator=generator).to(ids.device)  # (B, 1)
     return ids.gather(-1, drawn)[:, 0]
 
 
