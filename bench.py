@@ -34,7 +34,7 @@ from support.runs import UserError, script
 from support.theirs import in_transformers, their_loss, their_text
 from train import make_optimizer, read_settings
 
-DEFAULT = ModelConfig(256, 6, 8, 4, 768, 4096, max_seq_len=256)  # 6,588,672 parameters
+DEFAULT = ModelConfig(256, 6, 8, 4, 768, 4096, max_seq_len=256)  # 6,819,072 parameters
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "intermediate_size", "vocab_size")
 FRESH_STEPS = 3  # of a fresh process: its memory is at its peak from the second one on
 PROMPT = 8       # tokens; to read them costs little beside generating NEW
