@@ -138,7 +138,8 @@ def test_one_optimizer_trains_all_networks():
     pytest.importorskip("transformers")
     args = bench.read_arguments(SIZES)
     llama = bench.make_network(args)
-    losses = {name: bench.IMPLEMENTATIONS["train"][name](llama) for name in ("ours", "transformers")}
+    networks = bench.IMPLEMENTATIONS["train"]
+    losses = {name: networks[name](llama) for name in ("ours", "transformers")}
     windows = bench.random_ids(llama.config, (2, 17), torch.device("cpu"))
     inputs = windows[:, :-1].contiguous()
     targets = windows[:, 1:].contiguous()
