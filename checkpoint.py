@@ -16,6 +16,7 @@ import json
 from dataclasses import asdict
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 from data import Tokenizer
 from model import Llama, ModelConfig
@@ -277,9 +278,20 @@ def load_weights(run, step=None):
     return weights, durable.step_of(folder)
 
 
+class NoInit(TorchFunctionMode):
+    """`with NoInit():` new layers keep whatever is in their memory. For a network whose weights all
+    come from a file: random numbers for 1.7 billion of them take 40 seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None  # all of its functions work in place
+        return function(*args, **(kwargs or {}))
+
+
 def load_model(run, step=None, device="cpu"):
     """(model, tokenizer, step) of the newest undamaged checkpoint of `run`, or of `step`."""
     weights, step = load_weights(run, step)
-    model = Llama(read_config(weights["config"]))
+    with NoInit():
+        model = Llama(read_config(weights["config"]))
     restore_weights(weights, model)
     return model.to(device).eval(), Tokenizer(model.config.vocab_size), step

@@ -121,52 +121,48 @@ def apply_rope(x, cos, sin):
     return (x * cos + rotated * sin).type_as(x)
 
 
-def attention(q, k, v):
-    """softmax(q kᵀ / √head_dim) v, each query seeing its own position and all before it (Vaswani et
-    al. 2017, arXiv 1706.03762, eq. 1). q (B, n_heads, T, head_dim); k and v (B, n_kv_heads, S,
-    head_dim); returns the shape of q. This is the formula, which holds all scores. In short windows
-    on a CPU it is also the faster way."""
+def causal_mask(max_seq_len):
+    """What is added to the scores (max_seq_len, max_seq_len). A query, one row, sees the keys up to
+    its own position: 0. Those after it get −∞, and so the weight exp(−∞) = 0:  [0 −∞ −∞]
+                                                                                [0  0 −∞]
+                                                                                [0  0  0]"""
+    return torch.full((max_seq_len, max_seq_len), -math.inf).triu(1)
+
+
+def attention(q, k, v, mask):
+    """softmax(q kᵀ / √head_dim + mask) v (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
+    q (B, n_heads, T, head_dim); k and v (B, n_kv_heads, S, head_dim); mask (T, S). Returns the
+    shape of q. This is the formula; for short windows on a CPU it is also the fastest way."""
     B, n_heads, T, head_dim = q.shape
     _, n_kv_heads, S, _ = k.shape
     # Each key/value head serves a group of neighbouring query heads: 4 query heads use 2 key heads
     # as [K1 K1 K2 K2]. In the order [K1 K2 K1 K2] training would work just as well, but nobody
-    # else's weights would fit. The queries of a group are stacked, to meet their keys in one
+    # else's weights would fit. The queries of a group are stacked and meet their keys in one
     # product.
     group = n_heads // n_kv_heads
-    q = q / math.sqrt(head_dim)
-    q = q.reshape(B, n_kv_heads, group * T, head_dim)
-    scores = q @ k.transpose(2, 3)               # (B, n_kv_heads, group · T, S)
-    scores = scores + causal_mask(q, T, S).repeat(group, 1)
-    weights = scores.softmax(-1)                 # each row sums to 1; in fp32 inside
-    y = weights @ v                              # (B, n_kv_heads, group · T, head_dim)
+    q = q.reshape(B * n_kv_heads, group * T, head_dim)
+    k = k.reshape(B * n_kv_heads, S, head_dim)
+    v = v.reshape(B * n_kv_heads, S, head_dim)
+    mask = mask.repeat(group, 1).type_as(q)                    # (group · T, S)
+    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(head_dim))
+    weights = scores.softmax(-1)                               # (…, group · T, S); rows sum to 1
+    y = weights @ v                                            # (…, group · T, head_dim)
     return y.view(B, n_heads, T, head_dim)
 
 
-def causal_mask(q, T, S):
-    """What is added to the scores (T, S): 0 for keys that a query sees, −∞ for those after it,
-    whose weight is then exp(−∞) = 0. The T queries are the last T of the S positions. For T = 2 new
-    tokens and S = 4:  [0 0 0 −∞]
-                       [0 0 0  0]"""
-    mask = torch.full((T, S), -math.inf, dtype=q.dtype, device=q.device)
-    return mask.triu(S - T + 1)
-
-
-def fused_attention(q, k, v):
-    """The same as `attention`, by PyTorch's fused kernels, which never hold all of the scores."""
+def fused_attention(q, k, v, mask):
+    """The same by PyTorch's fused kernels, which never hold all of the scores: for long windows,
+    and on a GPU."""
     T = q.shape[2]
-    S = k.shape[2]
-    if T == S:  # no cache
+    if T == k.shape[2]:  # no cache: it need not read the mask
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    # With a cache is_causal cannot be used: it takes query 0 for position 0, and so the new tokens
-    # would not see the past.
-    mask = None
-    if T > 1:  # a single new token sees everything
-        mask = causal_mask(q, T, S)
+    if T == 1:           # a single new token sees everything
+        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    mask = mask.type_as(q)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
-# Up to so many keys the formula is faster on a CPU. Forward and backward of `tiny`'s attention:
-SHORT = 512
+SHORT = 512  # keys; at 512 the formula and the fused kernels of a CPU take about the same time
 
 
 class Attention(nn.Module):
@@ -189,7 +185,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         return x.view(B, T, -1, self.head_dim).transpose(1, 2)  # -1: the number of heads
 
-    def forward(self, x, cos, sin, cache=None):
+    def forward(self, x, cos, sin, mask, cache=None):
         q = self.split_heads(self.q_proj(x))  # (B, n_heads, T, head_dim)
         k = self.split_heads(self.k_proj(x))  # (B, n_kv_heads, T, head_dim)
         v = self.split_heads(self.v_proj(x))  # (B, n_kv_heads, T, head_dim)
@@ -198,9 +194,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, n_kv_heads, S, head_dim)
         if k.shape[2] <= SHORT and k.device.type == "cpu":
-            y = attention(q, k, v)
+            y = attention(q, k, v, mask)           # (B, n_heads, T, head_dim)
         else:
-            y = fused_attention(q, k, v)           # the same numbers
+            y = fused_attention(q, k, v, mask)     # the same
         y = y.transpose(1, 2).flatten(2)           # (B, T, n_heads · head_dim)
         return self.o_proj(y)                      # (B, T, dim)
 
@@ -230,8 +226,8 @@ class Block(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.dim, config.norm_eps)
         self.mlp = SwiGLU(config)
 
-    def forward(self, x, cos, sin, cache=None):
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, cache)
+    def forward(self, x, cos, sin, mask, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
         x = x + self.mlp(self.post_attention_layernorm(x))
         return x  # (B, T, dim)
 
@@ -247,9 +243,11 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         cos, sin = rope_table(config.head_dim, config.max_seq_len, config.rope_theta)
+        mask = causal_mask(config.max_seq_len)
         # They follow from the config, so they are not part of the state_dict.
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
+        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, tokens, cache=None):
         past = 0 if cache is None else cache.length
@@ -258,9 +256,10 @@ class Decoder(nn.Module):
             raise ValueError(f"{end} tokens are more than max_seq_len {self.config.max_seq_len}")
         cos = self.rope_cos[past:end]  # (T, head_dim)
         sin = self.rope_sin[past:end]
-        x = self.embed_tokens(tokens)  # (B, T, dim)
+        mask = self.mask[past:end, :end]  # (T, S)
+        x = self.embed_tokens(tokens)     # (B, T, dim)
         for block in self.layers:
-            x = block(x, cos, sin, cache)
+            x = block(x, cos, sin, mask, cache)
         if cache is not None:
             cache.length = end  # only now: all layers wrote to the same positions
         return self.norm(x)
@@ -395,16 +394,16 @@ def sample_ids(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if temperature == 0:
         return logits.argmax(-1)
     sorted_logits, ids = (logits / temperature).sort(-1, descending=True)
-    probs = sorted_logits.softmax(-1)
+    # On the CPU from here on: a seed then gives the same text on every device with the same logits.
+    probs = sorted_logits.softmax(-1).cpu()
     if top_k is not None:
         probs[:, top_k:] = 0
     if top_p is not None:
         # The total probability of all likelier ids. It is 0 for the first, which so always stays.
         before = probs.cumsum(-1) - probs
         probs[before >= top_p] = 0
-    # multinomial does not need probabilities that sum to 1. On the CPU, because then a seed gives
-    # the same text on every device with the same logits.
-    drawn = torch.multinomial(probs.cpu(), 1, generator=generator).to(ids.device)  # (B, 1)
+    # multinomial does not need probabilities that sum to 1.
+    drawn = torch.multinomial(probs, 1, generator=generator).to(ids.device)  # (B, 1)
     return ids.gather(-1, drawn)[:, 0]
 
 

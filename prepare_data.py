@@ -34,7 +34,8 @@ from tqdm import tqdm
 from data import GPT2_VOCAB_SIZE, Tokenizer
 from support.flags import Parser, number, text as valid_text
 from support.pydocs import (
-    PACKAGES, VAL_SHARE, build_corpus, cloze_items, instruct_rows, shuffle_sentences, stable_hash)
+    PACKAGES, VAL_SHARE, build_corpus, cloze_items, dependencies, instruct_rows, shuffle_sentences,
+    stable_hash)
 from support.runs import UserError, lock, parse_json, script
 
 # With 4,096 ids a tiny model spends its arithmetic on its layers, not on the output layer (see
@@ -237,6 +238,10 @@ def prepare_pydocs(out, vocab_size=DEFAULT_VOCAB_SIZE, quality="prose"):
     code, tables and markup. "shuffled": every sentence is moved to a random place in the corpus."""
     tokenizer = Tokenizer(vocab_size)  # first, so that an error comes before the work
     with new_folder(Path(out)) as folder:
+        versions = dependencies()
+        absent = [package for package, version in versions.items() if version is None]
+        if absent:
+            print(f"not installed, so not in the training text: {', '.join(absent)}")
         documents = build_corpus()
         training = [document for document in documents if document.split == "train"]
         validation = [document for document in documents if document.split == "val"]
@@ -254,13 +259,16 @@ def prepare_pydocs(out, vocab_size=DEFAULT_VOCAB_SIZE, quality="prose"):
         source = {"name": "pydocs", "quality": quality, "python": sys.version.split()[0]}
         for package in PACKAGES:
             source[package] = importlib.metadata.version(package)
+        source["dependencies"] = versions
         source["fingerprint"] = hashlib.sha256("\0".join(texts).encode()).hexdigest()
         write_shards(folder, pieces, tokenizer, source, total=sum(map(len, texts)))
 
         items = cloze_items(validation)
         lines = [json.dumps(item) + "\n" for item in items]
         (folder / "cloze.jsonl").write_text("".join(lines))
-        rows = instruct_rows(documents)
+        # As the validation text, questions and answers do not depend on the dependencies.
+        rows = instruct_rows([document for document in documents
+                              if document.package not in versions])
         (folder / "instruct.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(f"cloze.jsonl: {len(items):,} questions; instruct.json: {len(rows):,} rows")
 

@@ -17,7 +17,7 @@ import torch
 from checkpoint import load_model
 from evaluate import continue_prompt
 from support.chat import SYSTEM, encode_chat
-from support.devices import choose_device, refuse_processes
+from support.devices import choose_device, choose_dtype, refuse_processes
 from support.durable import checkpoints
 from support.flags import Parser, count, number, text
 from support.runs import UserError, beginning, newest_run, note, script, settings_of
@@ -60,10 +60,9 @@ def continue_prompts(model, tokenizer, args, generator):
 # -------------------------------------------------------------------------------------------------
 # The trajectory: the same prompt and the same random numbers at every checkpoint
 
-def trajectory(run, args, device):
+def trajectory(run, args, device, autocast):
     """Print one sample of every checkpoint kept, and append them to the run's evaluations.jsonl."""
     prompts = args.prompt or [settings_of(run).get("sample_prompt") or ""]
-    autocast = torch.autocast(device.type, enabled=False)
     began = beginning(run)
     options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
                "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
@@ -77,7 +76,8 @@ def trajectory(run, args, device):
         for prompt in prompts:
             sample = continue_prompt(model, tokenizer, prompt, autocast, **options)
             print(f"{step:>9,} | {prompt} | {' '.join(sample['text'].split())}", flush=True)
-            note(run, {"event": "sample", "step": step, **sample, **options}, began)
+            note(run, {"event": "sample", "step": step, "dtype": args.dtype, **sample, **options},
+                 began)
     if usable == 0:
         raise UserError(f"{run}: no usable checkpoint — train it first: python train.py --run "
                         f"{run}")
@@ -190,6 +190,8 @@ def read_arguments(argv):
         help="draw among the likeliest tokens that together have this probability")
     add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same text")
     add("--device", help="cpu, cuda, cuda:1 …; without it cuda if there is one")
+    add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of matrix products; the "
+        "shorter ones are faster on a GPU, and change the text")
     args = parser.parse_args(argv)
     if args.trajectory and (args.step is not None or args.samples > 1):
         raise UserError("--trajectory draws one sample at every step — leave out --step, --samples")
@@ -208,21 +210,26 @@ def main(argv=None):
     args = read_arguments(argv)
     refuse_processes()
     device = choose_device(args.device)
+    dtype = choose_dtype(args.dtype, device)
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     run = Path(args.run) if args.run else newest_run()
     if args.trajectory and checkpoints(run):
-        trajectory(run, args, device)
+        trajectory(run, args, device, autocast)
         return
     model, tokenizer, _ = load_model(run, args.step, device)
     generator = torch.Generator().manual_seed(args.seed)
     if not args.chat:
-        continue_prompts(model, tokenizer, args, generator)
+        with autocast:
+            continue_prompts(model, tokenizer, args, generator)
         return
     if sys.stdin is None:
         raise UserError("--chat reads questions from standard input, which is closed — open it, or "
                         "give a --prompt")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 become U+FFFD
-    talk(Chat(model, tokenizer, system_prompt(run, args), args, generator))
+    chat = Chat(model, tokenizer, system_prompt(run, args), args, generator)
+    with autocast:
+        talk(chat)
 
 
 if __name__ == "__main__":

@@ -26,14 +26,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from data import DataFolder, Tokenizer
-from evaluate import (BATCH_TOKENS, ROWS, evaluating, log_benchmark, open_benchmark,
-                      text_statistics)
+from evaluate import (ROWS, evaluating, log_benchmark, open_benchmark, text_statistics,
+                      tokens_per_forward)
 from model import Llama
 from support import chat, durable, flags, lora
 from support.chat import IGNORE, Batches, Examples
 from support.devices import (StopSignals, any_process, check_equal, choose_dtype, complete_rows,
-                             end_processes, environment, from_rank_0, processes, start_processes,
-                             sum_over_processes, use_machine)
+                             end_processes, environment, from_rank_0, peak_memory, processes,
+                             start_processes, sum_over_processes, to_device, use_machine)
 from support.runs import (Log, UserError, claim, due, is_finished, is_tuned, newest_run, script,
                           settings_of, start_over)
 from train import (ONCE, add_settings, check_resume, finish, finish_settings, has_diverged,
@@ -112,7 +112,10 @@ def main(argv=None):
     network = model  # what the loop calls; `model` keeps the plain names
     if world > 1:
         devices = [device] if device.type == "cuda" else None
-        network = DistributedDataParallel(model, device_ids=devices)
+        network = DistributedDataParallel(
+            model, device_ids=devices,
+            gradient_as_bucket_view=True,  # else all gradients are in memory twice
+            broadcast_buffers=False)       # they are constants, the same in each process
 
     # ---- Log. Everything is checked by now: only here is an earlier run deleted.
     settings = {name: value for name, value in vars(args).items() if name not in ONCE}
@@ -177,8 +180,8 @@ def main(argv=None):
             else:  # no row is left for this process, but DDP needs its forward: nothing counts
                 inputs, targets = examples.read(rows[:1])
                 targets[:] = IGNORE
-            inputs = torch.from_numpy(inputs).to(device)    # (B, T)
-            targets = torch.from_numpy(targets).to(device)  # (B, T)
+            inputs = to_device(inputs, device)    # (B, T)
+            targets = to_device(targets, device)  # (B, T)
             if world > 1:  # exchange gradients once a step, in the last backward
                 network.require_backward_grad_sync = (micro == accumulation - 1)
             with autocast:
@@ -213,7 +216,8 @@ def main(argv=None):
         tokens_seen += tokens_in_step
         dt = time.monotonic() - start
         seconds += dt
-        log.train(step, tokens_seen, loss, lr, norm, dt, tokens_in_step, skipped=overflow)
+        log.train(step, tokens_seen, loss, lr, norm, dt, tokens_in_step, skipped=overflow,
+                  memory=peak_memory(device))
 
     # ---- The end
     stop.restore()
@@ -337,7 +341,7 @@ class AnswerObserver:
         """{"heldout_loss": nats per target that counts, "token_acc": share of these that are the
         likeliest token}, exact over all processes; None where there is no target."""
         rank, world = processes()
-        size = max(1, BATCH_TOKENS // self.held_out.max_length)  # rows per forward
+        size = max(1, tokens_per_forward(self.device) // self.held_out.max_length)  # rows
         rows = sorted(self.rows, key=lambda row: self.held_out.padded[row])
         batches = [rows[i:i + size] for i in range(0, len(rows), size)]
         sums = torch.zeros(len(batches), 3, dtype=torch.float64)  # nats, right tokens, tokens

@@ -28,8 +28,9 @@ from evaluate import Observer
 from model import PRESETS, Llama, ModelConfig, flops_per_token, kv_bytes_per_token
 from support import flags
 from support.devices import (StopSignals, any_process, can_compile, check_equal, choose_dtype,
-                             end_processes, environment, from_rank_0, peak_rate, start_processes,
-                             sum_over_processes, use_machine, wait_for_rank_0)
+                             end_processes, environment, from_rank_0, peak_memory, peak_rate,
+                             start_processes, sum_over_processes, to_device, use_machine,
+                             wait_for_rank_0)
 from support.durable import write_json
 from support.runs import Log, UserError, claim, due, is_finished, script, start_over
 
@@ -41,8 +42,9 @@ BY_PRESET = {
                  warmup_steps=100, eval_every=1000, eval_tokens=24_576, benchmark_items=320,
                  sample_every=0, sample_prompt="The function returns", keep_every=0),
     "124m": dict(max_steps=19_073),
-    "978m": dict(max_steps=38_147),
-    "1.7b": dict(max_steps=38_147),  # the paper: 20B tokens, and all defaults below
+    # On 8 GPUs to save 20 GB takes as long as some dozen steps, so it is done less often.
+    "978m": dict(max_steps=38_147, save_every=1000),
+    "1.7b": dict(max_steps=38_147, save_every=1000),  # the paper's: 20B tokens
 }
 
 
@@ -167,7 +169,10 @@ def main(argv=None):
     network = model  # what the loop calls; `model` keeps the plain names
     if world > 1:
         devices = [device] if device.type == "cuda" else None
-        network = DistributedDataParallel(model, device_ids=devices)
+        network = DistributedDataParallel(
+            model, device_ids=devices,
+            gradient_as_bucket_view=True,  # else all gradients are in memory twice
+            broadcast_buffers=False)       # they are constants, the same in each process
 
     # ---- Log. Everything is checked by now: only here is an earlier run deleted.
     settings = {name: value for name, value in vars(args).items() if name not in ONCE}
@@ -223,9 +228,9 @@ def main(argv=None):
             # and 2 micro-batches of 4, rank 0 reads 0–3 and 8–11 of it, rank 1 4–7 and 12–15.
             first = step * sequences_in_step + (micro * world + rank) * args.micro_batch
             # A window is T + 1 tokens in a row; a seeded permutation says from where in the text.
-            tokens = torch.from_numpy(windows.read(first, args.micro_batch))  # (B, T + 1)
-            inputs = tokens[:, :-1].to(device)   # (B, T)
-            targets = tokens[:, 1:].to(device)   # (B, T)
+            tokens = to_device(windows.read(first, args.micro_batch), device)  # (B, T + 1)
+            inputs = tokens[:, :-1]  # (B, T)
+            targets = tokens[:, 1:]  # (B, T)
             if world > 1:  # exchange gradients once a step, in the last backward
                 network.require_backward_grad_sync = (micro == accumulation - 1)
             with autocast:
@@ -265,7 +270,8 @@ def main(argv=None):
         tokens_seen += tokens_in_step
         dt = time.monotonic() - start
         seconds += dt
-        log.train(step, tokens_seen, loss, lr, norm, dt, tokens_in_step, skipped=overflow)
+        log.train(step, tokens_seen, loss, lr, norm, dt, tokens_in_step, skipped=overflow,
+                  memory=peak_memory(device))
 
     # ---- The end
     stop.restore()
@@ -297,8 +303,8 @@ def open_data(args, state, is_main):
 
 
 def make_model(args, state, vocab_size, device):
-    """A network of the preset, or on a resume one with the saved sizes; new random weights. Raises
-    UserError if these sizes cannot be used."""
+    """A network of the preset with new random weights; on a resume one with the saved sizes, to be
+    filled by `checkpoint.restore`. Raises UserError if these sizes cannot be used."""
     if state is not None:
         config = checkpoint.read_config(state["model_config"])
         if config.vocab_size != vocab_size:
@@ -308,10 +314,12 @@ def make_model(args, state, vocab_size, device):
         if config.max_seq_len < args.seq_len or state["tokens"] != tokens:
             raise UserError("the checkpoint's sizes contradict its settings — restore it, or "
                             "delete it to go on from the one before")
-    else:
-        preset = PRESETS[args.preset]
-        config = replace(preset, vocab_size=vocab_size, padded_vocab_size=None,
-                         max_seq_len=max(preset.max_seq_len, args.seq_len))
+        with checkpoint.NoInit():
+            model = Llama(config)
+        return model.to(device)
+    preset = PRESETS[args.preset]
+    config = replace(preset, vocab_size=vocab_size, padded_vocab_size=None,
+                     max_seq_len=max(preset.max_seq_len, args.seq_len))
     torch.manual_seed(args.seed)
     return Llama(config).to(device)
 
@@ -484,6 +492,8 @@ def introduce(args, model, world, accumulation, dtype, device):
     ungrouped = kv_bytes_per_token(replace(config, n_kv_heads=config.n_heads))
     gigaflops = flops_per_token(config, args.seq_len) / 1e9
     uniform = math.log(config.padded_vocab_size)
+    # The forward is a third of the arithmetic of a training step.
+    steps_per_evaluation = args.eval_tokens / 3 / args.batch_tokens
     return "\n".join([
         f"model   {args.preset}: {parameters:,} parameters, {config.n_layers} layers of "
         f"{config.dim}, {config.n_heads} query heads on {config.n_kv_heads} key/value: KV cache "
@@ -491,6 +501,8 @@ def introduce(args, model, world, accumulation, dtype, device):
         f"batch   {args.batch_tokens:,} tokens/step = {args.micro_batch} sequences x "
         f"{args.seq_len} tokens x {accumulation} accumulation x {world} process(es); "
         f"{args.max_steps:,} steps",
+        f"eval    {args.eval_tokens:,} tokens each time (--eval_every {args.eval_every}), which is "
+        f"the arithmetic of {steps_per_evaluation:.1f} training steps",
         f"device  {device}, {str(dtype).removeprefix('torch.')}, {gigaflops:.3f} GFLOP/token",
         f"expect  a first loss near ln {config.padded_vocab_size:,} = {uniform:.2f}: any next "
         f"token equally likely"])

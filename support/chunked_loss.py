@@ -35,13 +35,17 @@ def chunked_cross_entropy(hidden, weight, targets, ignore=-100, compiled=False):
 
 def loss_and_gradient(logits, target):
     """The loss of each row of logits (n, V), −ln softmax(logits)[target], (n, 1) in fp32; and its
-    gradient with respect to them, (n, V) in their dtype. target (n, 1)."""
-    logp = logits.log_softmax(-1, dtype=torch.float32)  # (n, V)
-    logp_of_target = logp.gather(1, target)             # (n, 1)
-    grad = logp.exp().to(logits.dtype)                  # softmax; then − one-hot, at the targets:
+    gradient with respect to them, softmax − one-hot, (n, V) in their dtype. target (n, 1)."""
+    x = logits.float()
+    largest = x.amax(1, keepdim=True)  # subtracted, so that no exp overflows
+    x_of_target = x.gather(1, target)
+    e = x.sub_(largest).exp_()         # in place: this is the largest tensor of a training step
+    total = e.sum(1, keepdim=True)
+    logp = x_of_target - largest - total.log()
+    grad = e.div_(total).to(logits.dtype)
     # p − 1 is computed in fp32. Where p is nearly 1, a p in bf16 would leave no digit of it.
-    grad = grad.scatter(1, target, (logp_of_target.exp() - 1).to(grad.dtype))
-    return -logp_of_target, grad
+    grad.scatter_(1, target, (logp.exp() - 1).to(grad.dtype))
+    return -logp, grad
 
 
 @functools.cache

@@ -1,10 +1,13 @@
 """devices.py — where a script runs: device, precision, one process or several, and stop signals."""
+import functools
 import os
 import platform
 import signal
 import sys
 import threading
 import time
+from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -14,11 +17,16 @@ from support.runs import AT_END, UserError, first_line_of
 # -------------------------------------------------------------------------------------------------
 # Device and precision
 
+NVIDIA = Path("/dev/nvidia0")  # the first GPU, on Linux; it is there without a working driver too
+
+
 def choose_device(name=None):
     """The torch.device of that name; without a name cuda if there is one. Raises UserError if this
     machine has no such device."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name == "cpu":
+            note_unused_gpu()
     try:
         device = torch.empty(0, device=name).device
     except (RuntimeError, AssertionError):  # a build without CUDA raises the second one
@@ -26,7 +34,28 @@ def choose_device(name=None):
     if device is None or device.type not in ("cpu", "cuda", "mps"):
         raise UserError(f"no device {name} here — use --device cpu, or a build of torch that sees "
                         f"your GPU")
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # what asks for "the GPU" then means this one, not GPU 0
+        choose_attention()
     return device
+
+
+@functools.cache  # so it is said once
+def note_unused_gpu():
+    """Say it if there is a GPU, but this build of PyTorch finds no driver that it can use."""
+    is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # by the user
+    if NVIDIA.exists() and not is_hidden:
+        print(f"note: torch {torch.__version__} cannot use this machine's GPU, so the CPU does the "
+              f"work — install a newer driver, or a build of torch for an older CUDA (nvidia-smi "
+              f"shows which one the driver supports)", file=sys.stderr)
+
+
+def choose_attention():
+    """Switch cuDNN's attention off. On an H100 it is PyTorch's first choice, but its backward has
+    open reports of NaN (pytorch issues 139298, 196678), and for each new length of a text it makes
+    a plan, which takes tens of milliseconds. Without it PyTorch takes flash attention. cuDNN may be
+    some percent faster: CUDNN_ATTENTION=1 before a command leaves it on."""
+    torch.backends.cuda.enable_cudnn_sdp(os.environ.get("CUDNN_ATTENTION") == "1")
 
 
 def choose_dtype(name, device):
@@ -59,24 +88,53 @@ def can_compile(device):
 
 def environment(device, dtype, world, micro_batch, compiled):
     """What the speed of a run and its last bits depend on: the "env" of its log."""
-    name = platform.machine()
+    env = {"torch": str(torch.__version__), "python": platform.python_version(),
+           "device": platform.machine(), "device_count": world, "world_size": world,
+           "micro_batch": micro_batch, "dtype": str(dtype).removeprefix("torch."),
+           "compile": compiled, "threads": torch.get_num_threads()}
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-    return {"torch": str(torch.__version__), "python": platform.python_version(), "device": name,
-            "device_count": world, "world_size": world, "micro_batch": micro_batch,
-            "dtype": str(dtype).removeprefix("torch."), "compile": compiled,
-            "threads": torch.get_num_threads()}
+        env["device"] = torch.cuda.get_device_name(device)
+        env["cuda"] = torch.version.cuda
+        env["cudnn_attention"] = torch.backends.cuda.cudnn_sdp_enabled()
+    return env
 
 
-PEAK_FLOPS = {"A100": 312e12, "A6000": 154.8e12, "H100": 989e12, "H200": 989e12,
-              "RTX 4090": 165.2e12}  # dense bf16, data sheets
+# Dense bf16 and fp16 FLOPs per second, from the data sheets. The first name that is a part of the
+# device's name counts, so a special model stands above the general one. None: not the whole chip,
+# or a chip with another clock.
+PEAK_FLOPS = {"MIG": None, "Laptop": None, "RTX 4090 D": None,
+              "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12,
+              "H100": 989e12, "H200": 989e12, "A100": 312e12,
+              "RTX A6000": 154.8e12, "RTX 4090": 165.2e12}
 
 
 def peak_rate(env, flops_per_token):
-    """Tokens per second if all devices used all of their FLOPs; None where these are not known."""
+    """Tokens per second if all devices used all of their FLOPs; None where these are not known, as
+    for products in fp32."""
+    if env["dtype"] == "float32":
+        return None
     for name, flops in PEAK_FLOPS.items():
         if name in env["device"]:
-            return flops * env["world_size"] / flops_per_token
+            return flops and flops * env["world_size"] / flops_per_token
+    return None
+
+
+# -------------------------------------------------------------------------------------------------
+# To the device, and its memory
+
+def to_device(array, device):
+    """A NumPy batch as a tensor on the device. A GPU copies it from pinned memory while it still
+    computes what it was told before; to copy from ordinary memory the program would wait for it."""
+    tensor = torch.from_numpy(array)
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)
+
+
+def peak_memory(device):
+    """The most bytes that tensors on a GPU have taken at once so far; None without a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
     return None
 
 
@@ -127,13 +185,15 @@ class StopSignals:
 def start_processes(args):
     """Join the other processes, if there are any: (rank, world, device). Raises UserError."""
     rank, world, local_rank = ranks()
-    device = choose_device(args.device)
-    if world > 1 and device.type == "cuda":
+    name = args.device
+    on_gpus = torch.cuda.is_available() if name is None else name.startswith("cuda")
+    if world > 1 and on_gpus:
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"LOCAL_RANK is {local_rank}, but there are "
                             f"{torch.cuda.device_count()} GPUs — start as many processes as GPUs")
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+        name = f"cuda:{local_rank}"
+        torch.cuda.set_device(name)  # before all else: whatever touches GPU 0 takes memory there
+    device = choose_device(name)
     if world > 1:
         join(rank, world, backend="nccl" if device.type == "cuda" else "gloo")
         watch_others()
@@ -187,6 +247,12 @@ def ranks():
     return rank, world, local_rank
 
 
+# How long one process waits for another before it fails: rank 0 may take minutes to verify or to
+# write 20 GB on a slow disk, and NCCL's own 10 minutes are less. `watch_others` sees a process that
+# has failed within seconds, so only one that hangs is noticed this late.
+PATIENCE = timedelta(minutes=60)
+
+
 def join(rank, world, backend):
     """Wait for the other processes, and say so if it takes long. Raises UserError."""
     place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
@@ -198,7 +264,7 @@ def join(rank, world, backend):
     if is_main_thread:  # Python would handle Ctrl-C only after the waiting
         handler = signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        dist.init_process_group(backend)
+        dist.init_process_group(backend, timeout=PATIENCE)
     except (RuntimeError, ValueError) as error:  # errors of the network are RuntimeErrors
         raise UserError(f"rank {rank} of {world} did not reach the others at {place} "
                         f"({first_line_of(error)}) — start all of them, with torchrun") from None

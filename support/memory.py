@@ -21,6 +21,7 @@ def bytes_kept(llama, B):
     x = torch.zeros(B, T, llama.config.dim, requires_grad=True)
     cos = llama.model.rope_cos[:T]
     sin = llama.model.rope_sin[:T]
+    mask = llama.model.mask[:T, :T]
     kept = {}
 
     def keep(tensor):
@@ -30,7 +31,7 @@ def bytes_kept(llama, B):
 
     with torch.autocast("cpu", torch.bfloat16):
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            block(x, cos, sin)
-    for tensor in [*block.parameters(), cos, sin]:
+            block(x, cos, sin, mask)
+    for tensor in [*block.parameters(), cos, sin, mask]:
         kept.pop(tensor.untyped_storage().data_ptr(), None)
     return sum(storage.nbytes() for storage in kept.values())

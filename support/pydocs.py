@@ -1,21 +1,28 @@
 """pydocs.py — the manuals on this computer as a corpus, for `python prepare_data.py pydocs`.
 
-It reads the docstrings of Python's standard library and of the five required packages, and the
-language topics of pydoc. It reads source files and never imports or runs them. It keeps the prose,
-splits the documents so that validation shares no sentence with training, and makes questions from
-them. The same versions of Python and the packages give the same documents in the same order.
+It reads the docstrings of Python's standard library and of the five required packages, the
+language topics of pydoc, and, for training only, the docstrings of what pip installs along with the
+five. It reads source files and never imports or runs them. It keeps the prose, splits the documents
+so that validation shares no sentence with training, and makes questions from them. The same
+versions of Python and the packages give the same documents in the same order. For the validation
+text and the questions, the versions of Python and the five are enough.
 """
 import ast
 import gc
 import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import os
+import pickle
 import random
 import re
+import subprocess
+import sys
 import sysconfig
 import warnings
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -81,7 +88,8 @@ def source_roots():
 
 
 def source_files():
-    """[(package, module, path)], sorted, of all files that can hold documentation."""
+    """[(package, module, path)], sorted, of all files of Python and the five packages that can hold
+    documentation."""
     found = []
     for package, root in source_roots():
         # Names start at the package: torch/nn/functional.py is torch.nn.functional. The standard
@@ -93,6 +101,42 @@ def source_files():
                 path = Path(folder, file)
                 if path.suffix == ".py" and path.stem not in SKIPPED:
                     found.append((package, module_name(path.relative_to(base)), path))
+    return sorted(found)
+
+
+def dependencies():
+    """{package: version} of what pip installs along with the five packages; of a package that is
+    not installed the version is None.
+
+    A requirement with a marker is left out: it is for an extra, one operating system (as Triton is)
+    or one version of Python. So the text is the same on all of them."""
+    found = list(PACKAGES)
+    versions = {}
+    for package in found:  # the list grows in this loop
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            versions[package] = None
+            continue
+        for requirement in importlib.metadata.requires(package) or []:
+            name = re.match(r"[\w.-]+", requirement)[0]
+            name = re.sub(r"[-_.]+", "-", name).lower()  # one of several ways to write it
+            if ";" not in requirement and name not in found:
+                found.append(name)
+    return {package: versions[package] for package in sorted(found) if package not in PACKAGES}
+
+
+def dependency_files():
+    """The same of the dependencies, found in the lists of files that pip keeps."""
+    found = []
+    for package, version in dependencies().items():
+        if version is None:
+            continue
+        for file in importlib.metadata.files(package) or []:
+            path = Path(file.locate())
+            is_source = file.suffix == ".py" and path.exists()
+            if is_source and SKIPPED.isdisjoint([*file.parts, file.stem]):
+                found.append((package, module_name(file), path))
     return sorted(found)
 
 
@@ -184,6 +228,42 @@ def read_source(package, module, path):
             here = alias.asname or alias.name
             exports.append((f"{origin}.{alias.name}", f"{module}.{here}"))
     return documents, exports
+
+
+def read_sources(files):
+    """[read_source(*file) for file in files]; every second file is read by a second process."""
+    results = [None] * len(files)
+    with ThreadPoolExecutor(1) as threads:
+        answer = threads.submit(ask_helper, files[1::2])
+        # Syntax trees have no reference cycles. To search for some takes a third of the time.
+        gc.disable()
+        for i in tqdm(range(0, len(files), 2), "reading docstrings", unit=" files", unit_scale=2):
+            results[i] = read_source(*files[i])
+        gc.enable()
+    try:
+        results[1::2] = answer.result()
+    except Exception:  # a second process cannot be started here: this one reads them too
+        results[1::2] = [read_source(*file) for file in files[1::2]]
+    return results
+
+
+def ask_helper(files):
+    """What read_source finds in the files, read by another process.
+
+    It is a new process, not a fork of this one. A fork would hold the lock of the data folder even
+    after this process was killed, and it can hang in a process with PyTorch's threads."""
+    command = [sys.executable, "-c", "from support.pydocs import help_reading; help_reading()"]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, input=pickle.dumps(files),
+                          stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
+    return pickle.loads(done.stdout)
+
+
+def help_reading():
+    """What the other process runs: files from its stdin, what is found in them to its stdout."""
+    gc.disable()
+    files = pickle.load(sys.stdin.buffer)
+    found = [read_source(*file) for file in files]
+    pickle.dump(found, sys.stdout.buffer)
 
 
 def imports(tree):
@@ -300,7 +380,8 @@ LAYOUT = [
     (rf"^ *({ITEM}) +(?=\S)", "\n\0"),
 ]
 LAYOUT = [(re.compile(pattern, re.MULTILINE), new) for pattern, new in LAYOUT]
-# Applied to each paragraph, in this order: the words stay, their markup goes.
+# Applied in this order to each paragraph with one of the signs: words stay, their markup goes.
+MARKUP_SIGN = re.compile("[`*_]")
 MARKUP = [
     (r":math:`([\w ,.+-]{1,12})`", r"\1"),
     (r":math:`", r"\\"),  # a longer formula leaves a backslash, which marks the sentence as code
@@ -378,8 +459,9 @@ def prose(raw):
     paragraphs = []
     summary = ""
     for number, (text, is_item) in enumerate(blocks(raw)):
-        for pattern, new in MARKUP:
-            text = pattern.sub(new, text)
+        if MARKUP_SIGN.search(text):
+            for pattern, new in MARKUP:
+                text = pattern.sub(new, text)
         text = complete(text, is_item)
         kept = [sentence for sentence in sentences(text) if is_prose(sentence)]
         if kept and sum(map(len, kept)) >= 0.5 * len(text):
@@ -405,19 +487,15 @@ def complete(text, is_item):
 SALT = 90  # of the first 400, the one whose validation files mix the packages most like the whole
 
 
-def read_all():
-    """All documents under their public names, sorted."""
-    documents = language_topics()
+def read_all(files, topics=()):
+    """All documents of the files under their public names, and the topics, sorted."""
+    documents = list(topics)
     exports = defaultdict(list)
     exports["_pyio.*"] = ["io.*"]  # io.py imports the twin that is written in C
-    # Syntax trees have no reference cycles. To search them for cycles takes a third of the time.
-    gc.disable()
-    for package, module, path in tqdm(source_files(), "reading docstrings", unit=" files"):
-        found, reexports = read_source(package, module, path)
+    for found, reexports in read_sources(files):
         documents += found
         for origin, here in reexports:
             exports[origin].append(here)
-    gc.enable()
     for document in documents:
         if document.kind != "topic":
             document.name = public_name(document.name, exports)
@@ -425,15 +503,20 @@ def read_all():
     return sorted(public, key=lambda document: (document.name, document.module, document.raw))
 
 
+SENTENCE_BREAK = re.compile(r"[.!?:]\s+|\n\s*\n")
+WORD = re.compile(r"\w+")
+
+
 def marks(text):
     """Yield what two splits must not share: every sentence and every 13 words in a row.
 
     A mark is in lower case and has no punctuation."""
-    for sentence in re.split(r"[.!?:]\s+|\n\s*\n", text):
-        mark = " ".join(re.findall(r"\w+", sentence.lower()))
-        if mark:
-            yield mark
-    words = re.findall(r"\w+", text.lower())
+    words = []
+    for sentence in SENTENCE_BREAK.split(text.lower()):
+        found = WORD.findall(sentence)
+        if found:
+            yield " ".join(found)
+        words += found
     for i in range(len(words) - 12):
         yield " ".join(words[i:i + 13])
 
@@ -466,8 +549,19 @@ def split_documents(documents):
                     training.append(other)
 
 
+def apart_from_validation(others, documents):
+    """Those of `others` that share no mark with the validation documents among `documents`. So the
+    validation text stays the same, whatever the others are."""
+    held_out = set()
+    for document in documents:
+        if document.split == "val":
+            for paragraph in document.paragraphs:
+                held_out.update(marks(paragraph))
+    return [other for other in others if held_out.isdisjoint(all_marks(other))]
+
+
 def drop_repeated_paragraphs(documents):
-    """Keep each paragraph in the first document that has it. They are sorted, so this is stable."""
+    """Keep each paragraph in the first document that has it."""
     seen = set()
     for document in documents:
         kept = []
@@ -479,7 +573,9 @@ def drop_repeated_paragraphs(documents):
 
 
 def limit_largest_package(documents):
-    """Drop the last documents of the largest package, so that it is a third of the corpus."""
+    """Drop the last documents of the largest package, so that it is a third of all these."""
+    if not documents:
+        return []
     sizes = Counter()
     for document in documents:
         sizes[document.package] += len(document.text())
@@ -497,12 +593,16 @@ def limit_largest_package(documents):
 
 def build_corpus():
     """The documents of the corpus with their splits, in an order fixed by a hash."""
-    documents = read_all()
+    documents = read_all(source_files(), language_topics())
     split_documents(documents)
-    drop_repeated_paragraphs(documents)
-    documents = [document for document in documents if document.paragraphs]
-    documents.sort(key=mixed_order)
-    return limit_largest_package(documents)
+    others = apart_from_validation(read_all(dependency_files()), documents)
+    drop_repeated_paragraphs(documents + others)
+    corpus = []
+    for group in (documents, others):
+        kept = [document for document in group if document.paragraphs]
+        kept.sort(key=mixed_order)
+        corpus += limit_largest_package(kept)  # torch in one group, SymPy in the other
+    return sorted(corpus, key=mixed_order)
 
 
 def mixed_order(document):

@@ -86,9 +86,12 @@ def open_closed_streams():
 
 
 def is_out_of_memory(error):
-    """PyTorch has a class of its own for a GPU; on a CPU it raises a plain RuntimeError."""
+    """PyTorch has a class of its own for a GPU; on a CPU, and when a library of CUDA lacks memory,
+    it raises a plain RuntimeError."""
     names = class_names(error)
-    return "OutOfMemoryError" in names or "MemoryError" in names or "allocate memory" in str(error)
+    texts = ("allocate memory", "CUDA error: out of memory", "_STATUS_ALLOC_FAILED")
+    is_told = any(text in str(error) for text in texts)
+    return "OutOfMemoryError" in names or "MemoryError" in names or is_told
 
 
 def is_lost_process(error):
@@ -305,13 +308,17 @@ class Log:
         self.event(event, step, time=time.time(), config=settings, env=env,
                    restored_optimizer=restored)
 
-    def train(self, step, tokens, loss, lr, grad_norm, seconds, tokens_in_step, skipped):
-        """Log one training step; print it if it is one of the first or the last, or every 2 s."""
+    def train(self, step, tokens, loss, lr, grad_norm, seconds, tokens_in_step, skipped,
+              memory=None):
+        """Log one training step; print it if it is one of the first or the last, or every 2 s.
+        memory: the peak of a GPU's, in bytes; None on a CPU."""
         rate = tokens_in_step / seconds
         row = {"tokens": tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm,
                "dt_ms": 1000 * seconds, "tok_per_s": rate}
         if self.peak_rate is not None:
             row["mfu"] = rate / self.peak_rate  # model FLOPs utilization
+        if memory is not None:
+            row["peak_memory"] = memory
         if skipped:
             row["skipped"] = True
         self.event("train", step, **row)

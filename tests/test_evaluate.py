@@ -363,6 +363,20 @@ def test_command_repeats_the_scores_of_the_training(copied, capsys):
     assert choice["step"] == 8
 
 
+def test_dtype_of_a_score_is_noted(copied):
+    """Catches: a score in bf16 that is taken for one in fp32, or a --dtype that is noted and not
+    used."""
+    for dtype in ("fp32", "bf16"):
+        assert not evaluate.main(["--eval_tokens", "256", "--dtype", dtype])
+    assert not evaluate.main(["--eval_tokens", "256"])
+    noted = events(copied)
+    assert [event["dtype"] for event in noted] == ["fp32"] * 2 + ["bf16"] * 2 + ["fp32"] * 2
+    fp32, bf16, without = [event["val_loss"] for event in noted[::2]]
+    assert bf16 == pytest.approx(fp32, rel=0.02)
+    assert bf16 != fp32  # control
+    assert without == fp32
+
+
 def prepare_again(folder):
     """Other text in the folder that a run was trained on, as prepare_data.py would leave it."""
     meta = json.loads((folder / "meta.json").read_text())

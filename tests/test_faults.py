@@ -14,6 +14,7 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -759,6 +760,69 @@ def test_saving_needs_no_second_copy_in_memory(tmp_path):
     assert child.returncode == 0
 
 
+def has_own_checksums(file):
+    """Whether the checksums of PyTorch in one of its files, which is a zip, are right."""
+    with zipfile.ZipFile(file) as archive:
+        return archive.testzip() is None
+
+
+def test_one_checksum_is_enough(tmp_path):
+    """Catches: a second checksum of 20 GB; a file without it that cannot be read, or whose damage
+    is not seen."""
+    file = tmp_path / "model.pt"
+    tensors = {"a": torch.arange(1000.0)}
+    recorded = durable.write_file(file, tensors)
+    assert not has_own_checksums(file)
+    assert torch.equal(durable.load_file(file)["a"], tensors["a"])
+    durable.verify(tmp_path, "model.pt", {"model.pt": recorded})
+    flip(file, 0.5)
+    with pytest.raises(durable.Damaged):
+        durable.verify(tmp_path, "model.pt", {"model.pt": recorded})
+    torch.save(tensors, file)  # control; and other files of the user are as they were
+    assert has_own_checksums(file)
+
+
+LOAD_100_MB = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from support import durable
+
+def memory():  # what this process has for itself; pages of a file are shared
+    lines = open("/proc/self/status").read().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
+
+if sys.argv[3] == "several":
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0,
+                                         world_size=1)
+before = memory()
+weights = durable.load_file(sys.argv[2])["w"]
+total = weights.sum().item()  # reads all of it
+grown = memory() - before
+weights += 1                  # what one process changes
+again = durable.load_file(sys.argv[2])["w"].sum().item()
+print(grown, total == again == 25_000_000)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_processes_share_what_they_load(tmp_path):
+    """Catches: eight copies of a state of 20 GB in the memory of a machine; a change of one process
+    that reaches the file, and so the others."""
+    file = tmp_path / "model.pt"
+    durable.write_file(file, {"w": torch.ones(25_000_000)})
+    grown = {}
+    for processes in ("several", "one"):
+        command = [sys.executable, "-c", LOAD_100_MB, str(ROOT), str(file), processes]
+        child = subprocess.run(command, capture_output=True, text=True)
+        print(child.stderr)
+        bytes_, is_equal = child.stdout.split()
+        grown[processes] = int(bytes_)
+        assert is_equal == "True"
+    assert grown["several"] < 20e6
+    assert grown["one"] > 80e6  # control
+
+
 # -------------------------------------------------------------------------------------------------
 # Signals: rows 18, 50
 
@@ -928,6 +992,35 @@ def test_two_processes_train_the_same_run(data, tmp_path):
     one = [row[1] for row in evals(tmp_path / "one")]
     two_ = [row[1] for row in evals(tmp_path / "two")]
     assert np.allclose(two_, one, rtol=1e-5)
+
+
+GRADIENTS_IN_BUCKETS = '''
+has_diverged = train.has_diverged
+
+def count_storages(*args):
+    import gc, torch
+    held = [x for x in gc.get_objects() if isinstance(x, torch.nn.Parameter) and x.grad is not None]
+    storages = {x.grad.untyped_storage().data_ptr() for x in held}
+    print("gradients", len(held), len(storages), file=sys.stderr, flush=True)
+    return has_diverged(*args)
+
+train.has_diverged = count_storages
+'''
+
+
+@pytest.mark.slow
+def test_gradients_of_several_processes_are_held_once(data, tmp_path):
+    """Catches: 7 GB of gradients twice on each GPU, in the parameters and in the buckets in which
+    they are exchanged."""
+    codes, errors = ends(two(data, tmp_path / "two", "--stop_at", 3, before=GRADIENTS_IN_BUCKETS))
+    assert codes == [75, 75]
+    counts = [line.split()[1:] for line in errors[0].splitlines() if line.startswith("gradients")]
+    parameters, storages = map(int, counts[-1])  # the buckets are final after the first step
+    assert storages < parameters / 4
+    one = start(data, tmp_path / "one", "--stop_at", 3, before=GRADIENTS_IN_BUCKETS)
+    codes, errors = ends([one])
+    lines = [line for line in errors[0].splitlines() if line.startswith("gradients")]
+    assert lines[-1] == f"gradients {parameters} {parameters}"  # control
 
 
 @pytest.mark.slow

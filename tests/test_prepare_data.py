@@ -3,6 +3,7 @@ and bad input. The corpus is built once for all tests."""
 import copy
 import gzip
 import hashlib
+import importlib.metadata
 import json
 import os
 import re
@@ -134,8 +135,8 @@ def test_corpus_is_large_balanced_and_free_of_markup(texts):
     val = texts["prose", "val"]
     text = "\n".join(train)
     raw = "\n".join(texts["raw", "train"])
-    assert len(text) > 2.5e6
-    assert 0.02 < len("".join(val)) / len(text) < 0.1
+    assert len(text) > 4.5e6
+    assert 0.015 < len("".join(val)) / len(text) < 0.1
     for mark in MARKUP:
         assert mark not in text
         assert mark in raw  # control
@@ -148,6 +149,7 @@ def test_corpus_is_large_balanced_and_free_of_markup(texts):
     assert "numpy.mean" in names
     assert "matplotlib.axes.Axes.plot" in names
     assert "decimal.Decimal.sqrt" in names
+    assert "networkx.shortest_path" in names
     assert not [name for name in names if re.match(r"[\w.]*\._|_|test\.", name)]
 
     paragraphs = []
@@ -180,6 +182,7 @@ def test_meta_describes_the_shards(corpus, texts):
     assert meta["vocab_size"] == prepare_data.DEFAULT_VOCAB_SIZE
     assert meta["eot"] == meta["vocab_size"] - 1
     assert meta["source"]["numpy"] == np.__version__
+    assert meta["source"]["dependencies"]["sympy"] == importlib.metadata.version("sympy")
     for split in ("train", "val"):
         for shard in meta["splits"][split]:
             file = folder / shard["file"]
@@ -285,20 +288,132 @@ def test_instructions_carry_the_split_of_their_document(corpus, texts):
     assert any(row["output"] in train for row in by_split["train"])  # control
 
 
-def test_number_of_cores_does_not_change_the_bytes(tmp_path, monkeypatch):
-    """Catches: an order that depends on which core is first."""
-    packages = ("json", "logging", "unittest", "tqdm", "email")
-    files = [file for file in pydocs.source_files() if file[1].startswith(packages)]
+def test_dependencies_are_at_most_half_of_training_and_nothing_else(corpus, texts):
+    """Catches: validation text, questions or answers from packages other than the five; a training
+    text that is mostly about something else."""
+    folders = {module.split(".")[0] for _, module, _ in pydocs.dependency_files()}
+
+    def is_of_dependency(name):
+        return name.split(".")[0] in folders
+
+    train = texts["prose", "train"]
+    added = [document for document in train if is_of_dependency(name_of(document))]
+    assert 0.2 < len("".join(added)) / len("".join(train)) < 0.5
+    assert not [document for document in texts["prose", "val"]
+                if is_of_dependency(name_of(document))]
+    answers = (corpus["prose"] / "instruct.json").read_text()
+    asked = re.findall("`(.*?)`", answers)
+    assert "json.dumps" in asked
+    assert not [name for name in asked if is_of_dependency(name)]
+
+
+SMALL = ("json", "logging", "unittest", "tqdm", "email")
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The files of a corpus that is read in a second."""
+    files = [file for file in pydocs.source_files() if file[1].startswith(SMALL)]
     monkeypatch.setattr(pydocs, "source_files", lambda: files)
+    monkeypatch.setattr(pydocs, "dependency_files", lambda: [])
+    return files
+
+
+def test_number_of_processes_does_not_change_the_bytes(tmp_path, monkeypatch, small):
+    """Catches: an order that depends on which core is first; a second process that is needed."""
     monkeypatch.setattr(os, "cpu_count", lambda: 1)
     run("pydocs", "--out", tmp_path / "one")
     monkeypatch.setattr(os, "cpu_count", lambda: 3)
     run("pydocs", "--out", tmp_path / "three")
     assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "absent"))
+    run("pydocs", "--out", tmp_path / "alone")
+    assert contents(tmp_path / "one") == contents(tmp_path / "alone")
 
-    monkeypatch.setattr(pydocs, "source_files", lambda: files[:-1])
+    monkeypatch.setattr(pydocs, "source_files", lambda: small[:-1])
     run("pydocs", "--out", tmp_path / "less")
     assert contents(tmp_path / "less") != contents(tmp_path / "one")  # control
+
+
+def test_the_second_process_reads_the_same(small):
+    """Catches: a helper that always fails, so that one process reads all."""
+    assert pydocs.ask_helper(small[:9]) == [pydocs.read_source(*file) for file in small[:9]]
+    with pytest.raises(subprocess.CalledProcessError):
+        pydocs.ask_helper([("json", "json", None)])  # control
+
+
+def test_dependencies_add_training_text_only(tmp_path, monkeypatch, small):
+    """Catches: a validation text, or questions, that change with the dependencies; a sentence of
+    validation that a dependency brings into training."""
+    monkeypatch.setattr(pydocs, "limit_largest_package", lambda documents: documents)
+    run("pydocs", "--out", tmp_path / "without")
+    held_out = documents_of(tmp_path / "without", "val")
+    known = max(held_out, key=len).split("\n")[1]
+    files = []
+    new = "Surely no one has ever written this."
+    for name, text in (("copy", f"{new} {known}"), ("new", new)):
+        file = tmp_path / f"{name}.py"
+        file.write_text(f'"""{text}"""')
+        files.append((name, name, file))
+    monkeypatch.setattr(pydocs, "dependency_files", lambda: files)
+    # `copy` and `new` stand for dependencies, whose documents are not in instruct.json
+    monkeypatch.setattr(prepare_data, "dependencies", lambda: {"copy": "1.0", "new": "1.0"})
+    run("pydocs", "--out", tmp_path / "with")
+
+    train = documents_of(tmp_path / "with", "train")
+    assert f"new\n{new}" in train
+    assert not [document for document in train if known in document]
+    before = contents(tmp_path / "without")
+    after = contents(tmp_path / "with")
+    for name in ("val_0000.npy", "cloze.jsonl", "instruct.json"):
+        assert before[name] == after[name]
+    assert before["train_0000.npy"] != after["train_0000.npy"]  # control
+
+
+def install(folder, name, requirements=()):
+    """Make a package of one module, with the metadata that pip writes."""
+    info = folder / f"{name}-1.5.dist-info"
+    info.mkdir()
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", "Version: 1.5"]
+    lines += [f"Requires-Dist: {requirement}" for requirement in requirements]
+    (info / "METADATA").write_text("\n".join(lines) + "\n")
+    (info / "RECORD").write_text(f"{name}.py,,\n{info.name}/METADATA,,\n{name}/tests/a.py,,\n")
+    (folder / f"{name}.py").write_text(f'"""The manual of {name} is rather short."""')
+
+
+def test_only_what_the_five_require_is_read(tmp_path, monkeypatch):
+    """Catches: text that changes with what else is installed; packages for an extra or for one
+    operating system; a requirement of a requirement that is missed."""
+    versions = pydocs.dependencies()
+    files = pydocs.dependency_files()
+    assert {"sympy", "mpmath", "python-dateutil"} <= versions.keys()  # SymPy requires mpmath
+    assert "pytest" not in versions
+    install(tmp_path, "inner")
+    install(tmp_path, "outer", ["Inner>=1.0", "extra; extra == 'all'", "windows; os_name == 'nt'"])
+    monkeypatch.syspath_prepend(tmp_path)
+    assert pydocs.dependencies() == versions
+    assert pydocs.dependency_files() == files
+
+    # control: what one of the five requires is read
+    install(tmp_path, "sixth", ["outer[all] (>=1.0)"])
+    monkeypatch.setattr(pydocs, "PACKAGES", (*pydocs.PACKAGES, "sixth"))
+    assert pydocs.dependencies() == {**versions, "inner": "1.5", "outer": "1.5"}
+    added = [("inner", "inner", tmp_path / "inner.py"), ("outer", "outer", tmp_path / "outer.py")]
+    assert pydocs.dependency_files() == sorted(files + added)
+
+
+def test_a_missing_dependency_is_reported_and_left_out(tmp_path, monkeypatch, small, capsys):
+    """Catches: a traceback after `pip install --no-deps`, or text that is less in silence."""
+    install(tmp_path, "sixth", ["never_installed"])
+    monkeypatch.syspath_prepend(tmp_path)
+    run("pydocs", "--out", tmp_path / "whole")
+    assert "not installed" not in capsys.readouterr().out  # control
+    monkeypatch.setattr(pydocs, "PACKAGES", (*pydocs.PACKAGES, "sixth"))
+    run("pydocs", "--out", tmp_path / "less")
+    line = "not installed, so not in the training text: never-installed\n"
+    assert line in capsys.readouterr().out
+    source = json.loads((tmp_path / "less" / "meta.json").read_text())["source"]
+    assert source["dependencies"]["never-installed"] is None
 
 
 DOCTEST = """Return the

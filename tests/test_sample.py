@@ -12,6 +12,7 @@ import checkpoint
 import sample
 from conftest import exit_code, messages, rows
 from data import Tokenizer
+from model import Llama
 from support.chat import encode_chat
 from support.runs import UserError
 
@@ -120,6 +121,36 @@ def test_trajectory_is_what_the_run_itself_sampled(whole, tmp_path, capsys):
     for row in samples(run):
         assert row["prompt"] == "The"
         assert row["seed"] == 0
+
+
+@pytest.fixture
+def autocast(monkeypatch):
+    """Whether autocast was on, in each computation of logits."""
+    seen = []
+    logits = Llama.logits
+
+    def watched(model, hidden):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return logits(model, hidden)
+    monkeypatch.setattr(Llama, "logits", watched)
+    return seen
+
+
+@pytest.mark.parametrize("flags", [["--trajectory"], ["--prompt", "a"], ["--chat"]])
+def test_dtype_is_used_wherever_text_is_made(tuned, tmp_path, monkeypatch, autocast, flags):
+    """Catches: a --dtype without effect in one of the three ways to use sample.py, or that a
+    trajectory does not tell."""
+    run = tmp_path / "r"
+    shutil.copytree(tuned, run)
+    for dtype in ("bf16", "fp32"):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("a?\n"))
+        assert not exit_code(sample.main, [run, *flags, "--dtype", dtype, "--max_new_tokens", 4])
+        assert set(autocast) == {dtype == "bf16"}  # fp32: the control
+        autocast.clear()
+    if flags == ["--trajectory"]:
+        noted = [row["dtype"] for row in samples(run)]
+        half = len(noted) // 2
+        assert noted == ["bf16"] * half + ["fp32"] * half
 
 
 def test_trajectory_depends_on_the_seed(whole, tmp_path):

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 import checkpoint
+import evaluate
 import plot_dynamics
 import sft
 from conftest import (CHILD, INSTRUCTIONS, ROOT, TUNE, exit_code, messages, rows, run, same, state,
@@ -313,8 +314,8 @@ def test_score_does_not_depend_on_its_batches(tuned, monkeypatch):
     """Catches: a mean of the means of batches or of rows, a last batch that is left out."""
     chats = [messages_of(row) for row in INSTRUCTIONS]
     observer = observer_of(tuned, chats)
-    monkeypatch.setattr(sft, "BATCH_TOKENS", 3 * 64)  # 3 rows in a forward
-    monkeypatch.setattr(sft, "ROWS", 7)               # 7 tokens in the output layer
+    monkeypatch.setattr(evaluate, "BATCH_TOKENS", 3 * 64)  # 3 rows in a forward
+    monkeypatch.setattr(sft, "ROWS", 7)                    # 7 tokens in the output layer
     nats, right = answer_losses(observer.model, chats, observer.tokenizer, "S.")
     scores = observer.score()
     assert scores["heldout_loss"] == pytest.approx(np.mean(nats), rel=1e-5)

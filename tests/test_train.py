@@ -963,17 +963,22 @@ def run_out_of_cuda(*args, **kwargs):
     raise torch.OutOfMemoryError("CUDA out of memory")
 
 
-PLACES = {"step": (Llama, "forward"), "evaluation": (evaluate, "evaluate"),
-          "sample": (evaluate, "continue_prompt")}
+def run_out_of_cublas(*args, **kwargs):
+    raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
 
 
-@pytest.mark.parametrize("fail", [allocate, run_out_of_cuda])
+# The first update makes the optimizer's moments, twice the size of the weights.
+PLACES = {"step": (Llama, "forward"), "update": (torch.optim.AdamW, "step"),
+          "evaluation": (evaluate, "evaluate"), "sample": (evaluate, "continue_prompt")}
+
+
+@pytest.mark.parametrize("fail", [allocate, run_out_of_cuda, run_out_of_cublas])
 @pytest.mark.parametrize("place", PLACES)
 def test_out_of_memory_is_one_line(data, tmp_path, capsys, monkeypatch, place, fail):
     """Catches: a traceback of PyTorch where a smaller micro-batch is the answer."""
     assert run(data, tmp_path / "r", "--stop_at", 0) == 75
     monkeypatch.setattr(*PLACES[place], fail)
-    monkeypatch.setattr(train, "due", lambda step, every, last: place != "step")
+    monkeypatch.setattr(train, "due", lambda step, every, last: place not in ("step", "update"))
     assert run(data, tmp_path / "r", "--resume") == 2
     line, = messages(capsys)
     assert "train.py: out of memory — use a smaller --micro_batch" in line

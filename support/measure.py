@@ -1,0 +1,98 @@
+"""measure.py — time and memory, of a call or of a whole process, and the machine's limits."""
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from support.runs import UserError
+
+READ_BYTES = 2**30  # to measure the bandwidth of the memory: larger than any cache
+
+
+def seconds_of(call, device):
+    """Seconds until all that `call` starts is done, on a GPU too."""
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device):
+    """Wait for the GPU: a call only puts its work in a queue there."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def least_seconds(call, device):
+    """The fastest of five calls, after one that does not count."""
+    call()
+    return min(seconds_of(call, device) for _ in range(5))
+
+
+def matmul_rate(rows, inner, columns, dtype, device):
+    """FLOP/s of the product (rows, inner) · (inner, columns): 2 for each number that meets
+    another."""
+    a = torch.randn(rows, inner, dtype=dtype, device=device)
+    b = torch.randn(inner, columns, dtype=dtype, device=device)
+    out = torch.empty(rows, columns, dtype=dtype, device=device)  # no new memory in each call
+    multiply = partial(torch.mm, a, b, out=out)
+    return 2 * rows * inner * columns / least_seconds(multiply, device)
+
+
+def read_bandwidth(device):
+    """Bytes/s at which a sum reads memory: generating too reads much and writes little."""
+    numbers = torch.ones(READ_BYTES // 4, device=device)  # fp32
+    return READ_BYTES / least_seconds(numbers.sum, device)
+
+
+def peak_bytes(device):
+    """The most memory that this process has held: on CUDA what PyTorch allocated there, else
+    resident memory of any kind. NaN where the system does not tell."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "darwin":
+        import resource  # Windows has none
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on macOS in bytes
+    # On Linux ru_maxrss is at least the memory of the process that started this one; VmHWM is not.
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM"):  # VmHWM:  345678 kB
+            return int(line.split()[1]) * 1024
+    return math.nan
+
+
+def in_fresh_processes(command):
+    """Run a command twice, each time with its own process: first with an empty compile cache, then
+    with what the first one left there. The command ends with `report`.
+
+    Returns (seconds from the start to the first step, cold; the same warm; the larger peak in
+    bytes). Raises UserError if a process fails."""
+    seconds = []
+    peaks = []
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
+        for _ in range(2):
+            start = time.time()
+            done = subprocess.run(command, env=environment, capture_output=True, text=True)
+            if done.returncode != 0:
+                last_line = done.stderr.strip().split("\n")[-1]
+                raise UserError(f"{' '.join(command)} ended with exit code {done.returncode}: "
+                                f"{last_line}")
+            measured = json.loads(done.stdout.splitlines()[-1])
+            seconds.append(measured["first_step_at"] - start)
+            peaks.append(measured["peak_bytes"])
+    return *seconds, max(peaks)
+
+
+def report(first_step_at, device):
+    """Print what `in_fresh_processes` reads: the time of the first step, and the peak so far."""
+    print(json.dumps({"first_step_at": first_step_at, "peak_bytes": peak_bytes(device)}))

@@ -1,0 +1,308 @@
+"""bench.py: what it refuses, what its tables follow from, and whole runs of tiny networks."""
+import re
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import bench
+from conftest import ROOT, exit_code, messages
+from support import measure
+from support.runs import UserError
+
+SIZES = ("--dim 32 --n_layers 1 --n_heads 2 --n_kv_heads 1 --intermediate_size 48 --vocab_size 100 "
+         "--seq_len 16 --micro_batch 2 --rounds 1 --steps 1 --threads 1 --device cpu").split()
+DECODE = [*SIZES, "--mode", "decode", "--seq_len", "136"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(one_thread_afterwards):
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def little_memory_is_read(monkeypatch):
+    monkeypatch.setattr(measure, "READ_BYTES", 2**20)
+
+
+@pytest.fixture
+def no_processes(monkeypatch):
+    """Each fresh process would take seconds: numbers in their place."""
+    started = []
+
+    def invented(command):
+        started.append(command)
+        return 3.0, 2.0, 10**9
+    monkeypatch.setattr(bench, "in_fresh_processes", invented)
+    return started
+
+
+def cells(printed):
+    """The rows of the Markdown table in a text, without the line of dashes."""
+    rows = [line.strip("| ").split(" | ") for line in printed.splitlines() if line.startswith("|")]
+    return [rows[0], *rows[2:]]
+
+
+# -------------------------------------------------------------------------------------------------
+# The tables
+
+def training(**changes):
+    """A table from invented measurements."""
+    measured = {"seconds": {"ours": [0.5, 0.25, 0.4], "transformers": [1.0, 1.0, 2.0]},
+                "tokens": 1000, "flops": 2e9, "ceiling": 1e13,
+                "fresh": {"ours": (9.04, 1.5, 3e8), "transformers": (4.0, 3.0, 1.2e9)}}
+    return bench.train_table(**{**measured, **changes})
+
+
+def test_bench_training_table_follows_from_the_measurements():
+    """Catches: seconds for rates, a ratio upside down or of medians, a peak that is not a ratio to
+    transformers."""
+    header, ours, theirs = training()
+    assert header == ["implementation", "tokens/s", "× transformers", "utilisation", "peak GB",
+                      "first step, cold", "warm"]
+    # 1000 / 0.5, 1000 / 0.25, 1000 / 0.4; the rounds' ratios are 2, 4, 5; 2500 · 2e9 / 1e13
+    assert ours == ["ours", "2,500 (2,000–4,000)", "4.00 (2.00–5.00)", "50.0%", "0.30 (0.25 ×)",
+                    "9.0 s", "1.5 s"]
+    assert theirs == ["transformers", "1,000 (500–1,000)", "1.00 (1.00–1.00)", "20.0%",
+                      "1.20 (1.00 ×)", "4.0 s", "3.0 s"]
+    assert training(ceiling=2e13)[1][3] == "25.0%"  # controls
+    assert training(flops=1e9)[1][3] == "25.0%"
+    assert training(tokens=2000)[1][1:4] == ["5,000 (4,000–8,000)", "4.00 (2.00–5.00)", "100.0%"]
+
+
+def test_bench_table_without_transformers_has_no_ratios():
+    """Catches: a run of --only ours that fails in its last line."""
+    header, ours = training(seconds={"ours": [0.5]}, fresh={"ours": (9.0, 1.5, 3e8)})
+    assert header[:3] == ["implementation", "tokens/s", "utilisation"]
+    assert ours[:4] == ["ours", "2,000 (2,000–2,000)", "40.0%", "0.30"]
+
+
+def test_bench_decode_table_follows_from_the_measurements():
+    """Catches: tokens of one row only, a bound that does not grow with the batch."""
+    seconds = {1: {"ours": [1.0], "transformers": [2.0]}, 32: {"ours": [2.0]}}
+    header, one, theirs, many = bench.decode_table(seconds, weight_bytes=5e6, bandwidth=1e9)
+    assert header == ["batch", "implementation", "tokens/s", "× transformers", "bound", "reached"]
+    # 128 new tokens; 1e9 / 5e6 = 200 tokens/s for a row, of all rows 32 times as many
+    assert one == ["1", "ours", "128 (128–128)", "2.00 (2.00–2.00)", "200", "64.0%"]
+    assert theirs == ["1", "transformers", "64 (64–64)", "1.00 (1.00–1.00)", "200", "32.0%"]
+    assert many == ["32", "ours", "2,048 (2,048–2,048)", "", "6,400", "32.0%"]
+
+
+def test_bench_table_is_markdown():
+    """Catches: a table that GitHub shows as text."""
+    assert bench.markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
+
+
+# -------------------------------------------------------------------------------------------------
+# The same network
+
+def with_other_theta(llama):
+    """transformers' network with a mistake in its config."""
+    config = llama.config
+    llama.config = replace(config, rope_theta=10_000.0)
+    network = bench_in_transformers(llama)
+    llama.config = config
+    return network
+
+
+def with_moved_head(llama):
+    network = bench_in_transformers(llama)
+    network.lm_head.weight = torch.nn.Parameter(network.lm_head.weight.detach().roll(1, 0))
+    return network
+
+
+bench_in_transformers = bench.in_transformers
+
+
+@pytest.mark.parametrize("flags, mistake, message", [
+    (SIZES, with_other_theta, "ours and transformers are different networks: model.layers.0."),
+    (DECODE, with_moved_head, "ours and transformers are different networks: they generate"),
+])
+def test_networks_that_differ_are_refused(flags, mistake, message, no_processes, monkeypatch,
+                                          capsys):
+    """Catches: two networks compared that do not compute the same. (The runs below are the control:
+    without the mistake they end with a table.)"""
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(bench, "in_transformers", mistake)
+    assert exit_code(bench.main, [*flags, "--no-compile"]) == 2
+    printed = capsys.readouterr()
+    assert message in printed.err
+    assert printed.out == ""
+    assert no_processes == []  # it was refused before anything was measured
+
+
+def test_one_optimizer_trains_all_networks():
+    """Catches: an implementation with weights of its own, that the rounds would move away."""
+    pytest.importorskip("transformers")
+    args = bench.read_arguments(SIZES)
+    llama = bench.make_network(args)
+    networks = bench.IMPLEMENTATIONS["train"]
+    losses = {name: networks[name](llama) for name in ("ours", "transformers")}
+    windows = bench.random_ids(llama.config, (2, 17), torch.device("cpu"))
+    inputs = windows[:, :-1].contiguous()
+    targets = windows[:, 1:].contiguous()
+    autocast = torch.autocast("cpu", enabled=False)
+    step = bench.training_step(llama, inputs, targets, autocast, torch.float32)
+    before = losses["ours"](inputs, targets).item()
+    for name in ("ours", "transformers"):
+        step(losses[name])
+    after = losses["ours"](inputs, targets).item()
+    assert losses["transformers"](inputs, targets).item() == pytest.approx(after, rel=1e-6)
+    assert after < before - 1e-4  # control
+    llama.lm_head.weight.requires_grad_(False).mul_(2)  # control: all of them see a change
+    doubled = losses["ours"](inputs, targets).item()
+    assert doubled != pytest.approx(after, rel=1e-6)
+    assert losses["transformers"](inputs, targets).item() == pytest.approx(doubled, rel=1e-6)
+
+
+# -------------------------------------------------------------------------------------------------
+# Whole runs
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_bench_measures_a_training_step(dtype, no_processes, capsys):
+    """Catches: a run that ends without its table; fp16 gradients too small to be compared."""
+    pytest.importorskip("transformers")
+    assert exit_code(bench.main, [*SIZES, "--no-compile", "--dtype", dtype]) is None
+    printed = capsys.readouterr().out
+    header, ours, theirs = cells(printed)
+    assert (ours[0], theirs[0]) == ("ours", "transformers")
+    assert len(header) == len(ours) == len(theirs) == 7
+    assert ours[4:] == ["1.00 (1.00 ×)", "3.0 s", "2.0 s"]
+    assert float(ours[1].split()[0].replace(",", "")) > 0
+    assert "vocabulary 128" in printed  # 100, rounded up
+    assert [command[-2:] for command in no_processes] == [["--alone", "ours"],
+                                                          ["--alone", "transformers"]]
+
+
+def test_bench_measures_generation(capsys):
+    """Catches: a run of --mode decode that ends without its table."""
+    pytest.importorskip("transformers")
+    assert exit_code(bench.main, DECODE) is None
+    rows = cells(capsys.readouterr().out)[1:]
+    assert [row[:2] for row in rows] == [
+        [batch, name] for batch in ("1", "32")
+        for name in ("ours", "transformers", "transformers-static")]
+
+
+def test_bench_runs_alone_in_fresh_processes(capsys):
+    """Catches: flags that the fresh processes do not get; seconds that are not theirs."""
+    assert exit_code(bench.main, [*SIZES, "--only", "ours"]) is None
+    header, ours = cells(capsys.readouterr().out)
+    assert header[-3:] == ["peak GB", "first step, cold", "warm"]
+    peak, cold, warm = (float(text.split()[0]) for text in ours[-3:])
+    assert 0.1 < peak < 2  # Python with PyTorch; the network is tiny
+    assert 0.5 < cold < 120
+    assert 0.5 < warm < 120
+
+
+@pytest.mark.slow
+def test_bench_measures_compiled_networks(capsys):
+    """Catches: a compiled network that differs, or whose second start compiles again."""
+    pytest.importorskip("transformers")
+    assert exit_code(bench.main, [*SIZES, "--compile"]) is None
+    rows = cells(capsys.readouterr().out)[1:]
+    assert [row[0] for row in rows] == list(bench.IMPLEMENTATIONS["train"])
+    for row in rows:
+        cold = float(row[-2].split()[0])
+        warm = float(row[-1].split()[0])
+        if row[0].endswith("compiled"):
+            assert warm < 0.7 * cold
+
+
+# -------------------------------------------------------------------------------------------------
+# Fresh processes
+
+# Reports as a peak how many files it found in the cache, and as seconds 100 for each.
+FINDS = """import json, os, pathlib, time
+cache = pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
+found = len(list(cache.iterdir()))
+(cache / "kernel").touch()
+print(json.dumps({"first_step_at": time.time() + 100 * found, "peak_bytes": found}))"""
+
+
+def test_only_the_second_process_finds_a_cache():
+    """Catches: a cold start with the user's cache; a warm one with another empty folder."""
+    cold, warm, peak = measure.in_fresh_processes([sys.executable, "-c", FINDS])
+    assert 0 < cold < 100 < warm
+    assert peak == 1
+    kept = FINDS.replace('(cache / "kernel").touch()', "")
+    assert measure.in_fresh_processes([sys.executable, "-c", kept])[2] == 0  # control
+
+
+def test_a_process_that_fails_is_one_line():
+    """Catches: a table without a row, or the traceback of another process."""
+    with pytest.raises(UserError, match="exit code 1: out of memory$") as raised:
+        measure.in_fresh_processes([sys.executable, "-c", "exit('a\\nout of memory')"])
+    assert raised.value.code == 2
+
+
+CHILD_PEAK = """import resource, sys, torch
+from support.measure import peak_bytes
+filled = torch.ones(int(sys.argv[1]))
+print(peak_bytes(torch.device("cpu")), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the fault is that of Linux")
+def test_peak_is_that_of_the_process_itself():
+    """Catches: ru_maxrss, which a process inherits from the one that started it."""
+    def peaks(floats):
+        done = subprocess.run([sys.executable, "-c", CHILD_PEAK, str(floats)], cwd=ROOT,
+                              capture_output=True, text=True, check=True)
+        return [int(text) for text in done.stdout.split()]
+
+    large = bytearray(1_000_000_000)  # this process is larger than the child
+    peak, inherited = peaks(1)
+    assert peak < 900_000_000
+    assert inherited > len(large)  # control: the mistake shows
+    assert peaks(50_000_000)[0] > peak + 150_000_000  # control: the child's own memory shows
+
+
+# -------------------------------------------------------------------------------------------------
+# What it needs, and mistakes
+
+def test_no_transformers_is_one_line(monkeypatch, capsys):
+    """Catches: a traceback where an optional package is missing; needing it for --only ours."""
+    monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
+    assert exit_code(bench.main, DECODE) == 2
+    assert "pip install -r requirements-extras.txt" in messages(capsys)[-1]
+    assert exit_code(bench.main, [*DECODE, "--only", "ours"]) is None  # control
+
+
+def test_no_compiler_leaves_out_what_is_compiled(monkeypatch, capsys):
+    """Catches: a failing compilation where there is no compiler; leaving it out in silence."""
+    all_four = list(bench.IMPLEMENTATIONS["train"])
+    monkeypatch.setattr(bench.shutil, "which", lambda name: "/usr/bin/" + name)
+    assert bench.choose_names(bench.read_arguments([])) == all_four  # control
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(bench.shutil, "which", lambda name: None)
+    assert bench.choose_names(bench.read_arguments([])) == ["ours", "transformers"]
+    assert re.search(r"no C\+\+ compiler \(.+\): what is compiled is left out",
+                     capsys.readouterr().out)
+    assert bench.choose_names(bench.read_arguments(["--compile"])) == all_four
+
+
+def test_a_preset_gives_the_sizes_and_a_flag_wins():
+    """Catches: sizes of the preset that win over a flag, or a window that is not the preset's."""
+    llama = bench.make_network(bench.read_arguments("--preset tiny --n_layers 2".split()))
+    assert llama.config == replace(bench.PRESETS["tiny"], n_layers=2)
+    assert bench.make_network(bench.read_arguments([])).config == bench.DEFAULT
+
+
+@pytest.mark.parametrize("flags, message", [
+    ("--dim 65", "dim 65 is not divisible by n_heads 8 — give sizes that fit"),
+    ("--only transformers-static", "nothing is left to measure"),
+    ("--only ours-compiled --no-compile", "nothing is left to measure"),
+    ("--only theirs", "invalid choice: 'theirs'"),
+    ("--mode decode --seq_len 100", "--seq_len 100 has no room for a prompt of 8 tokens and 128"),
+    ("--rounds 0", "0 is out of range"),
+    ("--device tpu", "no device tpu here"),
+    ("--preset huge", "invalid choice: 'huge'"),
+])
+def test_bench_mistakes_are_one_line(flags, message, capsys):
+    """Catches: a traceback, or a run that begins with a wrong setting."""
+    assert exit_code(bench.main, flags.split()) == 2
+    [line] = messages(capsys)
+    assert line.startswith("bench.py: ")
+    assert message in line
