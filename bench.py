@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from statistics import median
 
-from support import threads  # before torch: it sets how its threads wait
+from support import cpu  # before torch, which reads its settings once
 import torch
 from tqdm import tqdm
 
@@ -49,12 +49,11 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 # The networks. All of them hold the same Parameter objects: one AdamW serves all, and weights,
 # gradients and moments are in memory once.
 
-def with_compiled_blocks(llama):
-    """A second network with the same parameters, its blocks compiled in place as in train.py."""
+def with_compiled_parts(llama):
+    """A second network with the same parameters, compiled in place as in train.py."""
     memo = {id(parameter): parameter for parameter in llama.parameters()}  # these are not copied
     llama = copy.deepcopy(llama, memo)
-    for block in llama.model.layers:
-        block.compile()
+    llama.compile_parts()
     return llama
 
 
@@ -73,7 +72,7 @@ def our_text(llama, prompt, n):
 IMPLEMENTATIONS = {
     "train": {
         "ours": lambda llama: partial(our_loss, llama),
-        "ours-compiled": lambda llama: partial(our_loss, with_compiled_blocks(llama)),
+        "ours-compiled": lambda llama: partial(our_loss, with_compiled_parts(llama)),
         "transformers": lambda llama: partial(their_loss, in_transformers(llama)),
         "transformers-compiled":
             lambda llama: partial(their_loss, torch.compile(in_transformers(llama))),
