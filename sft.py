@@ -36,8 +36,8 @@ from support.devices import (StopSignals, any_process, check_equal, choose_dtype
                              sum_over_processes, use_machine)
 from support.runs import (Log, UserError, claim, due, is_finished, is_tuned, newest_run, script,
                           settings_of, start_over)
-from train import (ONCE, add_settings, check_resume, finish, finish_settings, has_diverged,
-                   introduce_resume, lr_at, make_optimizer)
+from train import (ONCE, add_settings, check_resume, checkpoint_activations, finish,
+                   finish_settings, has_diverged, introduce_resume, lr_at, make_optimizer)
 
 # What a preset of the base changes. A flag on the command line wins over it.
 BY_PRESET = {"tiny": dict(lr=1e-3, epochs=1.0, batch_size=32, eval_every=0, sample_every=0)}
@@ -70,6 +70,8 @@ def main(argv=None):
     # ---- Data, model, optimizer, precision
     weights = open_base(args, run, state)
     model = make_model(args, weights, device)
+    if args.activation_checkpointing:
+        checkpoint_activations(model)
     tokenizer = Tokenizer(model.config.vocab_size)
     window = args.max_length or model.config.max_seq_len
     if window > model.config.max_seq_len:

@@ -21,6 +21,7 @@ from pathlib import Path
 from support import threads  # before torch: it sets how its threads wait
 import torch
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint as keep_only_inputs
 
 import checkpoint
 from data import DataFolder, Windows
@@ -116,6 +117,8 @@ def main(argv=None):
     windows = Windows(data.train, args.seq_len, data.vocab_size, args.seed, args.shuffle)
     # The weights are fp32. In bf16, with 8 bits of precision, most small updates would round to 0.
     model = make_model(args, state, data.vocab_size, device)
+    if args.activation_checkpointing:
+        checkpoint_activations(model)
     optimizer = make_optimizer(model, args, device)
     # Autocast runs matrix products in `dtype`; norms, softmax, loss and weights stay fp32. bf16 has
     # the range of fp32 and needs nothing else. fp16 has a smaller range: small gradients would
@@ -313,6 +316,20 @@ def make_model(args, state, vocab_size, device):
     return Llama(config).to(device)
 
 
+def checkpoint_activations(model):
+    """Let each block keep nothing but its input for the backward, which computes the rest again
+    (Chen et al. 2016, arXiv 1604.06174): the same numbers, a third more arithmetic, and the memory
+    of one block instead of all. (Such a "checkpoint" has nothing to do with those on the disk.)"""
+    for block in model.model.layers:
+        block.forward = recomputed(block.forward)
+
+
+def recomputed(forward):
+    def call(*args):  # a function of ours: torch.compile would leave out a partial of theirs
+        return keep_only_inputs(forward, *args, use_reentrant=False)
+    return call
+
+
 def accumulation_steps(args, world):
     """Micro-batches per step of each process. Raises UserError naming batch sizes that fit."""
     unit = args.micro_batch * args.seq_len * world
@@ -383,6 +400,8 @@ def add_settings(parser):
     add("--threads", type=flags.number(int, 1, 1024), help="CPU threads")
     add("--micro_batch", type=flags.count, default=8,
         help="sequences per forward of one process; changes memory and speed, nothing else")
+    add("--activation_checkpointing", action=yes_or_no, default=False, help="compute the inside of "
+        "the blocks a second time in the backward, instead of keeping it: less memory, slower")
 
     add = parser.add_argument_group("learning rate and optimizer").add_argument
     add("--lr", type=flags.positive_or_0, default=6e-4, help="peak learning rate")
