@@ -28,6 +28,7 @@ from support.devices import choose_device, complete_rows, processes, refuse_proc
 from support.flags import Parser, count
 from support.runs import (UserError, beginning, newest_run, note, parse_json, script,
                           settings_of)
+from support.sharding import gathered
 
 BATCH_TOKENS = 4096  # tokens per forward; fixed, so that no flag changes a score
 ROWS = 1024          # tokens whose logits are in memory at once
@@ -37,11 +38,11 @@ EIGHTHS = 8          # parts of the window for the loss by position
 @contextmanager
 def evaluating(model, autocast):
     """Evaluation mode, without gradients and without the compiler, in the precision of `autocast`.
-    Afterwards the model is in the mode in which it was."""
+    A sharded model is whole here. Afterwards the model is in the mode in which it was."""
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast:
+        with gathered(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast:
             yield
     finally:
         model.train(was_training)
