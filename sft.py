@@ -34,10 +34,11 @@ from support.chat import IGNORE, Batches, Examples
 from support.devices import (StopSignals, any_process, check_equal, choose_dtype, complete_rows,
                              end_processes, environment, from_rank_0, processes, start_processes,
                              sum_over_processes, use_machine)
+from support.memory import checkpoint_activations
 from support.runs import (Log, UserError, claim, due, is_finished, is_tuned, newest_run, script,
                           settings_of, start_over)
-from train import (ONCE, add_settings, check_resume, checkpoint_activations, finish,
-                   finish_settings, has_diverged, introduce_resume, lr_at, make_optimizer)
+from train import (ONCE, add_settings, check_resume, finish, finish_settings, has_diverged,
+                   introduce_resume, lr_at, make_optimizer)
 
 # What a preset of the base changes. A flag on the command line wins over it.
 BY_PRESET = {"tiny": dict(lr=1e-3, epochs=1.0, batch_size=32, eval_every=0, sample_every=0)}

@@ -21,7 +21,6 @@ from pathlib import Path
 from support import threads  # before torch: it sets how its threads wait
 import torch
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.checkpoint import checkpoint as keep_only_inputs
 
 import checkpoint
 from data import DataFolder, Windows
@@ -32,6 +31,7 @@ from support.devices import (StopSignals, any_process, check_equal, choose_dtype
                              environment, from_rank_0, peak_rate, start_processes,
                              sum_over_processes, use_machine, wait_for_rank_0)
 from support.durable import write_json
+from support.memory import checkpoint_activations
 from support.runs import Log, UserError, claim, due, is_finished, script, start_over
 
 EMBEDDED = "data/pydocs"  # text that every computer with Python has; prepared when it is missing
@@ -324,20 +324,6 @@ def make_model(args, state, vocab_size, device):
                          max_seq_len=max(preset.max_seq_len, args.seq_len))
     torch.manual_seed(args.seed)
     return Llama(config).to(device)
-
-
-def checkpoint_activations(model):
-    """Let each block keep nothing but its input for the backward, which computes the rest again
-    (Chen et al. 2016, arXiv 1604.06174): the same numbers, a third more arithmetic, and the memory
-    of one block instead of all. (Such a "checkpoint" has nothing to do with those on the disk.)"""
-    for block in model.model.layers:
-        block.forward = recomputed(block.forward)
-
-
-def recomputed(forward):
-    def call(*args):  # a function of ours: torch.compile would leave out a partial of theirs
-        return keep_only_inputs(forward, *args, use_reentrant=False)
-    return call
 
 
 def accumulation_steps(args, world):

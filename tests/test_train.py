@@ -30,7 +30,7 @@ import sample
 import train
 from conftest import FLAGS, ROOT, TEST, evals, exit_code, messages, rows, run, same
 from model import PRESETS, Block, Llama, SwiGLU
-from support import durable, runs
+from support import durable, memory, runs
 from support.runs import UserError
 
 pytestmark = pytest.mark.usefixtures("short_samples")
@@ -428,7 +428,7 @@ def test_recomputed_blocks_are_compiled(recomputed):
     """Catches: blocks that torch.compile skips in silence, because they are recomputed."""
     model = Llama(TEST)
     if recomputed:
-        train.checkpoint_activations(model)
+        memory.checkpoint_activations(model)
     graphs = []
 
     def keep_graph(module, inputs):
@@ -477,8 +477,8 @@ def test_activation_checkpointing_repeats_dropout(data, tmp_path, dropout, monke
     assert run(data, tmp_path / "plain", *short) == 0
     assert run(data, tmp_path / "r", *short, flag) == 0
     assert same(tmp_path / "r", tmp_path / "plain", 3)
-    forgetful = functools.partial(train.keep_only_inputs, preserve_rng_state=False)
-    monkeypatch.setattr(train, "keep_only_inputs", forgetful)
+    forgetful = functools.partial(memory.keep_only_inputs, preserve_rng_state=False)
+    monkeypatch.setattr(memory, "keep_only_inputs", forgetful)
     assert run(data, tmp_path / "wrong", *short, flag) == 0
     assert rows(tmp_path / "wrong")[0] != rows(tmp_path / "plain")[0]
 
