@@ -188,7 +188,6 @@ def main(argv=None):
     del state  # its memory is needed
 
     # ---- The loop
-    takes_part = is_main or args.fsdp  # in saving and sampling: sharded, each has a part of it all
     stop = StopSignals(log)
     start_time = time.monotonic()
     stopping = False
@@ -202,7 +201,7 @@ def main(argv=None):
         # numbers and sampling has its own, so doing them more often does not change the training.
         stopping = stopping or step == args.stop_at
         save_now = stopping or due(step, args.save_every, args.max_steps)
-        if save_now and step != resumed_at and takes_part:
+        if save_now and step != resumed_at and (is_main or args.fsdp):  # sharded: each has a part
             full = checkpoint.capture(model, optimizer, scaler, step=step, tokens=tokens_seen,
                                       seconds=seconds, config=settings, env=env, data=fingerprint,
                                       updates=updates, log_bytes=log.length())
@@ -213,7 +212,7 @@ def main(argv=None):
             break
         if due(step, args.eval_every, args.max_steps):
             observer.evaluate(step, log)
-        if due(step, args.sample_every, args.max_steps) and takes_part:
+        if due(step, args.sample_every, args.max_steps):  # each process the same; rank 0 logs it
             observer.sample(step, log)
         if step == args.max_steps:
             break
@@ -232,11 +231,7 @@ def main(argv=None):
             inputs = tokens[:, :-1].to(device)   # (B, T)
             targets = tokens[:, 1:].to(device)   # (B, T)
             if world > 1:  # exchange gradients once a step, in the last backward
-                is_last = micro == accumulation - 1
-                if args.fsdp:
-                    network.set_requires_gradient_sync(is_last)
-                else:
-                    network.require_backward_grad_sync = is_last
+                sharding.exchange_in_backward(network, micro == accumulation - 1)
             with autocast:
                 _, micro_loss = network(inputs, targets, reduction="sum")
             # Gradients add up over micro-batches, so each sum is divided by the targets of the

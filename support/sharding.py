@@ -43,6 +43,15 @@ def shard(llama, dtype):
     llama.reshard()  # which comes after the backward in training
 
 
+def exchange_in_backward(network, now):
+    """Whether the next backward exchanges the gradients, under DDP or FSDP. If not, they stay in
+    each process, to be added to."""
+    if hasattr(network, "set_requires_gradient_sync"):  # FSDP
+        network.set_requires_gradient_sync(now)
+    else:
+        network.require_backward_grad_sync = now
+
+
 @contextmanager
 def gathered(model):
     """Within it each process has all weights of a sharded model, and needs no other to compute: a
