@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from data import Tokenizer
 from model import Llama, ModelConfig
-from support import durable, lora
+from support import durable, lora, sharding
 from support.runs import UserError, holds_steps
 
 # -------------------------------------------------------------------------------------------------
@@ -30,7 +30,9 @@ def capture(model, optimizer, scaler, **progress):
     """Everything that the next step depends on: a run that goes on from this is the same run.
 
     Tensors are saved by the names of their parameters. So you may reorder the code, or use another
-    number of processes, and still resume. `progress` is what only the caller knows:
+    number of processes, and still resume. Sharded tensors (--fsdp) are gathered one by one into the
+    memory of rank 0, so all processes must call this, and only rank 0 gets them: the state does not
+    tell who held what. `progress` is what only the caller knows:
 
         step        finished steps, which is also the position in the data and in the schedule
         tokens      seen so far
@@ -42,11 +44,12 @@ def capture(model, optimizer, scaler, **progress):
         updates     those that the optimizer's moments have seen: fewer than steps after a
                     --reset_optimizer, or if gradients overflowed in fp16
     """
-    weights = trained_weights(model)
+    weights = {name: sharding.on_rank_0(t) for name, t in trained_weights(model).items()}
     moments = {}
     for name, parameter in model.named_parameters():
         if parameter in optimizer.state:  # a dict whose keys are the parameters themselves
-            moments[name] = optimizer.state[parameter]
+            found = optimizer.state[parameter]
+            moments[name] = {key: sharding.on_rank_0(tensor) for key, tensor in found.items()}
     return {
         "model_config": asdict(model.config),
         "model": weights,
@@ -91,7 +94,8 @@ def restore_weights(state, model):
     """Put the saved weights into the model."""
     check_tensors("weights", state["model"], trained_weights(model))
     now = model.state_dict()
-    model.load_state_dict({**now, **state["model"]})  # frozen ones keep their present values
+    saved = {name: sharding.part_of(tensor, now[name]) for name, tensor in state["model"].items()}
+    model.load_state_dict({**now, **saved})  # frozen ones keep their present values
 
 
 def restore_scaler(saved, scaler):
@@ -126,7 +130,11 @@ def restore_optimizer(state, model, optimizer):
     for group in optimizer.param_groups:
         in_order += [name_of[parameter] for parameter in group["params"]]
     theirs = optimizer.state_dict()
-    theirs["state"] = {number: state["optimizer"][name] for number, name in enumerate(in_order)}
+    for number, name in enumerate(in_order):
+        found = dict(state["optimizer"][name])
+        for key in ("exp_avg", "exp_avg_sq"):
+            found[key] = sharding.part_of(found[key], trained[name])
+        theirs["state"][number] = found
     optimizer.load_state_dict(theirs)
 
 

@@ -29,6 +29,7 @@ from support.devices import (choose_device, choose_dtype, complete_rows, process
 from support.flags import Parser, count
 from support.runs import (UserError, beginning, newest_run, note, parse_json, script,
                           settings_of)
+from support.sharding import gathered
 
 BATCH_TOKENS = 4096       # tokens per forward; fixed, so that no flag changes a score
 GPU_BATCH_TOKENS = 16384  # 4096 are too few for a GPU: it would wait for Python
@@ -39,11 +40,11 @@ EIGHTHS = 8               # parts of the window for the loss by position
 @contextmanager
 def evaluating(model, autocast):
     """Evaluation mode, without gradients and without the compiler, in the precision of `autocast`.
-    Afterwards the model is in the mode in which it was."""
+    A sharded model is whole here. Afterwards the model is in the mode in which it was."""
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast:
+        with gathered(model), torch.no_grad(), torch.compiler.set_stance("force_eager"), autocast:
             yield
     finally:
         model.train(was_training)

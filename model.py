@@ -6,6 +6,7 @@ None: training has none. "The paper" is arXiv 2412.13335. Modules carry the name
 gives them, so our state_dict is also theirs.
 
     python model.py 1.7b      # a network as a table: parameters, FLOPs, memory; here the paper's
+    python model.py 1.7b --plan    # which micro-batch fits which GPU, and how long 20B tokens take
 """
 import math
 import sys
@@ -450,9 +451,15 @@ def main(argv=None):
     parser = Parser(description="A preset as a table: parameters, FLOPs, memory.")
     parser.add_argument("preset", nargs="?", default="tiny", choices=PRESETS)
     parser.add_argument("--micro_batch", type=count, default=8, help="sequences per forward")
+    parser.add_argument("--plan", action="store_true", help="instead: which micro-batch fits which "
+                        "GPU, and the hours for 20B tokens")
     args = parser.parse_args(argv)
     config = PRESETS[args.preset]
     T = config.max_seq_len
+    if args.plan:
+        from support.plan import plan
+        print(plan(Llama, config, flops_per_token(config, T)))
+        return
     with torch.device("meta"):  # shapes without memory
         counts = parameter_counts(Llama(config))
     total = sum(counts.values())

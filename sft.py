@@ -29,11 +29,12 @@ from data import DataFolder, Tokenizer
 from evaluate import (ROWS, evaluating, log_benchmark, open_benchmark, text_statistics,
                       tokens_per_forward)
 from model import Llama
-from support import chat, durable, flags, lora
+from support import chat, durable, flags, lora, sharding
 from support.chat import IGNORE, Batches, Examples
 from support.devices import (StopSignals, any_process, check_equal, choose_dtype, complete_rows,
                              end_processes, environment, from_rank_0, peak_memory, processes,
                              start_processes, sum_over_processes, to_device, use_machine)
+from support.memory import checkpoint_activations
 from support.runs import (Log, UserError, claim, due, is_finished, is_tuned, newest_run, script,
                           settings_of, start_over)
 from train import (ONCE, add_settings, check_resume, finish, finish_settings, has_diverged,
@@ -70,6 +71,8 @@ def main(argv=None):
     # ---- Data, model, optimizer, precision
     weights = open_base(args, run, state)
     model = make_model(args, weights, device)
+    if args.activation_checkpointing:
+        checkpoint_activations(model)
     tokenizer = Tokenizer(model.config.vocab_size)
     window = args.max_length or model.config.max_seq_len
     if window > model.config.max_seq_len:
@@ -153,11 +156,12 @@ def main(argv=None):
                                       seconds=seconds, config=settings, env=env, data=fingerprint,
                                       updates=updates, log_bytes=log.length())
             checkpoint.save(run, full, args.keep_last, args.keep_every)
+            del full
         if stopping:
             break
         if due(step, args.eval_every, args.max_steps):
             observer.evaluate(step, log)
-        if is_main and due(step, args.sample_every, args.max_steps):
+        if due(step, args.sample_every, args.max_steps):  # each process the same; rank 0 logs it
             observer.sample(step, log)
         if step == args.max_steps:
             break
@@ -183,7 +187,7 @@ def main(argv=None):
             inputs = to_device(inputs, device)    # (B, T)
             targets = to_device(targets, device)  # (B, T)
             if world > 1:  # exchange gradients once a step, in the last backward
-                network.require_backward_grad_sync = (micro == accumulation - 1)
+                sharding.exchange_in_backward(network, micro == accumulation - 1)
             with autocast:
                 _, micro_loss = network(inputs, targets, reduction="sum")
             scaler.scale(micro_loss * world / targets_in_step).backward()
@@ -194,7 +198,8 @@ def main(argv=None):
         loss = sum_over_processes(loss_sum).item() / targets_in_step
         stopping = any_process(stop.requested, device)
         scaler.unscale_(optimizer)  # without fp16 it does nothing
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        norm = norm.item()
         overflow = scaler.is_enabled() and not math.isfinite(norm)  # the scaler skips this update
         skipped_in_a_row = skipped_in_a_row + 1 if overflow else 0
         if has_diverged(loss, norm, scaler, skipped_in_a_row):

@@ -492,7 +492,7 @@ def way(request, monkeypatch):
         monkeypatch.setattr(model, "MOST_LOGITS", sys.maxsize)
     else:
         monkeypatch.setattr(model, "MOST_LOGITS", 0)
-        monkeypatch.setitem(chunked_loss.CHUNK, "cpu", request.param)
+        monkeypatch.setattr(chunked_loss, "CHUNK", request.param)
 
 
 def targets_with_gaps():
@@ -634,7 +634,7 @@ def rows(monkeypatch):
     """hidden (48, 8), weight (500, 8) and targets (48,) of a loss in 5 chunks of 10 rows.
 
     The 5,000 logits of a chunk are then more than the 4,000 numbers of the weight's gradient."""
-    monkeypatch.setitem(chunked_loss.CHUNK, "cpu", 10)
+    monkeypatch.setattr(chunked_loss, "CHUNK", 10)
     hidden = torch.randn(48, 8, requires_grad=True)
     weight = torch.randn(500, 8, requires_grad=True)
     return hidden, weight, batch(1, 48)[0]
@@ -655,7 +655,7 @@ def test_chunked_loss_never_holds_all_logits(rows):
 def test_chunks_fit_the_papers_model():
     """Catches: a chunk, or a number of logits computed at once, that is too large for a GPU."""
     vocabulary = PRESETS["1.7b"].padded_vocab_size
-    assert chunked_loss.CHUNK["cuda"] * vocabulary * 4 < 1e9  # bytes in fp32
+    assert chunked_loss.CHUNK * vocabulary * 4 < 0.5e9  # bytes in fp32
     assert model.MOST_LOGITS * 4 < 0.5e9
     micro_batch = 32 * 1024
     assert micro_batch * vocabulary * 4 > 6e9  # control: all logits at once

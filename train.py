@@ -26,12 +26,13 @@ import checkpoint
 from data import DataFolder, Windows
 from evaluate import Observer
 from model import PRESETS, Llama, ModelConfig, flops_per_token, kv_bytes_per_token
-from support import flags
+from support import flags, sharding
 from support.devices import (StopSignals, any_process, can_compile, check_equal, choose_dtype,
                              end_processes, environment, from_rank_0, peak_memory, peak_rate,
                              start_processes, sum_over_processes, to_device, use_machine,
                              wait_for_rank_0)
 from support.durable import write_json
+from support.memory import checkpoint_activations
 from support.runs import Log, UserError, claim, due, is_finished, script, start_over
 
 EMBEDDED = "data/pydocs"  # text that every computer with Python has; prepared when it is missing
@@ -121,6 +122,10 @@ def main(argv=None):
     windows = Windows(data.train, args.seq_len, data.vocab_size, args.seed, args.shuffle)
     # The weights are fp32. In bf16, with 8 bits of precision, most small updates would round to 0.
     model = make_model(args, state, data.vocab_size, device)
+    if args.activation_checkpointing:
+        checkpoint_activations(model)
+    if args.fsdp:
+        sharding.shard(model, choose_dtype(args.dtype, device))
     optimizer = make_optimizer(model, args, device)
     # Autocast runs matrix products in `dtype`; norms, softmax, loss and weights stay fp32. bf16 has
     # the range of fp32 and needs nothing else. fp16 has a smaller range: small gradients would
@@ -167,7 +172,7 @@ def main(argv=None):
     if compiled:
         model.compile_parts()
     network = model  # what the loop calls; `model` keeps the plain names
-    if world > 1:
+    if world > 1 and not args.fsdp:
         devices = [device] if device.type == "cuda" else None
         network = DistributedDataParallel(
             model, device_ids=devices,
@@ -204,16 +209,18 @@ def main(argv=None):
         # numbers and sampling has its own, so doing them more often does not change the training.
         stopping = stopping or step == args.stop_at
         save_now = stopping or due(step, args.save_every, args.max_steps)
-        if save_now and is_main and step != resumed_at:
+        if save_now and step != resumed_at and (is_main or args.fsdp):  # sharded: each has a part
             full = checkpoint.capture(model, optimizer, scaler, step=step, tokens=tokens_seen,
                                       seconds=seconds, config=settings, env=env, data=fingerprint,
                                       updates=updates, log_bytes=log.length())
-            checkpoint.save(run, full, args.keep_last, args.keep_every)
+            if is_main:
+                checkpoint.save(run, full, args.keep_last, args.keep_every)
+            del full
         if stopping:
             break
         if due(step, args.eval_every, args.max_steps):
             observer.evaluate(step, log)
-        if is_main and due(step, args.sample_every, args.max_steps):
+        if due(step, args.sample_every, args.max_steps):  # each process the same; rank 0 logs it
             observer.sample(step, log)
         if step == args.max_steps:
             break
@@ -232,14 +239,14 @@ def main(argv=None):
             inputs = tokens[:, :-1]  # (B, T)
             targets = tokens[:, 1:]  # (B, T)
             if world > 1:  # exchange gradients once a step, in the last backward
-                network.require_backward_grad_sync = (micro == accumulation - 1)
+                sharding.exchange_in_backward(network, micro == accumulation - 1)
             with autocast:
                 _, micro_loss = network(inputs, targets, reduction="sum")
             # Gradients add up over micro-batches, so each sum is divided by the targets of the
             # whole step. Take two micro-batches with 10 and 90 targets and mean losses 4 and 2. The
             # mean is (10·4 + 90·2) / 100 = 2.2; the mean of their means would be 3. (Here all have
-            # the same number of targets, in sft.py they do not.) DDP takes the mean over processes
-            # where we want the sum: therefore · world.
+            # the same number of targets, in sft.py they do not.) DDP and FSDP take the mean over
+            # processes where we want the sum: therefore · world.
             scaler.scale(micro_loss * world / targets_in_step).backward()
             loss_sum += micro_loss.detach()
 
@@ -248,7 +255,8 @@ def main(argv=None):
         loss = sum_over_processes(loss_sum).item() / targets_in_step
         stopping = any_process(stop.requested, device)
         scaler.unscale_(optimizer)  # without fp16 it does nothing
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf).item()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        norm = sharding.whole(norm).item()
         overflow = scaler.is_enabled() and not math.isfinite(norm)  # the scaler skips this update
         skipped_in_a_row = skipped_in_a_row + 1 if overflow else 0
         if has_diverged(loss, norm, scaler, skipped_in_a_row):
@@ -394,6 +402,8 @@ def add_settings(parser):
     add("--threads", type=flags.number(int, 1, 1024), help="CPU threads")
     add("--micro_batch", type=flags.count, default=8,
         help="sequences per forward of one process; changes memory and speed, nothing else")
+    add("--activation_checkpointing", action=yes_or_no, default=False, help="compute the inside of "
+        "the blocks a second time in the backward, instead of keeping it: less memory, slower")
 
     add = parser.add_argument_group("learning rate and optimizer").add_argument
     add("--lr", type=flags.positive_or_0, default=6e-4, help="peak learning rate")
@@ -447,6 +457,8 @@ def read_settings(argv, saved=None):
     add("--eval_tokens", type=flags.count, default=10_485_760,
         help="validation tokens per evaluation")
     add("--sample_prompt", type=flags.text, default="The", help="what the samples continue")
+    add("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="under torchrun: each "
+        "process keeps a part of weights, gradients and moments; less memory")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile blocks and "
         f"loss; if not given, in runs of {COMPILE_FROM} steps and more")
     parser.set_defaults(**BY_PRESET[preset])

@@ -358,7 +358,9 @@ class Log:
                      f"them, or stop, and go on with OMP_WAIT_POLICY=PASSIVE before the command")
 
     def length(self):
-        """Bytes written so far, made sure to be on the disk."""
+        """Bytes written so far, made sure to be on the disk; 0 without a file."""
+        if self.file is None:
+            return 0
         os.fsync(self.file.fileno())
         return os.fstat(self.file.fileno()).st_size
 

@@ -235,6 +235,16 @@ def test_micro_batch_does_not_change_the_run(whole, instructions, tuned, method,
         assert torch.equal(a, b) == (not drawn)
 
 
+def test_activation_checkpointing_changes_no_bit(whole, instructions, tuned, method, tmp_path):
+    """Catches: adapters, beside frozen weights, that get no gradient or another one."""
+    flags = [*method, "--activation_checkpointing"]
+    assert tune(whole, instructions, tmp_path / "r", *flags) == 0
+    assert same(tmp_path / "r", tuned, 12)
+    other = ("--seed", 2, "--stop_at", 2)
+    assert tune(whole, instructions, tmp_path / "other", *flags, *other) == 75
+    assert rows(tmp_path / "other") != rows(tuned)[:2]  # control
+
+
 def first_weights(a, b):
     """{name: (tensor of a, tensor of b)} of the weights that two tunings start from."""
     first, second = [durable.load_file(folder / "checkpoints/step_00000000/model.pt")["model"]

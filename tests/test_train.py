@@ -29,8 +29,8 @@ import plot_dynamics
 import sample
 import train
 from conftest import FLAGS, ROOT, TEST, evals, exit_code, messages, rows, run, same
-from model import PRESETS, Llama, SwiGLU
-from support import durable, runs
+from model import PRESETS, Block, Llama, SwiGLU
+from support import durable, memory, runs
 from support.runs import UserError
 
 pytestmark = pytest.mark.usefixtures("short_samples")
@@ -421,6 +421,66 @@ def test_micro_batch_changes_nothing_but_speed(data, whole, tmp_path):
     # control: half the batch
     assert run(data, tmp_path / "half", *stop, "--batch_tokens", 64) == 75
     assert not np.allclose(rows(tmp_path / "half"), rows(whole)[:6], rtol=1e-2)
+
+
+@pytest.mark.parametrize("recomputed", [True, False])  # False: control
+def test_recomputed_blocks_are_compiled(recomputed):
+    """Catches: blocks that torch.compile skips in silence, because they are recomputed."""
+    model = Llama(TEST)
+    if recomputed:
+        memory.checkpoint_activations(model)
+    graphs = []
+
+    def keep_graph(module, inputs):
+        graphs.append(module.print_readable(print_output=False))
+        return module
+    for block in model.model.layers:
+        block.compile(backend=keep_graph)
+    tokens = torch.zeros(1, 4, dtype=torch.long)
+    model(tokens, tokens)
+    assert len(graphs) == 1
+    assert "linear" in graphs[0]
+    assert ("tag_activation_checkpoint" in graphs[0]) == recomputed
+
+
+@pytest.fixture
+def block_forwards(monkeypatch):
+    """A list that grows by one with each forward of a block in training."""
+    forward = Block.forward
+    calls = []
+
+    def counted(self, *args):
+        if self.training:
+            calls.append(1)
+        return forward(self, *args)
+    monkeypatch.setattr(Block, "forward", counted)
+    return calls
+
+
+def test_activation_checkpointing_changes_no_bit(data, whole, tmp_path, block_forwards):
+    """Catches: a recomputation that gives other numbers, or is part of the experiment; a flag that
+    does nothing."""
+    folder = tmp_path / "r"
+    flag = "activation_checkpointing"
+    assert run(data, folder, f"--{flag}", "--stop_at", 10) == 75
+    assert len(block_forwards) == 10 * 2 * 2 * 2  # steps, micro-batches, blocks, forward + backward
+    assert run(data, folder, "--resume", f"--no-{flag}") == 0
+    assert len(block_forwards) == 10 * 2 * 2 * 2 + 10 * 2 * 2  # control
+    assert same(folder, whole)
+
+
+def test_activation_checkpointing_repeats_dropout(data, tmp_path, dropout, monkeypatch):
+    """Catches: a recomputation that draws other random numbers than the forward: its gradients are
+    those of another network. The control of the test before."""
+    short = ("--max_steps", 3, "--save_every", 0)
+    flag = "--activation_checkpointing"
+    assert run(data, tmp_path / "plain", *short) == 0
+    assert run(data, tmp_path / "r", *short, flag) == 0
+    assert same(tmp_path / "r", tmp_path / "plain", 3)
+    forgetful = functools.partial(memory.keep_only_inputs, preserve_rng_state=False)
+    monkeypatch.setattr(memory, "keep_only_inputs", forgetful)
+    assert run(data, tmp_path / "wrong", *short, flag) == 0
+    assert rows(tmp_path / "wrong")[0] != rows(tmp_path / "plain")[0]
 
 
 def test_optimizer_decays_matrices_only(whole):

@@ -1,0 +1,165 @@
+"""support/memory.py and support/plan.py: what is computed about memory and time is what happens."""
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import train
+from conftest import ROOT
+from model import Llama, ModelConfig, flops_per_token
+from support import memory, plan
+
+SMALL = dict(dim=64, n_heads=4, n_kv_heads=2, intermediate_size=96, vocab_size=512, max_seq_len=32)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_two_sizes_tell_the_peak_of_any_number_of_layers(recompute):
+    """Catches: a peak that is extrapolated to another network."""
+    config = ModelConfig(n_layers=7, **SMALL)
+    counted = memory.counted_peak(Llama, config, 2, recompute)
+    assert memory.peak_of_step(Llama, config, 2, recompute) == pytest.approx(counted, rel=1e-3)
+    other = memory.peak_of_step(Llama, ModelConfig(n_layers=8, **SMALL), 2, recompute)
+    assert other != pytest.approx(counted, rel=0.02)  # control
+
+
+def test_counter_sees_what_is_freed():
+    """Catches: a peak that is the sum of everything, or in which views count."""
+    with memory.Peak() as counter:
+        for _ in range(3):
+            numbers = torch.zeros(1000)  # 4,000 bytes
+            half = numbers[:500]
+            del numbers
+            half = half + 1  # the 4,000 bytes live until here
+        assert (counter.now, counter.peak) == (2000, 6000)
+        del half
+    assert counter.now == 0
+
+
+# Trains two steps in a fresh process, and prints how many bytes its memory grew at most.
+MEASURE = f"""
+import json, sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+import torch.distributed as dist
+from model import Llama, ModelConfig
+from support import memory, sharding
+
+def status(name):
+    for line in open("/proc/self/status"):
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+
+def train(config, micro_batch, recompute, fsdp):
+    llama = Llama(config)
+    if recompute:
+        memory.checkpoint_activations(llama)
+    if fsdp:
+        sharding.shard(llama, torch.bfloat16)
+    optimizer = torch.optim.AdamW(llama.parameters(), fused=True)
+    for step in range(2):
+        if step == 1:
+            open("/proc/self/clear_refs", "w").write("5")  # the peak of memory starts anew
+        tokens = torch.randint(0, config.vocab_size, (micro_batch, config.max_seq_len))
+        for micro in range(2):
+            if fsdp:
+                llama.set_requires_gradient_sync(micro == 1)
+            with torch.autocast("cpu", torch.bfloat16):
+                _, loss = llama(tokens, tokens, reduction="sum")
+            (loss / 1000).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+sizes, micro_batch, recompute, fsdp = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+if fsdp:
+    dist.init_process_group("gloo")
+small = ModelConfig(dim=64, n_layers=1, vocab_size=sizes["vocab_size"], max_seq_len=64)
+train(small, 2, recompute, fsdp)  # now the libraries are loaded
+before = status("VmRSS")
+train(ModelConfig(**sizes), micro_batch, recompute, fsdp)
+print(status("VmHWM") - before)
+"""
+
+
+def measured_peak(config, micro_batch, recompute, fsdp):
+    """Bytes; of rank 0 of two processes with fsdp."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # The C library gives freed memory back at once.
+    env = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144",
+           "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2"}
+    request = json.dumps([vars(config), micro_batch, recompute, fsdp])
+    command = [sys.executable, "-c", MEASURE, request]
+    processes = [subprocess.Popen(command, env={**env, "RANK": str(rank)}, text=True,
+                                  stdout=subprocess.PIPE) for rank in range(1 + fsdp)]
+    printed = [process.communicate(timeout=120)[0] for process in processes]
+    return int(printed[0])
+
+
+# One in which the network is most of the memory, one in which the loss is: it comes in chunks.
+WIDE = ModelConfig(dim=512, n_layers=8, n_heads=8, n_kv_heads=4, intermediate_size=1536,
+                   vocab_size=4096, max_seq_len=256)
+LARGE_VOCABULARY = ModelConfig(dim=384, n_layers=8, n_heads=6, n_kv_heads=6,
+                               intermediate_size=1536, vocab_size=50_257, max_seq_len=256)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("fsdp", [False, True], ids=["one process", "sharded"])
+@pytest.mark.parametrize("recompute", [False, True], ids=["plain", "recomputed"])
+@pytest.mark.parametrize("config", [WIDE, LARGE_VOCABULARY], ids=["wide", "large vocabulary"])
+def test_computed_memory_is_that_of_a_process(config, recompute, fsdp):
+    """Catches: a plan that promises a micro-batch which does not fit."""
+    def computed(recompute, fsdp):
+        peak = memory.peak_of_step(Llama, config, 8, recompute)
+        return memory.peak_when_sharded(peak, Llama(config), 2) if fsdp else peak
+
+    measured = measured_peak(config, 8, recompute, fsdp)
+    found = computed(recompute, fsdp)
+    print(f"measured {measured / 1e9:.3f} GB, computed {found / 1e9:.3f} ({found / measured:.3f})")
+    assert found == pytest.approx(measured, rel=0.15)
+    if config is WIDE:  # control: other ways to train need other amounts
+        assert computed(not recompute, fsdp) != pytest.approx(measured, rel=0.15)
+    if config is WIDE and recompute:  # where weights and moments are most of it
+        assert computed(recompute, not fsdp) != pytest.approx(measured, rel=0.15)
+
+
+# -------------------------------------------------------------------------------------------------
+# The plan
+
+def test_plan_is_about_the_settings_of_train():
+    """Catches: hours that are computed for another run than `train.py --preset 1.7b` makes."""
+    args = train.read_settings(["--preset", "1.7b"])
+    assert plan.BATCH_TOKENS == args.batch_tokens
+    assert plan.EVAL_TOKENS == args.eval_tokens
+    assert plan.EVAL_EVERY == args.eval_every
+    assert plan.SAVE_EVERY == args.save_every
+    assert round(plan.TOKENS / plan.BATCH_TOKENS) == args.max_steps
+
+
+def test_largest_micro_batch_fits_and_the_next_does_not():
+    """Catches: a table that takes the memory of the GPU for usable, or names one size too many."""
+    gigabytes = {1: 21, 2: 22, 4: 43, 8: 100}  # usable are 21.6, 43.2, 72 and 126.9
+    peaks = {n: size * 1e9 for n, size in gigabytes.items()}
+    assert plan.row("plain", peaks).split() == ["plain", "1", "4", "4", "8"]
+    assert plan.row("plain", {1: 60e9}).split() == ["plain", "—", "—", "1", "1"]
+
+
+def test_hours_follow_from_the_stated_assumptions():
+    """Catches: an evaluation at the price of training, a save that is counted once, 8 GPUs that
+    save 8 times as fast."""
+    # 1 GFLOP per token: 494,500 tokens/s on one GPU, and three times as many without a backward.
+    # Evaluations at 152 multiples of 250 up to 38,147; at 16 powers of two, of which none is one of
+    # these; at 0, which is one; and at the end.
+    assert plan.how_often()[0] == 153 + 16 + 1
+    training, evaluation, saving = plan.hours(1e9, 1e9, gpus=1)
+    assert training == pytest.approx(20e9 / 494_500 / 3600)
+    assert evaluation == pytest.approx(170 * 10_485_760 / (3 * 494_500) / 3600)
+    # 12 GB in 24 seconds.
+    assert saving == pytest.approx(plan.how_often()[1] * 24 / 3600)
+    assert plan.hours(1e9, 1e9, gpus=8) == pytest.approx((training / 8, evaluation / 8, saving))
