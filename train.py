@@ -190,7 +190,7 @@ def main(argv=None):
     log = Log(run if is_main else None, log_length, step, tokens_seen, args.max_steps,
               peak_rate(env, flops))
     log.start(step, state, settings, env, args.reset_optimizer)
-    log.say(introduce(args, model, world, accumulation, dtype, device))
+    log.say(introduce(args, model, world, accumulation, dtype, device, compiled))
     if state is not None:
         log.say(introduce_resume(args, state, env))
     del state  # its memory is needed
@@ -496,7 +496,7 @@ def finish_settings(parser, argv, saved, experiment):
 # -------------------------------------------------------------------------------------------------
 # What it prints
 
-def introduce(args, model, world, accumulation, dtype, device):
+def introduce(args, model, world, accumulation, dtype, device, compiled):
     """What is about to happen: the model, the arithmetic of a batch, the first loss to expect."""
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
@@ -504,6 +504,7 @@ def introduce(args, model, world, accumulation, dtype, device):
     ungrouped = kv_bytes_per_token(replace(config, n_kv_heads=config.n_heads))
     gigaflops = flops_per_token(config, args.seq_len) / 1e9
     uniform = math.log(config.padded_vocab_size)
+    compiling = "; the first step is slow: it is compiled" if compiled else ""
     # The forward is a third of the arithmetic of a training step.
     steps_per_evaluation = args.eval_tokens / 3 / args.batch_tokens
     return "\n".join([
@@ -515,7 +516,8 @@ def introduce(args, model, world, accumulation, dtype, device):
         f"{args.max_steps:,} steps",
         f"eval    {args.eval_tokens:,} tokens each time (--eval_every {args.eval_every}), which is "
         f"the arithmetic of {steps_per_evaluation:.1f} training steps",
-        f"device  {device}, {str(dtype).removeprefix('torch.')}, {gigaflops:.3f} GFLOP/token",
+        f"device  {device}, {str(dtype).removeprefix('torch.')}, {gigaflops:.3f} GFLOP/token"
+        f"{compiling}",
         f"expect  a first loss near ln {config.padded_vocab_size:,} = {uniform:.2f}: any next "
         f"token equally likely"])
 

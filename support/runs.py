@@ -333,9 +333,12 @@ class Log:
             return
         self.last_line = time.monotonic()
         remark = " | fp16 overflow, update skipped" if skipped else ""
+        left = ""
+        if len(self.step_seconds) > 1:  # the first step, which may compile, tells nothing
+            left = f" | {self.minutes_left(step):.1f} min left"
         self.say(f"step {step:>6}/{self.max_steps} | loss {loss:.4f} | lr {lr:.2e} | "
-                 f"norm {grad_norm:.2f} | {1000 * seconds:.0f} ms | {rate / 1000:.1f}k tok/s | "
-                 f"{self.minutes_left(step):.1f} min left{remark}")
+                 f"norm {grad_norm:.2f} | {1000 * seconds:.0f} ms | {rate / 1000:.1f}k tok/s"
+                 f"{left}{remark}")
 
     def fastest(self):
         """Seconds of a step, of the fastest tenth of the last 1,000. Other programs can slow a step
