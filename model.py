@@ -24,11 +24,11 @@ from support.runs import UserError, script
 @dataclass
 class ModelConfig:
     """Sizes of a LLaMA. Raises ValueError, in one sentence, if they contradict each other."""
-    dim: int = 128
+    dim: int = 256
     n_layers: int = 4
-    n_heads: int = 2
-    n_kv_heads: int = 1            # one key/value head serves n_heads / n_kv_heads query heads
-    intermediate_size: int = 384   # width inside the feed-forward part
+    n_heads: int = 4
+    n_kv_heads: int = 2            # one key/value head serves n_heads / n_kv_heads query heads
+    intermediate_size: int = 768   # width inside the feed-forward part
     vocab_size: int = 4096         # number of ids of the tokenizer
     # Rows of the embedding. None: vocab_size rounded up to a multiple of 128, which is faster.
     padded_vocab_size: int | None = None
@@ -66,7 +66,7 @@ class ModelConfig:
 
 PRESETS = {
     #                   dim layers heads kv intermediate vocabulary window           parameters
-    "tiny": ModelConfig(128,   4,   2,   1,   384,    4096, max_seq_len=256),     #     1,836,160
+    "tiny": ModelConfig(256,   4,   4,   2,   768,    4096, max_seq_len=256),     #     5,245,184
     # The paper's code calls it 124m, after GPT-2. It is larger: SwiGLU has three matrices where
     # GPT-2 has two (28M more), and the output layer is a matrix of its own (39M more).
     "124m": ModelConfig(768,  12,  12,  12,  3072,  50_257, max_seq_len=1024),    #   190,532,352

@@ -39,7 +39,7 @@ EMBEDDED = "data/pydocs"  # text that every computer with Python has; prepared w
 
 # What a preset changes. A flag on the command line wins over it; the other defaults are below.
 BY_PRESET = {
-    "tiny": dict(data=EMBEDDED, max_steps=2500, batch_tokens=1024, seq_len=128, lr=3e-3,
+    "tiny": dict(data=EMBEDDED, max_steps=3200, batch_tokens=1024, seq_len=128, lr=2e-3,
                  warmup_steps=100, eval_every=1000, eval_tokens=24_576, benchmark_items=320,
                  sample_every=0, sample_prompt="The function returns", keep_every=0),
     "124m": dict(max_steps=19_073),
