@@ -38,9 +38,10 @@ if [ "$device" = cpu ]; then  # the same commands, as far as a CPU can follow
   ulimit_kb=6000000  # so that it does run out of memory
 else
   small="--preset 124m --data $OUT/p50k --max_steps 8 --batch_tokens 131072 --micro_batch 16
-    --eval_tokens 1048576"
-  large="--preset 1.7b --data $OUT/p50k --max_steps 6 --batch_tokens 65536 --eval_tokens 262144"
-  steps=300
+    --eval_tokens 1048576 --compile"
+  large="--preset 1.7b --data $OUT/p50k --max_steps 6 --batch_tokens 65536 --eval_tokens 262144
+    --compile"
+  steps="300 --compile"
   other_batch=16
   few="--max_steps 60 --eval_every 0"
   huge="--preset 124m --data $OUT/p50k --micro_batch 512 --batch_tokens 524288 --eval_tokens 4096
@@ -229,8 +230,7 @@ def network():
     def gradients(place, dtype, compiled):
         moved = copy.deepcopy(model).to(place)
         if compiled:
-            for block in moved.model.layers:
-                block.compile()
+            moved.compile_parts()
         with torch.autocast(place, dtype=dtype, enabled=dtype != torch.float32):
             _, loss = moved(tokens[:, :-1].to(place), tokens[:, 1:].to(place))
         loss.backward()

@@ -61,8 +61,8 @@ def lr_at(step, settings):
 
     cosine: Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5. wsd: constant, then linear over the
     last 20 % (Hu et al. 2024, arXiv 2404.06395, §4). A pure function of its arguments, so a resume
-    does not change it. But another --max_steps does: to continue a finished cosine of 3,000 steps
-    with --max_steps 6000 raises the rate from the final 3.0e-4 back to 1.7e-3."""
+    does not change it. But another --max_steps does: to continue a finished cosine of 3,200 steps
+    with --max_steps 6400 raises the rate from the final 2.0e-4 back to 1.1e-3."""
     warmup = settings.warmup_steps
     end = settings.max_steps
     if step < warmup:
