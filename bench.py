@@ -13,13 +13,10 @@ The result is a table for a README.
 """
 import argparse
 import copy
-import os
-import shutil
 import sys
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from statistics import median
 
 from support import cpu  # before torch, which reads its settings once
@@ -27,7 +24,7 @@ import torch
 from tqdm import tqdm
 
 from model import PRESETS, Llama, ModelConfig, flops_per_token
-from support.devices import choose_device, choose_dtype, refuse_processes
+from support.devices import can_compile, choose_device, choose_dtype, refuse_processes
 from support.flags import Parser, count, number
 from support.measure import in_fresh_processes, matmul_rate, read_bandwidth, report, seconds_of
 from support.runs import UserError, script
@@ -339,7 +336,7 @@ def read_arguments(argv):
     known = sorted({*IMPLEMENTATIONS["train"], *IMPLEMENTATIONS["decode"]})
     add("--only", nargs="+", choices=known, metavar="NAME", help="of %(choices)s")
     add("--compile", action=argparse.BooleanOptionalAction, help="measure the compiled ones too; "
-        "if not given, where there is a C++ compiler")
+        "if not given, where torch.compile works")
     add("--device", help="cpu, cuda, cuda:1 …; without it cuda if there is one")
     add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="of matrix products; in training the weights are always fp32")
@@ -348,19 +345,24 @@ def read_arguments(argv):
     return parser.parse_args(argv)
 
 
-def choose_names(args):
-    """The implementations to measure. Raises UserError if there are none."""
+def choose_names(args, device):
+    """The implementations to measure. Raises UserError if there are none, or for one of another
+    mode."""
     if args.alone:
         return [args.alone]
-    names = args.only or list(IMPLEMENTATIONS[args.mode])
-    names = [name for name in IMPLEMENTATIONS[args.mode] if name in names]
-    if args.compile is None:
-        compiler = os.environ.get("CXX", "clang++" if sys.platform == "darwin" else "g++")
-        args.compile = shutil.which(compiler) is not None
+    known = list(IMPLEMENTATIONS[args.mode])
+    for name in args.only or []:
+        if name not in known:
+            raise UserError(f"{name} is not measured in --mode {args.mode} — choose among "
+                            f"{', '.join(known)}")
+    names = [name for name in known if name in (args.only or known)]
+    compiled = [name for name in names if "compiled" in name]
+    if compiled and args.compile is None:
+        args.compile = can_compile(device)  # it says why not
         if not args.compile:
-            print(f"there is no C++ compiler ({compiler}): what is compiled is left out")
+            print(f"left out: {', '.join(compiled)}")
     if not args.compile:
-        names = [name for name in names if "compiled" not in name]
+        names = [name for name in names if name not in compiled]
     if not names:
         raise UserError("nothing is left to measure — give other names to --only, or --compile")
     return names
@@ -390,7 +392,7 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = choose_dtype(args.dtype, device)
-    names = choose_names(args)
+    names = choose_names(args, device)
     llama = make_network(args).to(device)
     if args.mode == "decode":
         result = bench_decoding(llama, names, args, device, dtype)

@@ -122,12 +122,12 @@ def apply_rope(x, cos, sin):
     return (x * cos + rotated * sin).type_as(x)
 
 
-def causal_mask(max_seq_len):
-    """What is added to the scores (max_seq_len, max_seq_len). A query, one row, sees the keys up to
+def causal_mask(size):
+    """What is added to the scores: (size, size). A query, one row, sees the keys up to
     its own position: 0. Those after it get −∞, and so the weight exp(−∞) = 0:  [0 −∞ −∞]
                                                                                 [0  0 −∞]
                                                                                 [0  0  0]"""
-    return torch.full((max_seq_len, max_seq_len), -math.inf).triu(1)
+    return torch.full((size, size), -math.inf).triu(1)
 
 
 def attention(q, k, v, mask):
@@ -151,15 +151,17 @@ def attention(q, k, v, mask):
     return y.view(B, n_heads, T, head_dim)
 
 
-def fused_attention(q, k, v, mask):
+def fused_attention(q, k, v):
     """The same by PyTorch's fused kernels, which never hold all of the scores: for long windows,
     and on a GPU."""
     T = q.shape[2]
-    if T == k.shape[2]:  # no cache: it need not read the mask
+    S = k.shape[2]
+    if T == S:  # no past
         return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    if T == 1:           # a single new token sees everything
+    if T == 1:  # a single new token sees everything
         return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-    mask = mask.type_as(q)
+    # is_causal would take the first query for position 0, and hide the past from the new tokens.
+    mask = causal_mask(S)[S - T:].to(q)  # device and dtype of q
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
 
 
@@ -197,7 +199,7 @@ class Attention(nn.Module):
         if k.shape[2] <= SHORT and k.device.type == "cpu":
             y = attention(q, k, v, mask)           # (B, n_heads, T, head_dim)
         else:
-            y = fused_attention(q, k, v, mask)     # the same
+            y = fused_attention(q, k, v)           # the same
         y = y.transpose(1, 2).flatten(2)           # (B, T, n_heads · head_dim)
         return self.o_proj(y)                      # (B, T, dim)
 
@@ -244,7 +246,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         cos, sin = rope_table(config.head_dim, config.max_seq_len, config.rope_theta)
-        mask = causal_mask(config.max_seq_len)
+        mask = causal_mask(min(config.max_seq_len, SHORT))  # longer windows do not read it
         # They follow from the config, so they are not part of the state_dict.
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)

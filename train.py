@@ -115,6 +115,9 @@ def main(argv=None):
         args = read_settings(argv, saved=state["config"])  # again, with the saved values
     args.run = str(run)
     device = use_machine(args, device, world)
+    dtype = choose_dtype(args.dtype, device)
+    if args.fsdp:
+        sharding.check(world, dtype)
 
     # ---- Data, model, optimizer, precision
     accumulation = accumulation_steps(args, world)
@@ -125,14 +128,13 @@ def main(argv=None):
     if args.activation_checkpointing:
         checkpoint_activations(model)
     if args.fsdp:
-        sharding.shard(model, choose_dtype(args.dtype, device))
+        sharding.shard(model)
     optimizer = make_optimizer(model, args, device)
-    # Autocast runs matrix products in `dtype`; norms, softmax, loss and weights stay fp32. bf16 has
+    # Autocast runs matrix products in `dtype`; norms, loss and weights stay fp32. bf16 has
     # the range of fp32 and needs nothing else. fp16 has a smaller range: small gradients would
     # become 0. So the scaler multiplies the loss by a factor before the backward, and divides the
     # gradients by it afterwards. If a gradient overflowed, it skips the update and halves the
     # factor.
-    dtype = choose_dtype(args.dtype, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     observer = Observer(model, data, args, autocast)  # evaluates and samples
@@ -168,11 +170,13 @@ def main(argv=None):
         return end_processes(0)
 
     compiled = args.max_steps >= COMPILE_FROM if args.compile is None else args.compile
-    compiled = compiled and can_compile(device)
+    compiled = compiled and not any_process(not can_compile(device), device)
     if compiled:
         model.compile_parts()
     network = model  # what the loop calls; `model` keeps the plain names
     if world > 1 and not args.fsdp:
+        if compiled:
+            torch._dynamo.config.optimize_ddp = False  # else it cuts the blocks at DDP's buckets
         devices = [device] if device.type == "cuda" else None
         network = DistributedDataParallel(
             model, device_ids=devices,

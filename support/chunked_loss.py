@@ -48,7 +48,7 @@ def loss_and_gradient(logits, target):
 
 @functools.cache
 def compiled_loss_and_gradient():
-    """The same as one kernel. Nothing of the size of the logits is in memory but the gradient."""
+    """The same as one kernel."""
     return torch.compile(loss_and_gradient, dynamic=False)
 
 

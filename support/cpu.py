@@ -4,13 +4,7 @@ How threads wait. An operation on several threads ends when the last of them has
 OpenMP lets the others wait in a loop, for up to 15 ms, before they sleep. If another program uses
 one of the cores, a waiting thread takes the time from the one that it waits for, and a training
 step takes many times as long. A shorter loop avoids most of this, and costs little when the machine
-is idle. Milliseconds of a step of `tiny`, not compiled, on two cores of an Intel Xeon with AMX,
-each the median of three runs of `python -m pytest -m slow -k busy_core -s`:
-
-                                 idle    beside one busy program
-    without this file              74    510
-    with it                        75    185
-    OMP_WAIT_POLICY=PASSIVE       112    126    (no loop at all)
+is idle. README.md has the figures.
 
 How memory is handed out. A large tensor is new memory, which Linux gives in pages of 4 KiB, each
 at its first use and with an interruption: for the 0.1 GB of a chunk of logits 25,000 of them. In

@@ -124,7 +124,7 @@ def peak_rate(env, flops_per_token):
 
 def to_device(array, device):
     """A NumPy batch as a tensor on the device. A GPU copies it from pinned memory while it still
-    computes what it was told before; to copy from ordinary memory the program would wait for it."""
+    computes earlier work; from ordinary memory the program would wait for the copy."""
     tensor = torch.from_numpy(array)
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)

@@ -28,7 +28,6 @@ def recomputed(forward):
 # -------------------------------------------------------------------------------------------------
 # What a block keeps
 
-
 def bytes_kept_by_a_block(llama, tokens):
     """Bytes that the first block of `llama` keeps for the backward of a micro-batch of so many
     tokens, in sequences as long as its window, under bf16 autocast. All blocks are alike.
@@ -82,9 +81,8 @@ def peak_of_step(Llama, config, micro_batch, recompute=False):
 
 def peak_when_sharded(peak, llama, processes):
     """The same in each of so many processes with --fsdp, from the peak in one. Weights and moments
-    are divided. Gradients are not before the last micro-batch of a step, since only then they are
-    exchanged. Gathered are all the time embedding, norm and output layer, and by turns two blocks:
-    one that computes and the next."""
+    are divided. Gradients are divided in the last micro-batch of a step only, when they are
+    exchanged. Embedding, norm and output layer stay gathered; of the blocks, two at a time."""
     total = sum(p.numel() for p in llama.parameters())
     block = sum(p.numel() for p in llama.model.layers[0].parameters())
     gathered = total - (len(llama.model.layers) - 2) * block

@@ -20,7 +20,7 @@ EVAL_EVERY = 250          # steps
 SAVE_EVERY = 1000
 PEAK = 989e12             # FLOPs per second of an H100 or H200, dense bf16, data sheet
 UTILIZATION = 0.5         # of it, in training and evaluation
-DISK = 0.5e9              # bytes per second that are hashed and written
+DISK = 0.27e9             # bytes per second that are hashed and written, as README measured
 
 
 def plan(Llama, config, flops_per_token):

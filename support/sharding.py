@@ -14,30 +14,30 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from support.devices import processes
 from support.runs import UserError
 
 
-def shard(llama, dtype):
-    """Leave to this process its part of the weights, in place. dtype: that of matrix products.
-
-    Raises UserError where sharding is not possible."""
-    _, world = processes()
+def check(world, dtype):
+    """Raise UserError where sharding is not possible. dtype: that of matrix products."""
     if world == 1:
         raise UserError("--fsdp shards the model over several processes, and this is the only one "
                         "— start it with torchrun, or use --no-fsdp")
     if dtype == torch.float16:
         raise UserError("--fsdp does not work in fp16, whose loss scaler sees only a part of the "
                         "gradients — use --dtype bf16 or fp32, or --no-fsdp")
+
+
+def shard(llama):
+    """Leave to this process its part of the weights, in place."""
     from torch.distributed.device_mesh import init_device_mesh  # half a second, for this flag only
     from torch.distributed.fsdp import fully_shard
     device = next(llama.parameters()).device
-    mesh = init_device_mesh(device.type, (world,))
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for block in llama.model.layers:
         fully_shard(block, mesh=mesh)  # what is gathered and freed together
     fully_shard(llama, mesh=mesh)      # the rest: embedding, last norm, output layer
-    # PyTorch takes the module whose forward runs first for the whole. In an evaluation that would
-    # be a block.
+    # The module whose forward runs first becomes the root of all. In an evaluation that would be a
+    # block.
     with torch.no_grad():
         llama(torch.zeros(1, 1, dtype=torch.long, device=device))
     llama.reshard()  # which comes after the backward in training

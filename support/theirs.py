@@ -36,8 +36,8 @@ def in_transformers(llama):
 
 
 def their_loss(network, inputs, targets):
-    """The mean loss from transformers' own loss function; inputs and targets are (B, T). (It would
-    move `labels` by one token. In training a cache is of no use.)"""
+    """The mean loss from transformers' own loss function; inputs and targets are (B, T). (Given
+    `labels` alone it would shift them by one token. In training a cache is of no use.)"""
     output = network(input_ids=inputs, labels=targets, shift_labels=targets,
                      num_items_in_batch=targets.numel(), use_cache=False)
     return output.loss

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 import plot_dynamics
+from model import PRESETS, flops_per_token
+from support import plan
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -119,6 +121,14 @@ def test_readme_tells_of_the_logged_tunings():
 
 # -------------------------------------------------------------------------------------------------
 # Promises, exercises, layout
+
+def test_readme_tells_of_the_computed_plan():
+    """Catches: hours in README that `python model.py 1.7b --plan` does not print."""
+    config = PRESETS["1.7b"]
+    hours = [sum(plan.hours(1_716_144_128, flops_per_token(config, 1024), gpus)) for gpus in (1, 8)]
+    assert missing([f"{hours[0]:.1f} hours on one GPU and {hours[1]:.1f} on eight"]) == []
+    assert missing([f"{hours[0] + 1:.1f} hours on one GPU"]) != []  # control
+
 
 def test_promised_tests_exist():
     """Catches: a promise in README whose test was renamed or removed."""
