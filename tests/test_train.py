@@ -732,24 +732,25 @@ def test_compiled_run_resumes_bitwise(data, whole, tmp_path):
     assert compiled != losses  # control: it was compiled
 
 
-@pytest.mark.parametrize("script", ["train", "sft", "evaluate", "sample"])
+@pytest.mark.parametrize("script", ["train", "sft", "evaluate", "sample", "bench"])
 @pytest.mark.parametrize("given, expected", [
-    ({}, "5000"),
-    ({"GOMP_SPINCOUNT": "7"}, "7"),           # what the user set stays
-    ({"OMP_WAIT_POLICY": "PASSIVE"}, None),
+    ({}, "5000 1"),
+    ({"GOMP_SPINCOUNT": "7", "THP_MEM_ALLOC_ENABLE": "0"}, "7 0"),  # what the user set stays
+    ({"OMP_WAIT_POLICY": "PASSIVE"}, "None 1"),
 ])
-def test_threads_wait_as_measured(script, given, expected):
+def test_threads_and_memory_are_set_before_torch(script, given, expected):
     """Catches: a setting that is made after PyTorch has read it. (Row 49.)"""
     code = ("import os, sys\n"
             "class Finder:\n"
             "    def find_spec(name, *rest):\n"
             "        if name == 'torch':\n"
-            "            print(os.environ.get('GOMP_SPINCOUNT'), flush=True)\n"
+            "            names = ('GOMP_SPINCOUNT', 'THP_MEM_ALLOC_ENABLE')\n"
+            "            print(*map(os.environ.get, names), flush=True)\n"
             "            os._exit(0)\n"
             "sys.meta_path.insert(0, Finder)\n"
             f"import {script}\n")
     env = {name: value for name, value in os.environ.items()
-           if name not in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")}
+           if name not in ("GOMP_SPINCOUNT", "THP_MEM_ALLOC_ENABLE", "OMP_WAIT_POLICY")}
     printed = subprocess.run([sys.executable, "-c", code], env={**env, **given}, cwd=ROOT,
                              capture_output=True, text=True).stdout
     assert printed == f"{expected}\n"
