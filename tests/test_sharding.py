@@ -89,13 +89,10 @@ model.PRESETS["test"] = dataclasses.replace(model.PRESETS["test"], tie_embedding
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before, flags, tolerance", [
-    ("", ["--activation_checkpointing"], 1e-5),
-    ("", ["--micro_batch", 4], 1e-5),  # one micro-batch a step: nothing accumulates
-    ("", ["--compile"], 1e-5),
     ("", ["--compile", "--activation_checkpointing"], 1e-5),
     ("", ["--dtype", "bf16"], 1e-2),
-    (TIED, [], 1e-5),
-], ids=["checkpointed", "micro-batch", "compiled", "compiled and checkpointed", "bf16", "tied"])
+    (TIED, ["--micro_batch", 4], 1e-5),  # one micro-batch a step: nothing accumulates
+], ids=["compiled and checkpointed", "bf16", "tied"])
 def test_sharded_run_is_that_of_ddp(data, tmp_path, before, flags, tolerance):
     """Catches: two features that work alone and not together."""
     for name in ("fsdp", "no-fsdp"):
