@@ -476,7 +476,7 @@ def test_defaults_are_those_of_the_logged_runs(tmp_path, log, flags):
     base.mkdir()
     (base / "config.json").write_text(json.dumps(logged("default")))
     found = vars(sft.read_settings([str(base), *flags]))
-    own = {"base", "run", "step", "max_steps"}
+    own = {"base", "run", "step", "max_steps", "fingerprint"}
     names = (found.keys() & logged(log).keys()) - own
     assert len(names) > 25
     assert {name: found[name] for name in names} == {name: logged(log)[name] for name in names}
