@@ -2,13 +2,15 @@
 
 All implementations compute with the same weights, on the same tokens, in the same precision, with
 the same AdamW. First their losses and gradients are compared: networks that differ are not timed.
-Then they take turns, A B C D, A B C D …, so that whatever else the machine does slows all of them.
+Then they take turns, A B C D, A B C D …, so that whatever else the machine does slows all of them;
+a training step in a new process each time, so that none has the memory or the settings of another.
 The result is a table for a README.
 
     python bench.py                          # a training step: dim 256, 6 layers, 8 x 256 tokens
     python bench.py --vocab_size 50257       # the same network with GPT-2's vocabulary
     python bench.py --preset 124m --seq_len 512 --micro_batch 4
     python bench.py --mode decode            # greedy generation, 1 and 32 sequences at a time
+    python bench.py --mode growth            # ours in growing sizes, with a figure
     python bench.py --only ours              # does not need transformers
 """
 import argparse
@@ -17,7 +19,9 @@ import sys
 import time
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from statistics import median
+from tempfile import TemporaryDirectory
 
 from support import cpu  # before torch, which reads its settings once
 import torch
@@ -26,14 +30,17 @@ from tqdm import tqdm
 from model import PRESETS, Llama, ModelConfig, flops_per_token
 from support.devices import can_compile, choose_device, choose_dtype, refuse_processes
 from support.flags import Parser, count, number
-from support.measure import in_fresh_processes, matmul_rate, read_bandwidth, report, seconds_of
+from support.growth import TOKENS as GROWTH_TOKENS
+from support.growth import measure_growth
+from support.measure import in_fresh_process, matmul_rate, read_bandwidth, report, seconds_of
+from support.memory import peak_of_step
 from support.runs import UserError, script
 from support.theirs import in_transformers, their_loss, their_text
 from train import make_optimizer, read_settings
 
 DEFAULT = ModelConfig(256, 6, 8, 4, 768, 4096, max_seq_len=256)  # 6,819,072 parameters
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "intermediate_size", "vocab_size")
-FRESH_STEPS = 3  # of a fresh process: its memory is at its peak from the second one on
+WARM_UP = 3      # steps between the first one and those that are timed
 PROMPT = 8       # tokens; to read them costs little beside generating NEW
 NEW = 128
 
@@ -129,47 +136,48 @@ def bench_training(llama, names, args, argv, device, dtype):
     targets = windows[:, 1:].contiguous()   # (B, T)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     step = training_step(llama, inputs, targets, autocast, dtype)
-    losses = {name: IMPLEMENTATIONS["train"][name](llama) for name in names}
     if args.alone:  # this is one of the fresh processes below
-        step(losses[args.alone])
+        loss_of = IMPLEMENTATIONS["train"][args.alone](llama)
+        step(loss_of)
         first_step_at = time.time()
-        repeat(FRESH_STEPS - 1, step, losses[args.alone])
-        report(first_step_at, device)
+        repeat(WARM_UP, step, loss_of)
+        seconds = seconds_of(partial(repeat, args.steps, step, loss_of), device)
+        report(first_step_at, seconds / args.steps, device)
         return None
 
+    losses = {name: IMPLEMENTATIONS["train"][name](llama) for name in names}
     fp32 = torch.autocast(device.type, enabled=False)
     eager = {name: losses[name] for name in names if "compiled" not in name}
     check_losses(eager, llama, inputs[:1], targets[:1], fp32, TOLERANCE[torch.float32])
-    if device.type == "cuda":
-        torch.cuda.empty_cache()  # the fresh processes need the memory
-    fresh = {}
-    for name in tqdm(names, desc="fresh processes", leave=False):
-        fresh[name] = in_fresh_processes([sys.executable, __file__, *argv, "--alone", name])
     # Once more: all sequences, in the precision that is timed, compiled.
     check_losses(losses, llama, inputs, targets, autocast, TOLERANCE[dtype])
+    if device.type == "cuda":
+        torch.cuda.empty_cache()  # the fresh processes need the memory
 
-    for name in names:
-        step(losses[name])  # warm-up: the optimizer allocates its moments
-    seconds = {name: [] for name in names}
+    turns = {name: [] for name in names}
     ceiling = 0
-    for _ in tqdm(range(args.rounds), desc="rounds", leave=False):
-        ceiling = max(ceiling, matmul_ceiling(config, inputs.numel(), dtype, device))
-        for name in names:
-            turn = partial(repeat, args.steps, step, losses[name])
-            seconds[name].append(seconds_of(turn, device) / args.steps)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as caches:
+        for _ in tqdm(range(args.rounds), desc="rounds", leave=False):
+            ceiling = max(ceiling, matmul_ceiling(config, inputs.numel(), dtype, device))
+            for name in names:
+                # Theirs without support/cpu.py: as a script would use it that is not ours.
+                plain = "1" if "transformers" in name else "0"
+                turns[name].append(in_fresh_process(
+                    [sys.executable, __file__, *argv, "--alone", name], PLAIN_PYTORCH=plain,
+                    TORCHINDUCTOR_CACHE_DIR=f"{caches}/{name}"))
     flops = flops_per_token(config, config.max_seq_len)
     memory = "resident memory, Python and libraries included"
     if device.type == "cuda":
         memory = "torch.cuda.max_memory_allocated"
-    return train_table(seconds, inputs.numel(), flops, ceiling, fresh), [
-        f"{args.micro_batch} x {config.max_seq_len} tokens a step, {args.steps} steps in each of "
-        f"{args.rounds} rounds: median (lowest–highest); × is the ratio within a round",
+    return train_table(turns, inputs.numel(), flops, ceiling), [
+        f"{args.micro_batch} x {config.max_seq_len} tokens a step; in each of {args.rounds} rounds "
+        f"a fresh process for each, with {args.steps} timed steps after {1 + WARM_UP} others: "
+        f"median (lowest–highest); × is the ratio within a round",
         f"utilisation = tokens/s · {flops / 1e9:.4g} GFLOP per token (model.flops_per_token) / "
         f"{ceiling / 1e9:,.0f} GFLOP/s, the fastest matrix product in this run",
-        f"peak: {memory}, of a fresh process in {FRESH_STEPS} steps; in brackets the ratio to "
-        f"transformers",
-        "first step: seconds since the start of a fresh process, imports included; cold: with an "
-        "empty compile cache; warm: with what the cold process left there"]
+        f"peak: {memory}; the highest of all rounds, and its ratio to transformers'",
+        "first step: seconds since the start of the process, imports included; cold: with an "
+        "empty compile cache, in the first round; warm: with what that left there, in the others"]
 
 
 def training_step(llama, inputs, targets, autocast, dtype):
@@ -205,22 +213,23 @@ def matmul_ceiling(config, tokens, dtype, device):
     return max(matmul_rate(*shape, dtype, device) for shape in shapes)
 
 
-def train_table(seconds, tokens, flops, ceiling, fresh):
-    """Rows of text, the header first. seconds: {name: of one step, in each round}; tokens of a
-    step; flops per token; ceiling in FLOP/s; fresh: {name: what in_fresh_processes returned}."""
-    rates = {name: [tokens / s for s in values] for name, values in seconds.items()}
+def train_table(turns, tokens, flops, ceiling):
+    """Rows of text, the header first. turns: {name: what in_fresh_process returned, for each
+    round}; tokens of a step; flops per token; ceiling in FLOP/s."""
+    rates = {name: [tokens / turn["seconds"] for turn in turns[name]] for name in turns}
+    peaks = {name: max(turn["peak_bytes"] for turn in turns[name]) for name in turns}
     baselines = [name for name in rates if name.startswith("transformers")]
     table = [["implementation", "tokens/s", *[f"× {name}" for name in baselines], "utilisation",
               "peak GB", "first step, cold", "warm"]]
     for name in rates:
         speedups = [spread(ratios(rates, name, other), "{:.2f}") for other in baselines]
-        cold, warm, peak = fresh[name]
-        memory = f"{peak / 1e9:.2f}"
-        if "transformers" in fresh:
-            memory += f" ({peak / fresh['transformers'][2]:.2f} ×)"
+        memory = f"{peaks[name] / 1e9:.2f}"
+        if "transformers" in peaks:
+            memory += f" ({peaks[name] / peaks['transformers']:.2f} ×)"
+        cold, *warm = [turn["first_step"] for turn in turns[name]]
         table.append([name, spread(rates[name], "{:,.0f}"), *speedups,
                       f"{median(rates[name]) * flops / ceiling:.1%}", memory,
-                      f"{cold:.1f} s", f"{warm:.1f} s"])
+                      f"{cold:.1f} s", f"{median(warm):.1f} s" if warm else "—"])
     return table
 
 
@@ -275,7 +284,34 @@ def decode_table(seconds, weight_bytes, bandwidth):
 
 
 # -------------------------------------------------------------------------------------------------
-# What both modes share
+# Growth: our step, not compiled, in networks and windows of other sizes
+
+def measure_size(device, dtype, dim, seq_len):
+    """A row of growth.jsonl: tokens/s and peak of a fresh process, and what is computed about
+    them. DEFAULT's network with another width or window; in heads of 32 numbers."""
+    config = ModelConfig(dim, DEFAULT.n_layers, dim // 32, dim // 64, 3 * dim, DEFAULT.vocab_size,
+                         max_seq_len=seq_len)
+    micro_batch = GROWTH_TOKENS // seq_len
+    measured = measure_alone(config, micro_batch, device)
+    # Python, the libraries, and what these need for any network.
+    smallest = measure_alone(replace(DEFAULT, dim=64, n_layers=1, max_seq_len=16), 1, device)
+    return {"dim": dim, "seq_len": seq_len, "tok_per_s": GROWTH_TOKENS / measured["seconds"],
+            "peak_bytes": measured["peak_bytes"], "smallest_bytes": smallest["peak_bytes"],
+            "computed_bytes": peak_of_step(Llama, config, micro_batch),
+            "flops_per_token": flops_per_token(config, seq_len),
+            "ceiling": matmul_rate(2048, 2048, 2048, dtype, device)}
+
+
+def measure_alone(config, micro_batch, device):
+    """What a fresh process reports about our step in a network of these sizes."""
+    flags = ["--seq_len", config.max_seq_len, "--micro_batch", micro_batch, "--device", device]
+    for name in SIZES:
+        flags += [f"--{name}", getattr(config, name)]
+    return in_fresh_process([sys.executable, __file__, *map(str, flags), "--alone", "ours"])
+
+
+# -------------------------------------------------------------------------------------------------
+# What the modes share
 
 def random_ids(config, shape, device):
     generator = torch.Generator().manual_seed(0)
@@ -325,14 +361,15 @@ def read_arguments(argv):
     parser = Parser(description="Our speed and memory beside those of transformers' LLaMA.",
                     parents=[preset_parser])
     add = parser.add_argument
-    add("--mode", choices=IMPLEMENTATIONS, default="train", help="a training step, or greedy "
-        "generation")
+    add("--mode", choices=(*IMPLEMENTATIONS, "growth"), default="train", help="a training step, "
+        "greedy generation, or training steps of ours in growing sizes")
+    add("--out", type=Path, default=Path("figures"), help="folder for what --mode growth finds")
     for name in SIZES:
         add(f"--{name}", type=count, default=getattr(sizes, name), help="of the network")
     add("--seq_len", type=count, default=sizes.max_seq_len, help="tokens per sequence")
     add("--micro_batch", type=count, default=8, help="sequences per training step")
     add("--rounds", type=count, default=5, help="turns of each implementation")
-    add("--steps", type=count, default=5, help="training steps in a turn")
+    add("--steps", type=count, default=10, help="training steps in a turn")
     known = sorted({*IMPLEMENTATIONS["train"], *IMPLEMENTATIONS["decode"]})
     add("--only", nargs="+", choices=known, metavar="NAME", help="of %(choices)s")
     add("--compile", action=argparse.BooleanOptionalAction, help="measure the compiled ones too; "
@@ -392,6 +429,10 @@ def main(argv=None):
     if args.threads:
         torch.set_num_threads(args.threads)
     dtype = choose_dtype(args.dtype, device)
+    if args.mode == "growth":
+        print(markdown(measure_growth(args.out, partial(measure_size, device, dtype))))
+        print(f"\ndrawn: {args.out}/growth.png, from {args.out}/growth.jsonl")
+        return
     names = choose_names(args, device)
     llama = make_network(args).to(device)
     if args.mode == "decode":

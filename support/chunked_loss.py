@@ -78,6 +78,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                     grad_weight = product.to(weight.dtype)
                 else:
                     grad_weight += product
+            del grad  # it is large: before the next logits
         ctx.save_for_backward(grad_hidden, grad_weight)
         return loss
 

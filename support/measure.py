@@ -4,7 +4,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from functools import partial
 from pathlib import Path
@@ -70,29 +69,23 @@ def peak_bytes(device):
     return math.nan
 
 
-def in_fresh_processes(command):
-    """Run a command twice, each time with its own process: first with an empty compile cache, then
-    with what the first one left there. The command ends with `report`.
-
-    Returns (seconds from the start to the first step, cold; the same warm; the larger peak in
-    bytes). Raises UserError if a process fails."""
-    seconds = []
-    peaks = []
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
-        environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
-        for _ in range(2):
-            start = time.time()
-            done = subprocess.run(command, env=environment, capture_output=True, text=True)
-            if done.returncode != 0:
-                last_line = done.stderr.strip().split("\n")[-1]
-                raise UserError(f"{' '.join(command)} ended with exit code {done.returncode}: "
-                                f"{last_line}")
-            measured = json.loads(done.stdout.splitlines()[-1])
-            seconds.append(measured["first_step_at"] - start)
-            peaks.append(measured["peak_bytes"])
-    return *seconds, max(peaks)
+def in_fresh_process(command, **environment):
+    """Run a command that ends with `report`, with more environment variables. Returns
+    {"first_step": seconds from its start to its first step, "seconds": of a step, "peak_bytes"}.
+    Raises UserError if it fails."""
+    start = time.time()
+    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True,
+                          text=True)
+    if done.returncode != 0:
+        last_line = done.stderr.strip().split("\n")[-1]
+        raise UserError(f"{' '.join(command)} ended with exit code {done.returncode}: {last_line}")
+    measured = json.loads(done.stdout.splitlines()[-1])
+    return {"first_step": measured["first_step_at"] - start, "seconds": measured["seconds"],
+            "peak_bytes": measured["peak_bytes"]}
 
 
-def report(first_step_at, device):
-    """Print what `in_fresh_processes` reads: the time of the first step, and the peak so far."""
-    print(json.dumps({"first_step_at": first_step_at, "peak_bytes": peak_bytes(device)}))
+def report(first_step_at, seconds, device):
+    """Print what `in_fresh_process` reads: when the first step was done (seconds since 1970), the
+    seconds of a step, and the memory's peak so far."""
+    print(json.dumps({"first_step_at": first_step_at, "seconds": seconds,
+                      "peak_bytes": peak_bytes(device)}))

@@ -1,15 +1,19 @@
 """bench.py: what it refuses, what its tables follow from, and whole runs of tiny networks."""
+import json
 import re
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import bench
 from conftest import ROOT, exit_code, messages
-from support import measure
+from model import Llama, flops_per_token
+from support import growth, measure
+from support.memory import peak_of_step
 from support.runs import UserError
 
 SIZES = ("--dim 32 --n_layers 1 --n_heads 2 --n_kv_heads 1 --intermediate_size 48 --vocab_size 100 "
@@ -32,10 +36,10 @@ def no_processes(monkeypatch):
     """Each fresh process would take seconds: numbers in their place."""
     started = []
 
-    def invented(command):
-        started.append(command)
-        return 3.0, 2.0, 10**9
-    monkeypatch.setattr(bench, "in_fresh_processes", invented)
+    def invented(command, **environment):
+        started.append((command, environment))
+        return {"first_step": 3.0, "seconds": 0.5, "peak_bytes": 10**9}
+    monkeypatch.setattr(bench, "in_fresh_process", invented)
     return started
 
 
@@ -48,17 +52,26 @@ def cells(printed):
 # -------------------------------------------------------------------------------------------------
 # The tables
 
+def turns(seconds, first_steps, peaks):
+    """What in_fresh_process returned in each round."""
+    rounds = zip(seconds, first_steps, peaks)
+    return [dict(zip(("seconds", "first_step", "peak_bytes"), found)) for found in rounds]
+
+
+OURS = turns([0.5, 0.25, 0.4], [9.04, 1.6, 1.4], [2e8, 3e8, 1e8])
+THEIRS = turns([1.0, 1.0, 2.0], [4.0, 3.1, 2.9], [1.2e9, 1e9, 1e9])
+
+
 def training(**changes):
     """A table from invented measurements."""
-    measured = {"seconds": {"ours": [0.5, 0.25, 0.4], "transformers": [1.0, 1.0, 2.0]},
-                "tokens": 1000, "flops": 2e9, "ceiling": 1e13,
-                "fresh": {"ours": (9.04, 1.5, 3e8), "transformers": (4.0, 3.0, 1.2e9)}}
+    measured = {"turns": {"ours": OURS, "transformers": THEIRS}, "tokens": 1000, "flops": 2e9,
+                "ceiling": 1e13}
     return bench.train_table(**{**measured, **changes})
 
 
 def test_bench_training_table_follows_from_the_measurements():
-    """Catches: seconds for rates, a ratio upside down or of medians, a peak that is not a ratio to
-    transformers."""
+    """Catches: seconds for rates, a ratio upside down or of medians, a peak that is not the
+    highest, a warm start that is the cold one."""
     header, ours, theirs = training()
     assert header == ["implementation", "tokens/s", "× transformers", "utilisation", "peak GB",
                       "first step, cold", "warm"]
@@ -74,9 +87,9 @@ def test_bench_training_table_follows_from_the_measurements():
 
 def test_bench_table_without_transformers_has_no_ratios():
     """Catches: a run of --only ours that fails in its last line."""
-    header, ours = training(seconds={"ours": [0.5]}, fresh={"ours": (9.0, 1.5, 3e8)})
+    header, ours = training(turns={"ours": OURS[:1]})
     assert header[:3] == ["implementation", "tokens/s", "utilisation"]
-    assert ours[:4] == ["ours", "2,000 (2,000–2,000)", "40.0%", "0.30"]
+    assert ours == ["ours", "2,000 (2,000–2,000)", "40.0%", "0.20", "9.0 s", "—"]  # one round
 
 
 def test_bench_decode_table_follows_from_the_measurements():
@@ -169,11 +182,25 @@ def test_bench_measures_a_training_step(dtype, no_processes, capsys):
     header, ours, theirs = cells(printed)
     assert (ours[0], theirs[0]) == ("ours", "transformers")
     assert len(header) == len(ours) == len(theirs) == 7
-    assert ours[4:] == ["1.00 (1.00 ×)", "3.0 s", "2.0 s"]
-    assert float(ours[1].split()[0].replace(",", "")) > 0
+    assert ours[1] == "64 (64–64)"  # 2 x 16 tokens in 0.5 s
+    assert ours[4:] == ["1.00 (1.00 ×)", "3.0 s", "—"]
     assert "vocabulary 128" in printed  # 100, rounded up
-    assert [command[-2:] for command in no_processes] == [["--alone", "ours"],
-                                                          ["--alone", "transformers"]]
+    names = ["ours", "transformers"]
+    assert [command[-2:] for command, _ in no_processes] == [["--alone", name] for name in names]
+    environments = [environment for _, environment in no_processes]
+    assert [environment["PLAIN_PYTORCH"] for environment in environments] == ["0", "1"]
+    caches = {environment["TORCHINDUCTOR_CACHE_DIR"] for environment in environments}
+    assert len(caches) == 2
+
+
+def test_rounds_take_turns_and_share_a_compile_cache(no_processes, capsys):
+    """Catches: all rounds of one, then all of the other; a cold start in each round."""
+    pytest.importorskip("transformers")
+    assert exit_code(bench.main, [*SIZES, "--rounds", "2", "--no-compile"]) is None
+    assert [command[-1] for command, _ in no_processes] == ["ours", "transformers"] * 2
+    caches = [environment["TORCHINDUCTOR_CACHE_DIR"] for _, environment in no_processes]
+    assert caches[:2] == caches[2:]
+    assert not Path(caches[0]).parent.exists()  # nothing is left
 
 
 def test_bench_measures_generation(capsys):
@@ -188,7 +215,7 @@ def test_bench_measures_generation(capsys):
 
 def test_bench_runs_alone_in_fresh_processes(capsys):
     """Catches: flags that the fresh processes do not get; seconds that are not theirs."""
-    assert exit_code(bench.main, [*SIZES, "--only", "ours"]) is None
+    assert exit_code(bench.main, [*SIZES, "--rounds", "2", "--only", "ours"]) is None
     header, ours = cells(capsys.readouterr().out)
     assert header[-3:] == ["peak GB", "first step, cold", "warm"]
     peak, cold, warm = (float(text.split()[0]) for text in ours[-3:])
@@ -202,7 +229,7 @@ def test_bench_measures_compiled_networks(capsys):
     """Catches: a compiled network that differs, or whose second start compiles again."""
     pytest.importorskip("transformers")
     names = ["ours", "ours-compiled", "transformers"]  # theirs compiled would take two minutes more
-    assert exit_code(bench.main, [*SIZES, "--compile", "--only", *names]) is None
+    assert exit_code(bench.main, [*SIZES, "--rounds", "2", "--compile", "--only", *names]) is None
     rows = cells(capsys.readouterr().out)[1:]
     assert [row[0] for row in rows] == names
     for row in rows:
@@ -215,27 +242,28 @@ def test_bench_measures_compiled_networks(capsys):
 # -------------------------------------------------------------------------------------------------
 # Fresh processes
 
-# Reports as a peak how many files it found in the cache, and as seconds 100 for each.
-FINDS = """import json, os, pathlib, time
-cache = pathlib.Path(os.environ["TORCHINDUCTOR_CACHE_DIR"])
-found = len(list(cache.iterdir()))
-(cache / "kernel").touch()
-print(json.dumps({"first_step_at": time.time() + 100 * found, "peak_bytes": found}))"""
+# Reports as a peak the length of a variable of its environment, and 100 s until the first step.
+REPORTS = """import os, time
+from support.measure import report
+import support.measure
+support.measure.peak_bytes = lambda device: len(os.environ["GIVEN"])
+print("other output")
+report(time.time() + 100, 0.25, None)"""
 
 
-def test_only_the_second_process_finds_a_cache():
-    """Catches: a cold start with the user's cache; a warm one with another empty folder."""
-    cold, warm, peak = measure.in_fresh_processes([sys.executable, "-c", FINDS])
-    assert 0 < cold < 100 < warm
-    assert peak == 1
-    kept = FINDS.replace('(cache / "kernel").touch()', "")
-    assert measure.in_fresh_processes([sys.executable, "-c", kept])[2] == 0  # control
+def test_a_fresh_process_reports(monkeypatch):
+    """Catches: variables that do not reach the process; seconds since 1970 for those of a start."""
+    found = measure.in_fresh_process([sys.executable, "-c", REPORTS], GIVEN="1234")
+    assert 100 < found.pop("first_step") < 130
+    assert found == {"seconds": 0.25, "peak_bytes": 4}
+    other = measure.in_fresh_process([sys.executable, "-c", REPORTS], GIVEN="")
+    assert other["peak_bytes"] == 0  # control
 
 
 def test_a_process_that_fails_is_one_line():
     """Catches: a table without a row, or the traceback of another process."""
     with pytest.raises(UserError, match="exit code 1: out of memory$") as raised:
-        measure.in_fresh_processes([sys.executable, "-c", "exit('a\\nout of memory')"])
+        measure.in_fresh_process([sys.executable, "-c", "exit('a\\nout of memory')"])
     assert raised.value.code == 2
 
 
@@ -309,3 +337,61 @@ def test_bench_mistakes_are_one_line(flags, message, capsys):
     [line] = messages(capsys)
     assert line.startswith("bench.py: ")
     assert message in line
+
+
+# -------------------------------------------------------------------------------------------------
+# Growth
+
+def size(dim, seq_len, **changes):
+    """A row of growth.jsonl, invented."""
+    return {"dim": dim, "seq_len": seq_len, "tok_per_s": 1e6 / dim, "peak_bytes": dim * 1e7,
+            "smallest_bytes": 2e8, "computed_bytes": dim * 9e6, "flops_per_token": dim * 1e5,
+            "ceiling": 1e12, **changes}
+
+
+def test_growth_measures_what_is_missing(tmp_path):
+    """Catches: sizes that are measured twice or never; a figure that needs them measured again."""
+    measured = []
+
+    def invented(dim, seq_len):
+        measured.append((dim, seq_len))
+        return size(dim, seq_len)
+    first = json.dumps(size(128, 256))
+    (tmp_path / "growth.jsonl").write_text(f"{first}\n")
+    table = growth.measure_growth(tmp_path, invented)
+    assert measured == growth.SIZES[1:]
+    assert len(table) == 1 + len(growth.SIZES)
+    (tmp_path / "growth.png").unlink()
+    measured.clear()
+    assert growth.measure_growth(tmp_path, invented) == table
+    assert measured == []
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
+def test_growth_table_follows_from_the_rows():
+    """Catches: a bound of each row's own ceiling; memory without that of Python."""
+    header, first, second = growth.growth_table([size(128, 256), size(256, 512, ceiling=4e12)])
+    # 4e12 / 1.28e7; 2e8 + 128 · 9e6
+    assert first == ["128", "256", "7,812", "312,500", "1.28", "1.35"]
+    assert second == ["256", "512", "3,906", "156,250", "2.56", "2.50"]
+    assert growth.growth_table([size(128, 256)])[1][3] == "78,125"  # control
+
+
+def test_growth_measures_a_size(monkeypatch):
+    """Catches: sizes that do not reach the process; memory without the network."""
+    commands = []
+
+    def invented(command):
+        commands.append(command)
+        return {"first_step": 3.0, "seconds": 0.5, "peak_bytes": 10**9}
+    monkeypatch.setattr(bench, "in_fresh_process", invented)
+    found = bench.measure_size(torch.device("cpu"), torch.float32, 64, 128)
+    assert found["tok_per_s"] == 4096  # 2,048 in 0.5 s
+    config = replace(bench.DEFAULT, dim=64, n_heads=2, n_kv_heads=1, intermediate_size=192,
+                     max_seq_len=128)
+    assert found["flops_per_token"] == flops_per_token(config, 128)
+    assert found["computed_bytes"] == peak_of_step(Llama, config, 16)
+    args = bench.read_arguments(commands[0][2:])
+    assert bench.make_network(args).config == config
+    assert (args.micro_batch, args.alone) == (16, "ours")
+    assert bench.read_arguments(commands[1][2:]).n_layers == 1

@@ -1,0 +1,81 @@
+"""growth.py — how speed and memory of a training step change with the width of the network and the
+length of its windows, beside what the arithmetic alone would cost: `python bench.py --mode growth`.
+
+bench.py measures; this file keeps and draws. A size that is in growth.jsonl already is not measured
+again; so with all of them there the command only draws.
+"""
+import json
+
+from tqdm import tqdm
+
+DIMS = (128, 256, 512, 1024)          # with windows of 256 tokens
+WINDOWS = (128, 256, 512, 1024, 2048)  # at dim 256
+SIZES = [(dim, 256) for dim in DIMS] + [(256, T) for T in WINDOWS if T != 256]
+TOKENS = 2048  # a step, always: 16 windows of 128, 1 of 2048
+
+
+def measure_growth(out, measure_size):
+    """Add what growth.jsonl in the folder `out` lacks: for each size a row from measure_size(dim,
+    seq_len). Draw growth.png. Returns the rows as text, the header first."""
+    out.mkdir(parents=True, exist_ok=True)
+    file = out / "growth.jsonl"
+    rows = []
+    if file.exists():
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+    known = [(row["dim"], row["seq_len"]) for row in rows]
+    missing = [size for size in SIZES if size not in known]
+    for dim, seq_len in tqdm(missing, desc="sizes", leave=False):
+        row = measure_size(dim, seq_len)
+        with open(file, "a") as lines:
+            lines.write(json.dumps(row) + "\n")
+        rows.append(row)
+    rows = [row for row in rows if (row["dim"], row["seq_len"]) in SIZES]
+    draw(rows, out / "growth.png")
+    return growth_table(rows)
+
+
+def ceiling_of(rows):
+    """FLOP/s: the fastest that a matrix product was in any row."""
+    return max(row["ceiling"] for row in rows)
+
+
+def growth_table(rows):
+    """Rows of text, the header first."""
+    table = [["dim", "window", "tokens/s", "if only the arithmetic took time", "peak GB",
+              "computed GB"]]
+    for row in rows:
+        bound = ceiling_of(rows) / row["flops_per_token"]
+        computed = row["smallest_bytes"] + row["computed_bytes"]
+        table.append([str(row["dim"]), str(row["seq_len"]), f"{row['tok_per_s']:,.0f}",
+                      f"{bound:,.0f}", f"{row['peak_bytes'] / 1e9:.2f}", f"{computed / 1e9:.2f}"])
+    return table
+
+
+def draw(rows, path):
+    """Four panels: tokens/s and memory, against dim and against the window."""
+    from matplotlib.figure import Figure  # takes a second
+    figure = Figure(figsize=(10, 7), layout="constrained", dpi=110)
+    panels = figure.subplots(2, 2, sharey="row")
+    columns = [("dim", "seq_len", "width of the network (dim), windows of 256 tokens"),
+               ("seq_len", "dim", "window in tokens, dim 256")]
+    for column, (key, fixed, label) in enumerate(columns):
+        chosen = sorted((row for row in rows if row[fixed] == 256), key=lambda row: row[key])
+        x = [row[key] for row in chosen]
+        speed, memory = panels[:, column]
+        speed.plot(x, [ceiling_of(rows) / row["flops_per_token"] for row in chosen], "o--",
+                   color="0.6", label="if only the arithmetic took time")
+        speed.plot(x, [row["tok_per_s"] for row in chosen], "o-", label="measured")
+        memory.plot(x, [(row["smallest_bytes"] + row["computed_bytes"]) / 1e9 for row in chosen],
+                    "o--", color="0.6", label="computed")
+        memory.plot(x, [row["peak_bytes"] / 1e9 for row in chosen], "o-", label="measured")
+        speed.set_ylabel("tokens/s")
+        memory.set_ylabel("peak memory, GB")
+        for panel in (speed, memory):
+            panel.set(xscale="log", yscale="log", xlabel=label)
+            panel.set_xticks(x, [str(value) for value in x], minor=False)
+            panel.minorticks_off()
+            panel.grid(alpha=0.3)
+            panel.legend()
+    figure.suptitle(f"A training step of {TOKENS:,} tokens, 6 layers, vocabulary 4,096, not "
+                    f"compiled")
+    figure.savefig(path)
