@@ -160,11 +160,11 @@ def bench_training(llama, names, args, argv, device, dtype):
         for _ in tqdm(range(args.rounds), desc="rounds", leave=False):
             ceiling = max(ceiling, matmul_ceiling(config, inputs.numel(), dtype, device))
             for name in names:
-                # Theirs without support/cpu.py: as a script would use it that is not ours.
-                plain = "1" if "transformers" in name else "0"
-                turns[name].append(in_fresh_process(
-                    [sys.executable, __file__, *argv, "--alone", name], PLAIN_PYTORCH=plain,
-                    TORCHINDUCTOR_CACHE_DIR=f"{caches}/{name}"))
+                environment = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/{name}"}
+                if name.startswith("transformers"):
+                    environment["PLAIN_PYTORCH"] = "1"  # as scripts use it that are not ours
+                command = [sys.executable, __file__, *argv, "--alone", name]
+                turns[name].append(in_fresh_process(command, **environment))
     flops = flops_per_token(config, config.max_seq_len)
     memory = "resident memory, Python and libraries included"
     if device.type == "cuda":

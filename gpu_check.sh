@@ -114,8 +114,8 @@ part two_processes torchrun --standalone --nproc_per_node=2 -- train.py --device
 
 # 7. Beside others.
 if [ -f bench.py ] && [ "$device" != cpu ]; then
-  part bench_124m "$python" bench.py --preset 124m
-  part bench_1.7b "$python" bench.py --preset 1.7b
+  part bench_124m "$python" bench.py --preset 124m --rounds 3
+  part bench_1.7b "$python" bench.py --preset 1.7b --rounds 2 --steps 5
   part bench_decode "$python" bench.py --preset 1.7b --mode decode
 fi
 
