@@ -40,7 +40,7 @@ EMBEDDED = "data/pydocs"  # text that every computer with Python has; prepared w
 # What a preset changes. A flag on the command line wins over it; the other defaults are below.
 BY_PRESET = {
     # Batches are small here, so AdamW averages the squares of more gradients: beta2 0.99.
-    "tiny": dict(data=EMBEDDED, max_steps=3500, batch_tokens=1024, seq_len=128, lr=1e-3,
+    "tiny": dict(data=EMBEDDED, max_steps=3800, batch_tokens=1024, seq_len=128, lr=1e-3,
                  warmup_steps=100, schedule="wsd", beta2=0.99, eval_every=1000, eval_tokens=24_576,
                  benchmark_items=320, sample_every=0, sample_prompt="The function returns",
                  keep_every=0),
@@ -63,8 +63,8 @@ def lr_at(step, settings):
 
     cosine: Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5. wsd: constant, then linear over the
     last 20 % (Hu et al. 2024, arXiv 2404.06395, §4). A pure function of its arguments, so a resume
-    does not change it. But another --max_steps does: to continue a finished run of 3,500 steps with
-    --max_steps 7000 raises the rate from the final 1.0e-4 back to 1.0e-3."""
+    does not change it. But another --max_steps does: to continue a finished run of 3,800 steps with
+    --max_steps 7600 raises the rate from the final 1.0e-4 back to 1.0e-3."""
     warmup = settings.warmup_steps
     end = settings.max_steps
     if step < warmup:

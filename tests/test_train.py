@@ -542,12 +542,12 @@ def test_lr_has_no_jump(schedule, warmup):
 def test_lr_of_a_longer_run_is_as_documented():
     """Catches: numbers in the docstring of lr_at that are not those of the code."""
     tiny = train.read_settings([])
-    longer = train.read_settings(["--max_steps", "7000"])
+    longer = train.read_settings(["--max_steps", "7600"])
     before = train.lr_at(tiny.max_steps, tiny)
     after = train.lr_at(tiny.max_steps, longer)
     assert f"{before:.1e} {after:.1e}" == "1.0e-04 1.0e-03"
     document = " ".join(train.lr_at.__doc__.split())
-    assert f"run of {tiny.max_steps:,} steps with --max_steps 7000" in document
+    assert f"run of {tiny.max_steps:,} steps with --max_steps 7600" in document
     assert "1.0e-4 back to 1.0e-3" in document
 
 
