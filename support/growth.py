@@ -2,15 +2,19 @@
 length of its windows, beside what the arithmetic alone would cost: `python bench.py --mode growth`.
 
 bench.py measures; this file keeps and draws. A size that is in growth.jsonl already is not measured
-again; so with all of them there the command only draws.
+again; so with all of them there the command only draws. They should all be of one machine.
 """
 import json
 
 from tqdm import tqdm
 
+from support.runs import UserError, parse_json
+
 DIMS = (128, 256, 512, 1024)          # with windows of 256 tokens
 WINDOWS = (128, 256, 512, 1024, 2048)  # at dim 256
 SIZES = [(dim, 256) for dim in DIMS] + [(256, T) for T in WINDOWS if T != 256]
+KEYS = {"dim", "seq_len", "tok_per_s", "peak_bytes", "smallest_bytes", "computed_bytes",
+        "flops_per_token", "ceiling"}  # of a row
 TOKENS = 2048  # a step, always: 16 windows of 128, 1 of 2048
 
 
@@ -19,9 +23,7 @@ def measure_growth(out, measure_size):
     seq_len). Draw growth.png. Returns the rows as text, the header first."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / "growth.jsonl"
-    rows = []
-    if file.exists():
-        rows = [json.loads(line) for line in file.read_text().splitlines()]
+    rows = read_rows(file)
     known = [(row["dim"], row["seq_len"]) for row in rows]
     missing = [size for size in SIZES if size not in known]
     for dim, seq_len in tqdm(missing, desc="sizes", leave=False):
@@ -29,9 +31,25 @@ def measure_growth(out, measure_size):
         with open(file, "a") as lines:
             lines.write(json.dumps(row) + "\n")
         rows.append(row)
-    rows = [row for row in rows if (row["dim"], row["seq_len"]) in SIZES]
     draw(rows, out / "growth.png")
     return growth_table(rows)
+
+
+def read_rows(file):
+    """What was measured before. Raises UserError for a line that is not a row of it."""
+    lines = file.read_bytes().splitlines() if file.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = parse_json(line)
+            complete = KEYS == set(row) and all(value > 0 for value in row.values())
+        except (ValueError, TypeError):
+            complete = False
+        if not complete:
+            raise UserError(f"{file}:{number}: not a row that bench.py wrote — delete the line, "
+                            f"and that size is measured again")
+        rows.append(row)
+    return rows
 
 
 def ceiling_of(rows):
@@ -70,8 +88,10 @@ def draw(rows, path):
         memory.plot(x, [row["peak_bytes"] / 1e9 for row in chosen], "o-", label="measured")
         speed.set_ylabel("tokens/s")
         memory.set_ylabel("peak memory, GB")
+        speed.set(yscale="log")
+        memory.set(ylim=(0, None))
         for panel in (speed, memory):
-            panel.set(xscale="log", yscale="log", xlabel=label)
+            panel.set(xscale="log", xlabel=label)
             panel.set_xticks(x, [str(value) for value in x], minor=False)
             panel.minorticks_off()
             panel.grid(alpha=0.3)

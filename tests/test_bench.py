@@ -368,6 +368,18 @@ def test_growth_measures_what_is_missing(tmp_path):
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize("line", ['{"dim": 128', "[1]", "7", "null", json.dumps({"dim": 128}),
+                                  json.dumps(size(128, 256, tok_per_s=None)), "\xff"])
+def test_damaged_growth_is_refused(tmp_path, line):
+    """Catches: a traceback, or a figure of half a row."""
+    good = json.dumps(size(256, 256))
+    (tmp_path / "growth.jsonl").write_text(f"{good}\n{line}\n", encoding="latin-1")
+    with pytest.raises(UserError, match=r"growth\.jsonl:2: not a row"):
+        growth.measure_growth(tmp_path, size)
+    (tmp_path / "growth.jsonl").write_text(f"{good}\n")
+    growth.measure_growth(tmp_path, size)  # control
+
+
 def test_growth_table_follows_from_the_rows():
     """Catches: a bound of each row's own ceiling; memory without that of Python."""
     header, first, second = growth.growth_table([size(128, 256), size(256, 512, ceiling=4e12)])

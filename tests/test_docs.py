@@ -9,7 +9,7 @@ import pytest
 
 import plot_dynamics
 from model import PRESETS, flops_per_token
-from support import plan
+from support import growth, plan
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -72,6 +72,34 @@ def test_trajectory_of_a_log_is_redrawn(name):
     assert plot_dynamics.trajectory([run]) == written
     next(iter(run.samples.values()))[-1]["text"] += " Or not."  # control
     assert plot_dynamics.trajectory([run]) != written
+
+
+# -------------------------------------------------------------------------------------------------
+# Growth
+
+def claims_of_growth(rows):
+    """What README tells about logs/growth, in its own words."""
+    by_dim = {row["dim"]: row for row in rows if row["seq_len"] == 256}
+    narrow = by_dim[128]
+    wide = by_dim[1024]
+    arithmetic = wide["flops_per_token"] / narrow["flops_per_token"]
+    speed = narrow["tok_per_s"] / wide["tok_per_s"]
+    of_limit = [row["tok_per_s"] * row["flops_per_token"] / growth.ceiling_of(rows)
+                for row in (narrow, wide)]
+    tenth = "a tenth" if round(speed) == 10 else f"1/{speed:.0f}"
+    return [f"a token costs {arithmetic:.0f} times the arithmetic, and the speed falls to {tenth}",
+            f"(from {100 * of_limit[0]:.0f} % to {100 * of_limit[1]:.0f} %)"]
+
+
+def test_readme_tells_of_the_logged_growth():
+    """Catches: a number in README that is not of logs/growth."""
+    rows = growth.read_rows(ROOT / "logs/growth/growth.jsonl")
+    assert sorted((row["dim"], row["seq_len"]) for row in rows) == sorted(growth.SIZES)
+    assert missing(claims_of_growth(rows)) == []
+    for row in rows:
+        if row["dim"] == 1024:
+            row["tok_per_s"] *= 1.1  # control
+    assert len(missing(claims_of_growth(rows))) == 2
 
 
 # -------------------------------------------------------------------------------------------------
