@@ -161,7 +161,7 @@ def bench_training(llama, names, args, argv, device, dtype):
             ceiling = max(ceiling, matmul_ceiling(config, inputs.numel(), dtype, device))
             for name in names:
                 environment = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/{name}"}
-                if name.startswith("transformers"):
+                if name.startswith("transformers") and not args.same_settings:
                     environment["PLAIN_PYTORCH"] = "1"  # as scripts use it that are not ours
                 command = [sys.executable, __file__, *argv, "--alone", name]
                 turns[name].append(in_fresh_process(command, **environment))
@@ -374,6 +374,8 @@ def read_arguments(argv):
     add("--only", nargs="+", choices=known, metavar="NAME", help="of %(choices)s")
     add("--compile", action=argparse.BooleanOptionalAction, help="measure the compiled ones too; "
         "if not given, where torch.compile works")
+    add("--same_settings", action="store_true", help="in training: transformers too with the "
+        "settings of support/cpu.py")
     add("--device", help="cpu, cuda, cuda:1 …; without it cuda if there is one")
     add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="of matrix products; in training the weights are always fp32")

@@ -196,7 +196,9 @@ def test_bench_measures_a_training_step(dtype, no_processes, capsys):
 def test_rounds_take_turns_and_share_a_compile_cache(no_processes, capsys):
     """Catches: all rounds of one, then all of the other; a cold start in each round."""
     pytest.importorskip("transformers")
-    assert exit_code(bench.main, [*SIZES, "--rounds", "2", "--no-compile"]) is None
+    flags = [*SIZES, "--rounds", "2", "--no-compile", "--same_settings"]
+    assert exit_code(bench.main, flags) is None
+    assert not any("PLAIN_PYTORCH" in environment for _, environment in no_processes)
     assert [command[-1] for command, _ in no_processes] == ["ours", "transformers"] * 2
     caches = [environment["TORCHINDUCTOR_CACHE_DIR"] for _, environment in no_processes]
     assert caches[:2] == caches[2:]
