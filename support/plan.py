@@ -10,7 +10,7 @@ from support.runs import due
 
 GPUS = (24, 48, 80, 141)  # GB: RTX 4090, A6000, A100 or H100, H200
 USABLE = 0.9              # the rest is for CUDA itself, its workspaces, and gaps between tensors
-LARGEST = 256             # micro-batch
+LARGEST = 256             # micro-batch that is tried
 SHARDS = 8                # processes that share a model under --fsdp
 
 TOKENS = 20e9             # the paper's
@@ -20,7 +20,7 @@ EVAL_EVERY = 250          # steps
 SAVE_EVERY = 1000
 PEAK = 989e12             # FLOPs per second of an H100 or H200, dense bf16, data sheet
 UTILIZATION = 0.5         # of it, in training and evaluation
-DISK = 0.27e9             # bytes per second that are hashed and written, as README measured
+DISK = 0.44e9             # bytes per second that are hashed and written, as README measured
 
 
 def plan(Llama, config, flops_per_token):
@@ -58,7 +58,8 @@ def row(name, peaks):
     line = f"  {name:<40}"
     for size in GPUS:
         fitting = [n for n, peak in peaks.items() if peak <= USABLE * size * 1e9]
-        line += f"{max(fitting, default='—'):>10}"
+        largest = max(fitting, default="—")
+        line += f"{largest}{'+' if largest == LARGEST else ''}".rjust(10)
     return line
 
 

@@ -163,5 +163,5 @@ def test_hours_follow_from_the_stated_assumptions():
     training, evaluation, saving = plan.hours(1e9, 1e9, gpus=1)
     assert training == pytest.approx(20e9 / 494_500 / 3600)
     assert evaluation == pytest.approx(170 * 10_485_760 / (3 * 494_500) / 3600)
-    assert saving == pytest.approx(plan.how_often()[1] * 12 / 0.27 / 3600)  # 12 GB each time
+    assert saving == pytest.approx(plan.how_often()[1] * 12 / 0.44 / 3600)  # 12 GB each time
     assert plan.hours(1e9, 1e9, gpus=8) == pytest.approx((training / 8, evaluation / 8, saving))
