@@ -286,15 +286,15 @@ def decode_table(seconds, weight_bytes, bandwidth):
 # -------------------------------------------------------------------------------------------------
 # Growth: our step, not compiled, in networks and windows of other sizes
 
-def measure_size(device, dtype, dim, seq_len):
+def measure_size(args, device, dtype, dim, seq_len):
     """A row of growth.jsonl: tokens/s and peak of a fresh process, and what is computed about
     them. DEFAULT's network with another width or window; in heads of 32 numbers."""
     config = ModelConfig(dim, DEFAULT.n_layers, dim // 32, dim // 64, 3 * dim, DEFAULT.vocab_size,
                          max_seq_len=seq_len)
     micro_batch = GROWTH_TOKENS // seq_len
-    measured = measure_alone(config, micro_batch, device)
+    measured = measure_alone(args, config, micro_batch)
     # Python, the libraries, and what these need for any network.
-    smallest = measure_alone(replace(DEFAULT, dim=64, n_layers=1, max_seq_len=16), 1, device)
+    smallest = measure_alone(args, replace(DEFAULT, dim=64, n_layers=1, max_seq_len=16), 1)
     return {"dim": dim, "seq_len": seq_len, "tok_per_s": GROWTH_TOKENS / measured["seconds"],
             "peak_bytes": measured["peak_bytes"], "smallest_bytes": smallest["peak_bytes"],
             "computed_bytes": peak_of_step(Llama, config, micro_batch),
@@ -302,9 +302,12 @@ def measure_size(device, dtype, dim, seq_len):
             "ceiling": matmul_rate(2048, 2048, 2048, dtype, device)}
 
 
-def measure_alone(config, micro_batch, device):
+def measure_alone(args, config, micro_batch):
     """What a fresh process reports about our step in a network of these sizes."""
-    flags = ["--seq_len", config.max_seq_len, "--micro_batch", micro_batch, "--device", device]
+    flags = ["--seq_len", config.max_seq_len, "--micro_batch", micro_batch, "--dtype", args.dtype]
+    for name in ("device", "threads"):
+        if getattr(args, name) is not None:
+            flags += [f"--{name}", getattr(args, name)]
     for name in SIZES:
         flags += [f"--{name}", getattr(config, name)]
     return in_fresh_process([sys.executable, __file__, *map(str, flags), "--alone", "ours"])
@@ -353,6 +356,14 @@ def introduce(llama, device, dtype):
 # -------------------------------------------------------------------------------------------------
 # The command line
 
+UNUSED = {  # {mode: flags that it does not read}
+    "train": ("out",),
+    "decode": ("out", "micro_batch", "steps", "same_settings"),
+    "growth": ("preset", *SIZES, "seq_len", "micro_batch", "rounds", "steps", "only", "compile",
+               "same_settings"),
+}
+
+
 def read_arguments(argv):
     preset_parser = Parser(add_help=False)
     preset_parser.add_argument("--preset", choices=PRESETS, help="take the sizes of this preset")
@@ -381,7 +392,11 @@ def read_arguments(argv):
         help="of matrix products; in training the weights are always fp32")
     add("--threads", type=number(int, 1, 1024), help="CPU threads")
     add("--alone", choices=IMPLEMENTATIONS["train"], help=argparse.SUPPRESS)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in UNUSED[args.mode]:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} means nothing in --mode {args.mode} — leave it out")
+    return args
 
 
 def choose_names(args, device):
@@ -432,7 +447,7 @@ def main(argv=None):
         torch.set_num_threads(args.threads)
     dtype = choose_dtype(args.dtype, device)
     if args.mode == "growth":
-        print(markdown(measure_growth(args.out, partial(measure_size, device, dtype))))
+        print(markdown(measure_growth(args.out, partial(measure_size, args, device, dtype))))
         print(f"\ndrawn: {args.out}/growth.png, from {args.out}/growth.jsonl")
         return
     names = choose_names(args, device)

@@ -16,9 +16,10 @@ from support import growth, measure
 from support.memory import peak_of_step
 from support.runs import UserError
 
-SIZES = ("--dim 32 --n_layers 1 --n_heads 2 --n_kv_heads 1 --intermediate_size 48 --vocab_size 100 "
-         "--seq_len 16 --micro_batch 2 --rounds 1 --steps 1 --threads 1 --device cpu").split()
-DECODE = [*SIZES, "--mode", "decode", "--seq_len", "136"]
+TINY = ("--dim 32 --n_layers 1 --n_heads 2 --n_kv_heads 1 --intermediate_size 48 --vocab_size 100 "
+        "--rounds 1 --threads 1 --device cpu").split()
+SIZES = [*TINY, "--seq_len", "16", "--micro_batch", "2", "--steps", "1"]
+DECODE = [*TINY, "--mode", "decode", "--seq_len", "136"]
 
 
 @pytest.fixture(autouse=True)
@@ -332,6 +333,10 @@ def test_a_preset_gives_the_sizes_and_a_flag_wins():
     ("--rounds 0", "0 is out of range"),
     ("--device tpu", "no device tpu here"),
     ("--preset huge", "invalid choice: 'huge'"),
+    ("--mode growth --dim 64", "--dim means nothing in --mode growth — leave it out"),
+    ("--mode growth --preset tiny", "means nothing in --mode growth"),
+    ("--mode decode --steps 5", "--steps means nothing in --mode decode"),
+    ("--out figures/new", "--out means nothing in --mode train"),
 ])
 def test_bench_mistakes_are_one_line(flags, message, capsys):
     """Catches: a traceback, or a run that begins with a wrong setting."""
@@ -399,7 +404,8 @@ def test_growth_measures_a_size(monkeypatch):
         commands.append(command)
         return {"first_step": 3.0, "seconds": 0.5, "peak_bytes": 10**9}
     monkeypatch.setattr(bench, "in_fresh_process", invented)
-    found = bench.measure_size(torch.device("cpu"), torch.float32, 64, 128)
+    args = bench.read_arguments(["--mode", "growth", "--dtype", "fp32", "--threads", "1"])
+    found = bench.measure_size(args, torch.device("cpu"), torch.float32, 64, 128)
     assert found["tok_per_s"] == 4096  # 2,048 in 0.5 s
     config = replace(bench.DEFAULT, dim=64, n_heads=2, n_kv_heads=1, intermediate_size=192,
                      max_seq_len=128)
@@ -408,4 +414,5 @@ def test_growth_measures_a_size(monkeypatch):
     args = bench.read_arguments(commands[0][2:])
     assert bench.make_network(args).config == config
     assert (args.micro_batch, args.alone) == (16, "ours")
+    assert (args.dtype, args.threads) == ("fp32", 1)
     assert bench.read_arguments(commands[1][2:]).n_layers == 1
