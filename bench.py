@@ -107,6 +107,8 @@ def check_losses(losses, llama, inputs, targets, autocast, tolerance):
             first = name
             expected = found
         for part in expected:
+            if torch.equal(found[part], expected[part]):
+                continue  # both may be 0
             gap = ((found[part] - expected[part]).norm() / expected[part].norm()).item()
             if not gap <= tolerance:  # a NaN too
                 raise UserError(f"{first} and {name} are different networks: {part} is {gap:.1e} "
@@ -411,6 +413,9 @@ def choose_names(args, device):
                             f"{', '.join(known)}")
     names = [name for name in known if name in (args.only or known)]
     compiled = [name for name in names if "compiled" in name]
+    if args.only and compiled and args.compile is False:
+        raise UserError(f"--only names {', '.join(compiled)}, and --no-compile leaves that out — "
+                        f"give one of them")
     if compiled and args.compile is None:
         args.compile = can_compile(device)  # it says why not
         if not args.compile:

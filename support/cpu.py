@@ -21,11 +21,18 @@ M_TRIM_THRESHOLD = -1  # bytes free at the end of the heap above which they are 
 M_MMAP_THRESHOLD = -3  # bytes of a block above which it is apart from the heap, and given back
 
 
+added = []  # the environment variables that the user had not set
+
+
 def set_up():
     """Change the settings, except for those that the user has chosen."""
+    chosen = {"THP_MEM_ALLOC_ENABLE": "1"}
     if "OMP_WAIT_POLICY" not in os.environ:
-        os.environ.setdefault("GOMP_SPINCOUNT", "5000")
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
+        chosen["GOMP_SPINCOUNT"] = "5000"
+    for name, value in chosen.items():
+        if name not in os.environ:
+            os.environ[name] = value
+            added.append(name)
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

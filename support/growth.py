@@ -27,10 +27,8 @@ def measure_growth(out, measure_size):
     known = [(row["dim"], row["seq_len"]) for row in rows]
     missing = [size for size in SIZES if size not in known]
     for dim, seq_len in tqdm(missing, desc="sizes", leave=False):
-        row = measure_size(dim, seq_len)
-        with open(file, "a") as lines:
-            lines.write(json.dumps(row) + "\n")
-        rows.append(row)
+        rows.append(measure_size(dim, seq_len))
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw(rows, out / "growth.png")
     return growth_table(rows)
 
@@ -42,12 +40,13 @@ def read_rows(file):
     for number, line in enumerate(lines, 1):
         try:
             row = parse_json(line)
-            complete = KEYS == set(row) and all(value > 0 for value in row.values())
+            complete = KEYS == set(row) and (row["dim"], row["seq_len"]) in SIZES and all(
+                type(value) in (int, float) and 1 < value < 1e18 for value in row.values())
         except (ValueError, TypeError):
             complete = False
         if not complete:
             raise UserError(f"{file}:{number}: not a row that bench.py wrote — delete the line, "
-                            f"and that size is measured again")
+                            f"and what is missing is measured again")
         rows.append(row)
     return rows
 

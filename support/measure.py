@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from support import cpu
 from support.runs import UserError
 
 READ_BYTES = 2**30  # to measure the bandwidth of the memory: larger than any cache
@@ -70,12 +71,12 @@ def peak_bytes(device):
 
 
 def in_fresh_process(command, **environment):
-    """Run a command that ends with `report`, with more environment variables. Returns
-    {"first_step": seconds from its start to its first step, "seconds": of a step, "peak_bytes"}.
-    Raises UserError if it fails."""
+    """Run a command that ends with `report`, in the environment that the user gave to this
+    process, with more variables. Returns {"first_step": seconds from its start to its first step,
+    "seconds": of a step, "peak_bytes"}. Raises UserError if it fails."""
+    given = {name: value for name, value in os.environ.items() if name not in cpu.added}
     start = time.time()
-    done = subprocess.run(command, env={**os.environ, **environment}, capture_output=True,
-                          text=True)
+    done = subprocess.run(command, env={**given, **environment}, capture_output=True, text=True)
     if done.returncode != 0:
         last_line = done.stderr.strip().split("\n")[-1]
         raise UserError(f"{' '.join(command)} ended with exit code {done.returncode}: {last_line}")

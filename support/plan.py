@@ -37,7 +37,7 @@ def memory_table(Llama, config, llama):
     yield (f"largest micro-batch (a power of two) of {config.max_seq_len} tokens that fits, "
            f"computed: bf16 autocast, not\ncompiled, several micro-batches a step, {USABLE:.0%} of "
            f"the GPU usable")
-    yield f"{'':<34}" + "".join(f"{size:>7} GB" for size in GPUS)
+    yield f"{'':<42}" + "".join(f"{size:>7} GB" for size in GPUS)
     for name, recompute in (("plain", False), ("--activation_checkpointing", True)):
         peaks = {}
         sharded = {}

@@ -1,5 +1,6 @@
 """bench.py: what it refuses, what its tables follow from, and whole runs of tiny networks."""
 import json
+import math
 import re
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 import bench
 from conftest import ROOT, exit_code, messages
 from model import Llama, flops_per_token
-from support import growth, measure
+from support import cpu, growth, measure
 from support.memory import peak_of_step
 from support.runs import UserError
 
@@ -187,7 +188,9 @@ def test_bench_measures_a_training_step(dtype, no_processes, capsys):
     assert ours[4:] == ["1.00 (1.00 ×)", "3.0 s", "—"]
     assert "vocabulary 128" in printed  # 100, rounded up
     names = ["ours", "transformers"]
-    assert [command[-2:] for command, _ in no_processes] == [["--alone", name] for name in names]
+    argv = [*SIZES, "--no-compile", "--dtype", dtype]
+    for name, (command, _) in zip(names, no_processes, strict=True):
+        assert command == [sys.executable, bench.__file__, *argv, "--alone", name]
     environments = [environment for _, environment in no_processes]
     assert [environment.get("PLAIN_PYTORCH") for environment in environments] == [None, "1"]
     caches = {environment["TORCHINDUCTOR_CACHE_DIR"] for environment in environments}
@@ -214,6 +217,27 @@ def test_bench_measures_generation(capsys):
     assert [row[:2] for row in rows] == [
         [batch, name] for batch in ("1", "32")
         for name in ("ours", "transformers", "transformers-static")]
+
+
+def test_bench_counts_what_is_generated(monkeypatch, capsys):
+    """Catches: one network timed under all names, fewer tokens than are counted, a bound of weights
+    that are not read."""
+    pytest.importorskip("transformers")
+    timed = []
+
+    def invented(turn, device):
+        timed.append((f"{turn.func.__name__} {turn.keywords}", tuple(turn().shape)))
+        return 0.5
+    monkeypatch.setattr(bench, "seconds_of", invented)
+    monkeypatch.setattr(bench, "read_bandwidth", lambda device: 1e9)
+    assert exit_code(bench.main, [*DECODE, "--dtype", "fp32"]) is None
+    assert [shape for _, shape in timed] == [(1, 128)] * 3 + [(32, 128)] * 3
+    assert len({call for call, _ in timed[:3]}) == 3
+    rows = cells(capsys.readouterr().out)[1:]
+    assert [row[2].split()[0] for row in rows] == ["256"] * 3 + ["8,192"] * 3
+    # of 4 bytes: projections, feed-forward part, three norms, output layer of 128 rows
+    read = 4 * (3 * 32 * 32 + 3 * 32 * 48 + 3 * 32 + 128 * 32)
+    assert rows[0][4] == f"{1e9 / read:,.0f}"
 
 
 def test_bench_runs_alone_in_fresh_processes(capsys):
@@ -261,6 +285,16 @@ def test_a_fresh_process_reports(monkeypatch):
     assert found == {"seconds": 0.25, "peak_bytes": 4}
     other = measure.in_fresh_process([sys.executable, "-c", REPORTS], GIVEN="")
     assert other["peak_bytes"] == 0  # control
+
+
+def test_a_fresh_process_starts_from_the_environment_of_the_user(monkeypatch):
+    """Catches: transformers with the settings that this process made for itself."""
+    monkeypatch.setenv("GIVEN", "1234")
+    command = [sys.executable, "-c", REPORTS]
+    assert measure.in_fresh_process(command)["peak_bytes"] == 4  # what the user set stays
+    monkeypatch.setattr(cpu, "added", ["GIVEN"])
+    with pytest.raises(UserError, match="KeyError: 'GIVEN'"):
+        measure.in_fresh_process(command)
 
 
 def test_a_process_that_fails_is_one_line():
@@ -324,10 +358,16 @@ def test_a_preset_gives_the_sizes_and_a_flag_wins():
     assert bench.make_network(bench.read_arguments([])).config == bench.DEFAULT
 
 
+def test_gradients_of_zero_are_equal(no_processes):
+    """Catches: windows of one token, where queries and keys have no gradient, taken for another
+    network."""
+    assert exit_code(bench.main, [*SIZES, "--seq_len", "1", "--only", "ours"]) is None
+
+
 @pytest.mark.parametrize("flags, message", [
     ("--dim 65", "dim 65 is not divisible by n_heads 8 — give sizes that fit"),
     ("--only transformers-static", "transformers-static is not measured in --mode train"),
-    ("--only ours-compiled --no-compile", "nothing is left to measure"),
+    ("--only ours ours-compiled --no-compile", "--only names ours-compiled, and --no-compile"),
     ("--only theirs", "invalid choice: 'theirs'"),
     ("--mode decode --seq_len 100", "--seq_len 100 has no room for a prompt of 8 tokens and 128"),
     ("--rounds 0", "0 is out of range"),
@@ -364,7 +404,7 @@ def test_growth_measures_what_is_missing(tmp_path):
         measured.append((dim, seq_len))
         return size(dim, seq_len)
     first = json.dumps(size(128, 256))
-    (tmp_path / "growth.jsonl").write_text(f"{first}\n")
+    (tmp_path / "growth.jsonl").write_text(first)  # without the end of the line
     table = growth.measure_growth(tmp_path, invented)
     assert measured == growth.SIZES[1:]
     assert len(table) == 1 + len(growth.SIZES)
@@ -376,7 +416,9 @@ def test_growth_measures_what_is_missing(tmp_path):
 
 
 @pytest.mark.parametrize("line", ['{"dim": 128', "[1]", "7", "null", json.dumps({"dim": 128}),
-                                  json.dumps(size(128, 256, tok_per_s=None)), "\xff"])
+                                  json.dumps(size(128, 256, tok_per_s=None)), "\xff",
+                                  json.dumps(size(128, 256, ceiling=math.inf)),
+                                  json.dumps(size(129, 256)), json.dumps(size(128, True))])
 def test_damaged_growth_is_refused(tmp_path, line):
     """Catches: a traceback, or a figure of half a row."""
     good = json.dumps(size(256, 256))

@@ -151,6 +151,10 @@ def test_largest_micro_batch_fits_and_the_next_does_not():
     peaks = {n: size * 1e9 for n, size in gigabytes.items()}
     assert plan.row("plain", peaks).split() == ["plain", "1", "4", "4", "8"]
     assert plan.row("plain", {1: 60e9}).split() == ["plain", "—", "—", "1", "1"]
+    assert plan.row("plain", {256: 1e9}).split() == ["plain", *["256+"] * 4]  # none larger is tried
+    lines = plan.memory_table(Llama, ModelConfig(n_layers=2, **SMALL), None)
+    next(lines)
+    assert len(next(lines)) == len(plan.row("plain", peaks))  # numbers under their GB
 
 
 def test_hours_follow_from_the_stated_assumptions():

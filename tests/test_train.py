@@ -784,7 +784,7 @@ def test_freed_memory_is_used_again():
         counts.append(int(subprocess.run([sys.executable, "-c", FAULTS], cwd=ROOT, env=env,
                                          capture_output=True, text=True, check=True).stdout))
     assert counts[0] < 100
-    assert counts[1] > 1000  # control
+    assert counts[1] > 150  # control: 10 tensors of 20 pages, if they are large ones
 
 
 STEPS = """
