@@ -20,12 +20,11 @@ import sys
 M_TRIM_THRESHOLD = -1  # bytes free at the end of the heap above which they are given back
 M_MMAP_THRESHOLD = -3  # bytes of a block above which it is apart from the heap, and given back
 
-
-added = []  # the environment variables that the user had not set
+added = []  # names of the environment variables that set_up adds
 
 
 def set_up():
-    """Change the settings, except for those that the user has chosen."""
+    """Change the settings. An environment variable that the user has set stays."""
     chosen = {"THP_MEM_ALLOC_ENABLE": "1"}
     if "OMP_WAIT_POLICY" not in os.environ:
         chosen["GOMP_SPINCOUNT"] = "5000"
