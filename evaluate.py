@@ -408,6 +408,7 @@ def main(argv=None):
     add("--data", help="data folder; without it the one it was trained on, or none if --benchmark")
     add("--benchmark", help="questions in HellaSwag's format, .jsonl; without it the data folder's "
         "cloze.jsonl")
+    add("--benchmark_items", type=count, help="use only so many of them, the first")
     add("--style", choices=("token", "harness"), default="token", help="how questions are put and "
         "normalized: as in the paper, or as in lm-evaluation-harness and on leaderboards")
     add("--seq_len", type=count, help="window; without it the one of the training")
@@ -447,7 +448,7 @@ def main(argv=None):
                         f"with --benchmark")
     benchmark = None
     if questions is not None:
-        benchmark = Benchmark(questions, tokenizer, seq_len, args.style)
+        benchmark = Benchmark(questions, tokenizer, seq_len, args.style, args.benchmark_items)
 
     print(f"{run} step {step}")
     dtype = choose_dtype(args.dtype, device)

@@ -231,11 +231,12 @@ def sync(path):
 # -------------------------------------------------------------------------------------------------
 # pydocs: the corpus on every computer that has Python.
 
-def prepare_pydocs(out, vocab_size=DEFAULT_VOCAB_SIZE, quality="prose"):
+def prepare_pydocs(out, vocab_size=DEFAULT_VOCAB_SIZE, quality="prose", val_quality="prose"):
     """Write the corpus of docstrings into the folder `out`.
 
-    `quality` changes only the training shard. "prose": sentences. "raw": the docstrings with their
-    code, tables and markup. "shuffled": every sentence is moved to a random place in the corpus."""
+    `quality` is that of the training shard, `val_quality` that of the validation shard; questions
+    and instructions are prose. "prose": sentences. "raw": the docstrings with their code, tables
+    and markup. "shuffled": every sentence is moved to a random place in its split."""
     tokenizer = Tokenizer(vocab_size)  # first, so that an error comes before the work
     with new_folder(Path(out)) as folder:
         versions = dependencies()
@@ -245,18 +246,14 @@ def prepare_pydocs(out, vocab_size=DEFAULT_VOCAB_SIZE, quality="prose"):
         documents = build_corpus()
         training = [document for document in documents if document.split == "train"]
         validation = [document for document in documents if document.split == "val"]
-        if quality == "raw":
-            training_texts = [f"{document.name}\n{document.raw}" for document in training]
-        elif quality == "shuffled":
-            training_texts = shuffle_sentences(training)
-        else:
-            training_texts = [document.text() for document in training]
-        validation_texts = [document.text() for document in validation]
+        training_texts = texts_of(training, quality)
+        validation_texts = texts_of(validation, val_quality)
 
         pieces = [("train", text, True) for text in training_texts]
         pieces += [("val", text, True) for text in validation_texts]
         texts = training_texts + validation_texts
-        source = {"name": "pydocs", "quality": quality, "python": sys.version.split()[0]}
+        source = {"name": "pydocs", "quality": quality, "val_quality": val_quality,
+                  "python": sys.version.split()[0]}
         for package in PACKAGES:
             source[package] = importlib.metadata.version(package)
         source["dependencies"] = versions
@@ -271,6 +268,15 @@ def prepare_pydocs(out, vocab_size=DEFAULT_VOCAB_SIZE, quality="prose"):
                               if document.package not in versions])
         (folder / "instruct.json").write_text(json.dumps(rows, indent=1) + "\n")
     print(f"cloze.jsonl: {len(items):,} questions; instruct.json: {len(rows):,} rows")
+
+
+def texts_of(documents, quality):
+    """The text of each document, in a quality of `prepare_pydocs`."""
+    if quality == "raw":
+        return [f"{document.name}\n{document.raw}" for document in documents]
+    if quality == "shuffled":
+        return shuffle_sentences(documents)
+    return [document.text() for document in documents]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -561,8 +567,11 @@ def parse(argv):
     commands = parser.add_subparsers(dest="command", required=True)
 
     pydocs = commands.add_parser("pydocs", help="the manuals of Python and the required packages")
-    pydocs.add_argument("--quality", default="prose", choices=("prose", "raw", "shuffled"),
+    qualities = ("prose", "raw", "shuffled")
+    pydocs.add_argument("--quality", default="prose", choices=qualities,
                         help="of the training shard")
+    pydocs.add_argument("--val_quality", default="prose", choices=qualities,
+                        help="of the validation shard")
     pydocs.add_argument("--out", type=Path, default=Path("data/pydocs"), help="folder to write")
 
     text = commands.add_parser("text", help="your own files, or folders of them")
@@ -592,7 +601,7 @@ def main(argv=None):
     start = time.monotonic()
     out = args.out
     if args.command == "pydocs":
-        prepare_pydocs(out, args.vocab_size, args.quality)
+        prepare_pydocs(out, args.vocab_size, args.quality, args.val_quality)
     else:
         if out is None:
             name = args.paths[0].resolve().name.split(".")[0]

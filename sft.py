@@ -38,7 +38,7 @@ from support.memory import checkpoint_activations
 from support.runs import (Log, UserError, claim, due, is_finished, is_tuned, newest_run, script,
                           settings_of, start_over)
 from train import (ONCE, add_settings, check_resume, finish, finish_settings, has_diverged,
-                   introduce_resume, lr_at, make_optimizer)
+                   introduce_resume, lr_at, make_optimizer, rewarming)
 
 # What a preset of the base changes. A flag on the command line wins over it.
 BY_PRESET = {"tiny": dict(lr=1e-3, epochs=1.0, batch_size=32, eval_every=0, sample_every=0)}
@@ -168,7 +168,7 @@ def main(argv=None):
 
         # 1. Batch, 2. forward, 3. backward, for each micro-batch of this process.
         start = time.monotonic()
-        lr = lr_at(step, args)
+        lr = lr_at(step, args) * rewarming(updates, args)
         rows = batches.of_step(step)
         # Rows differ in how many of their targets count, so a mean of the micro-batches' means
         # would give a token of a short answer more weight than one of a long answer. The number of

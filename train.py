@@ -51,6 +51,9 @@ BY_PRESET = {
 }
 
 
+# The sizes of the network that a flag can change.
+SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "intermediate_size")
+
 COMPILE_FROM = 500  # steps; compiling takes 10 to 20 s, which a shorter run does not earn back
 
 
@@ -80,6 +83,12 @@ def lr_at(step, settings):
     return settings.min_lr + (settings.lr - settings.min_lr) * height
 
 
+def rewarming(updates, settings):
+    """Factor on the learning rate after --reset_optimizer --rewarm_steps N: it rises to 1 over the
+    first N updates that the new moments see; 1 without these flags."""
+    return min(1.0, (updates + 1) / max(1, settings.rewarm_steps))
+
+
 def make_optimizer(model, args, device):
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2). Matrices decay, also the
     embedding; the vectors of the norms do not."""
@@ -95,6 +104,14 @@ def make_optimizer(model, args, device):
               {"params": vectors, "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=args.lr, betas=(args.beta1, args.beta2), eps=1e-8,
                              fused=device.type in ("cuda", "cpu"))  # one kernel for all: faster
+
+
+def rms_of_change(before, parameters):
+    """Root mean square of what an update changed, over all weights. before: copies of the
+    `parameters` from before it."""
+    changes = [p.detach() - old for old, p in zip(before, parameters)]
+    norm = sharding.whole(torch.nn.utils.get_total_norm(changes)).item()
+    return norm / math.sqrt(sum(p.numel() for p in changes))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -208,6 +225,7 @@ def main(argv=None):
     failure = None
     skipped_in_a_row = 0
     sequences_in_step = args.batch_tokens // args.seq_len
+    parameters = list(model.parameters())
     while True:
         # Each round does what is due at `step`, then the update to `step` + 1. It ends here: when
         # told to stop, after saving; at the last step, after evaluating. Saving comes first, so
@@ -233,7 +251,7 @@ def main(argv=None):
 
         # 1. Batch, 2. forward, 3. backward, for each micro-batch of this process.
         start = time.monotonic()
-        lr = lr_at(step, args)
+        lr = lr_at(step, args) * rewarming(updates, args)
         targets_in_step = args.batch_tokens  # of all processes
         loss_sum = torch.zeros((), device=device)
         for micro in range(accumulation):
@@ -261,7 +279,7 @@ def main(argv=None):
         loss = sum_over_processes(loss_sum).item() / targets_in_step
         stopping = any_process(stop.requested, device)
         scaler.unscale_(optimizer)  # without fp16 it does nothing
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
         norm = sharding.whole(norm).item()
         overflow = scaler.is_enabled() and not math.isfinite(norm)  # the scaler skips this update
         skipped_in_a_row = skipped_in_a_row + 1 if overflow else 0
@@ -273,6 +291,7 @@ def main(argv=None):
         # 5. Learning rate, 6. update.
         for group in optimizer.param_groups:
             group["lr"] = lr
+        before = [p.detach().clone() for p in parameters] if args.log_update_rms else None
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -280,12 +299,13 @@ def main(argv=None):
         updates += not overflow
 
         # 7. Log.
+        update_rms = rms_of_change(before, parameters) if args.log_update_rms else None
         tokens_in_step = args.batch_tokens  # here every token is a target
         tokens_seen += tokens_in_step
         dt = time.monotonic() - start
         seconds += dt
         log.train(step, tokens_seen, loss, lr, norm, dt, tokens_in_step, skipped=overflow,
-                  memory=peak_memory(device))
+                  memory=peak_memory(device), update_rms=update_rms)
 
     # ---- The end
     stop.restore()
@@ -332,8 +352,12 @@ def make_model(args, state, vocab_size, device):
             model = Llama(config)
         return model.to(device)
     preset = PRESETS[args.preset]
-    config = replace(preset, vocab_size=vocab_size, padded_vocab_size=None,
-                     max_seq_len=max(preset.max_seq_len, args.seq_len))
+    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    try:
+        config = replace(preset, **given, vocab_size=vocab_size, padded_vocab_size=None,
+                         max_seq_len=max(preset.max_seq_len, args.seq_len))
+    except ValueError as why:
+        raise UserError(f"{why} — change --{' or --'.join(given)}") from None
     torch.manual_seed(args.seed)
     return Llama(config).to(device)
 
@@ -381,7 +405,7 @@ def has_diverged(loss, norm, scaler, skipped_in_a_row):
 
 # A resume may not change these: it would continue another experiment. What it may change is logged:
 # speed, paths, intervals; and max_steps, to train longer, which also moves the learning rate.
-EXPERIMENT = ("preset", "init_from", "seed", "batch_tokens", "seq_len", "lr", "min_lr",
+EXPERIMENT = ("preset", *SIZES, "init_from", "seed", "batch_tokens", "seq_len", "lr", "min_lr",
               "warmup_steps", "schedule", "weight_decay", "beta1", "beta2", "grad_clip", "shuffle")
 
 # Flags about one start of the script, which are not saved with the run.
@@ -399,6 +423,8 @@ def add_settings(parser):
     add("--resume", action="store_true", help="continue the run; start it if it has not begun")
     add("--overwrite", action="store_true", help="delete the run in this folder and start over")
     add("--reset_optimizer", action="store_true", help="on --resume: forget the optimizer's state")
+    add("--rewarm_steps", type=flags.count_or_0, default=0,
+        help="with --reset_optimizer: let the learning rate rise again over so many steps")
 
     add = parser.add_argument_group("the machine").add_argument
     add("--device", help="cpu, cuda, cuda:1 …; without it cuda if there is one")
@@ -465,8 +491,13 @@ def read_settings(argv, saved=None):
     add("--sample_prompt", type=flags.text, default="The", help="what the samples continue")
     add("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="under torchrun: each "
         "process keeps a part of weights, gradients and moments; less memory")
+    add("--log_update_rms", action=argparse.BooleanOptionalAction, default=False, help="log how "
+        "far a step moves the weights (root mean square); needs a copy of them")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile blocks and "
         f"loss; if not given, in runs of {COMPILE_FROM} steps and more")
+    add = parser.add_argument_group("sizes of the network, other than the preset's").add_argument
+    for name in SIZES:
+        add(f"--{name}", type=flags.count)
     parser.set_defaults(**BY_PRESET[preset])
     return finish_settings(parser, argv, saved, EXPERIMENT)
 
@@ -487,6 +518,9 @@ def finish_settings(parser, argv, saved, experiment):
         raise UserError("--resume continues and --overwrite starts over — give one of them")
     if args.reset_optimizer and not args.resume:
         raise UserError("--reset_optimizer is for --resume — give both")
+    rewarmed_before = 0 if saved is None else saved["rewarm_steps"]
+    if args.rewarm_steps != rewarmed_before and not args.reset_optimizer:
+        raise UserError("--rewarm_steps is for --resume --reset_optimizer — give all three")
     if args.min_lr is None:
         args.min_lr = args.lr / 10
     if saved is not None:
@@ -537,9 +571,12 @@ def introduce_resume(args, state, env):
                if name in now and value != now[name]]
     lr_before = lr_at(step, argparse.Namespace(**state["config"]))
     optimizer = "without" if args.reset_optimizer else "with"
+    rewarmed = ""
+    if args.reset_optimizer and args.rewarm_steps > 0:
+        rewarmed = f", after {args.rewarm_steps} steps in which it rises"
     return "\n".join([
         f"resume  at step {step}, {optimizer} the optimizer's state; lr {lr_before:.2e} as saved, "
-        f"{lr_at(step, args):.2e} now",
+        f"{lr_at(step, args):.2e} now{rewarmed}",
         f"        changed since it was saved: {', '.join(changed) or 'nothing'}"])
 
 

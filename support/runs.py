@@ -309,9 +309,9 @@ class Log:
                    restored_optimizer=restored)
 
     def train(self, step, tokens, loss, lr, grad_norm, seconds, tokens_in_step, skipped,
-              memory=None):
+              memory=None, update_rms=None):
         """Log one training step; print it if it is one of the first or the last, or every 2 s.
-        memory: the peak of a GPU's, in bytes; None on a CPU."""
+        memory: the peak of a GPU's, in bytes; None on a CPU. update_rms: None if not asked for."""
         rate = tokens_in_step / seconds
         row = {"tokens": tokens, "loss": loss, "lr": lr, "grad_norm": grad_norm,
                "dt_ms": 1000 * seconds, "tok_per_s": rate}
@@ -319,6 +319,8 @@ class Log:
             row["mfu"] = rate / self.peak_rate  # model FLOPs utilization
         if memory is not None:
             row["peak_memory"] = memory
+        if update_rms is not None:
+            row["update_rms"] = update_rms
         if skipped:
             row["skipped"] = True
         self.event("train", step, **row)

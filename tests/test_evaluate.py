@@ -363,6 +363,13 @@ def test_command_repeats_the_scores_of_the_training(copied, capsys):
     assert choice["step"] == 8
 
 
+def test_only_the_first_questions_on_request(copied):
+    """Catches: a --benchmark_items that is ignored."""
+    assert not evaluate.main(["--eval_tokens", "256", "--benchmark_items", "4"])
+    assert not evaluate.main(["--eval_tokens", "256"])
+    assert [event["n"] for event in events(copied)[1::2]] == [4, 6]
+
+
 def test_dtype_of_a_score_is_noted(copied):
     """Catches: a score in bf16 that is taken for one in fp32, or a --dtype that is noted and not
     used."""

@@ -173,6 +173,20 @@ def test_quality_changes_only_the_training_shard(corpus, texts):
     assert words["prose"] != words["raw"]  # control
 
 
+def test_quality_of_the_validation_is_chosen_apart(corpus, tmp_path, monkeypatch):
+    """Catches: a --val_quality that does nothing, or changes the training shard or the questions."""
+    documents = pydocs.build_corpus()
+    monkeypatch.setattr(prepare_data, "build_corpus", lambda: copy.deepcopy(documents))
+    run("pydocs", "--quality", "raw", "--val_quality", "raw", "--out", tmp_path / "raw")
+    files = {name: [(folder / name).read_bytes() for folder in (tmp_path / "raw", corpus["raw"])]
+             for name in ("train_0000.npy", "cloze.jsonl", "val_0000.npy")}
+    assert {name: one == other for name, (one, other) in files.items()} == {
+        "train_0000.npy": True, "cloze.jsonl": True, "val_0000.npy": False}
+    names = [[name_of(document) for document in documents_of(folder, "val")]
+             for folder in (tmp_path / "raw", corpus["raw"])]
+    assert names[0] == names[1]
+
+
 def test_meta_describes_the_shards(corpus, texts):
     """Catches: wrong hashes, lengths, byte counts, or an end-of-text id of another vocabulary."""
     folder = corpus["prose"]

@@ -139,6 +139,50 @@ def test_reset_optimizer_forgets_the_moments(data, whole, tmp_path):
     assert rows(folder)[11] != rows(whole)[11]
 
 
+def test_rewarming_raises_the_rate_again(data, whole, tmp_path):
+    """Catches: a warm-up after a reset that starts at 0, is too short, or is forgotten when the run
+    is stopped within it."""
+    folder = tmp_path / "r"
+    again = ("--resume", "--reset_optimizer", "--rewarm_steps", 5)
+    assert run(data, folder, "--stop_at", 10) == 75
+    shutil.copytree(folder, tmp_path / "at once")
+    assert run(data, folder, *again, "--stop_at", 13) == 75
+    assert run(data, folder, "--resume") == 0  # without the flag
+    assert run(data, tmp_path / "at once", *again) == 0
+    assert same(folder, tmp_path / "at once")
+    usual = np.array(rows(whole, keys=("lr",)))[:, 0]
+    rates = np.array(rows(folder, keys=("lr",)))[:, 0]
+    factors = [1.0] * 10 + [0.2, 0.4, 0.6, 0.8] + [1.0] * 6
+    assert np.allclose(rates, usual * factors)
+    assert not np.allclose(rates, usual)  # control
+
+
+def test_update_rms_is_that_of_the_weights(data, tmp_path):
+    """Catches: a logged update that is not what the step did, or that changes the run."""
+    logged = ("--max_steps", 2, "--save_every", 1, "--log_update_rms")
+    assert run(data, tmp_path / "r", *logged) == 0
+    assert run(data, tmp_path / "plain", *logged[:-1]) == 0
+    assert rows(tmp_path / "r") == rows(tmp_path / "plain")
+    found = rows(tmp_path / "r", keys=("update_rms",))
+    for step, (rms,) in enumerate(found):
+        change = weights(tmp_path / "r", step + 1) - weights(tmp_path / "r", step)
+        assert math.isclose(rms, change.detach().square().mean().sqrt(), rel_tol=1e-4)
+    assert not math.isclose(found[0][0], found[1][0], rel_tol=1e-2)  # control
+
+
+def test_sizes_of_the_network_can_be_given(data, tmp_path):
+    """Catches: a size that is ignored, or that a resume changes."""
+    folder = tmp_path / "r"
+    sizes = ("--n_layers", 1, "--dim", 48, "--n_heads", 3, "--intermediate_size", 80)
+    assert run(data, folder, *sizes, "--max_steps", 2, "--stop_at", 1) == 75
+    model, _, _ = checkpoint.load_model(folder)
+    expected = replace(TEST, n_layers=1, dim=48, n_heads=3, intermediate_size=80)
+    assert model.config == expected
+    assert model.config != TEST  # control
+    assert run(data, folder, "--resume", "--n_layers", 2) == 2
+    assert run(data, folder, "--resume") == 0
+
+
 def test_resume_does_not_replace_the_state_it_came_from(data, whole, tmp_path):
     """Catches: moments that a resume without them deletes from the disk, before its first step."""
     folder = tmp_path / "r"
@@ -885,6 +929,9 @@ def test_help_shows_the_values_of_the_preset(capsys, preset):
     (["--threads", 0], "--threads: 0 is out of range"),
     (["--resume", "--overwrite"], "give one of them"),
     (["--reset_optimizer"], "--reset_optimizer is for --resume"),
+    (["--rewarm_steps", 5], "--rewarm_steps is for --resume --reset_optimizer"),
+    (["--n_heads", 3], "dim 32 is not divisible by n_heads 3 — change --n_heads"),
+    (["--n_layers", 3, "--resume"], "n_layers (saved None, given 3)"),
     (["--device", "cuda:77"], "no device cuda:77"),
     (["--device", "meta"], "no device meta"),
     (["--batch_tokens", 100], "use --batch_tokens 64 or 128"),  # row 17
