@@ -4,7 +4,8 @@
 #     bash gpu_check.sh          # on a machine with a CUDA GPU of 80 GB; two of them test more
 #     bash gpu_check.sh cpu      # the same parts in tiny sizes: this tests the script, not a GPU
 #
-# It has not been run on a GPU yet: the expected values are computed or from the literature. All
+# The expected values were computed, or taken from the literature, before it ran on a GPU for the
+# first time; what an H200 gave is in logs/gpu/table.md. All
 # output is kept in the folder OUT (default: gpu_check), and the table in OUT/table.md. A part that
 # fails does not end the others. First the commands, then the checks that they use.
 set -u

@@ -148,6 +148,26 @@ def test_readme_tells_of_the_logged_tunings():
 
 
 # -------------------------------------------------------------------------------------------------
+# The GPU
+
+def claims_of_gpu(table):
+    """What README tells about speed on a GPU, from the rows of gpu_check.sh's table."""
+    claims = []
+    for name in ("small", "large"):
+        found = re.search(rf"speed, {name} .*?([\d,]+) tok/s, MFU ([\d.]+%), ([\d.]+ GB)", table)
+        claims.append(f"| {' | '.join(found.groups())} |")
+    rate = int(found.group(1).replace(",", ""))
+    return [*claims, f"At that speed 20B tokens are {20e9 / rate / 3600:.0f} hours"]
+
+
+def test_readme_tells_of_the_logged_gpu():
+    """Catches: a number in README that is not of logs/gpu."""
+    table = (ROOT / "logs/gpu/table.md").read_text(encoding="utf-8")
+    assert missing(claims_of_gpu(table)) == []
+    assert len(missing(claims_of_gpu(table.replace("45,918", "55,918")))) == 2  # control
+
+
+# -------------------------------------------------------------------------------------------------
 # Promises, exercises, layout
 
 def test_readme_tells_of_the_computed_plan():
@@ -202,7 +222,8 @@ def test_support_never_imports_from_the_root():
     assert "model" in modules_imported(ROOT / "checkpoint.py") & root  # control
 
 
-SCRIPTS = [*ROOT.glob("*.py"), *(ROOT / "support").glob("*.py"), *(ROOT / "tests").glob("*.py")]
+SCRIPTS = [file for folder in (".", "support", "experiments", "tests")
+           for file in sorted((ROOT / folder).glob("*.py"))]
 
 
 @pytest.mark.parametrize("file", SCRIPTS, ids=[file.name for file in SCRIPTS])
