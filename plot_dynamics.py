@@ -48,9 +48,10 @@ PANELS = [
         ("sample", "distinct_2", "distinct_2: different bigrams")]),
     ("Learning rate", "lr", [("train", "lr", "")]),
     ("Gradient norm, before clipping", "L2 norm", [("train", "grad_norm", "")]),
+    ("How far a step moves the weights", "RMS of the change", [("train", "update_rms", "")]),
     ("Throughput, without evaluating and saving", "tokens/s", [("train", "tok_per_s", "")]),
 ]
-LOG_Y = {"grad_norm"}
+LOG_Y = {"grad_norm", "update_rms"}
 NOT_COMPARED = {"acc", "acc_pmi", "distinct_2"}  # with several runs: too many curves
 BANDS = {  # key of a curve: key of its standard error
     "acc": "stderr", "acc_norm": "stderr_norm", "acc_pmi": "stderr_pmi",

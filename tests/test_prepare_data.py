@@ -69,14 +69,16 @@ def story(tmp_path):
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
-    """{quality: folder}: the real corpus, read once and written in the three qualities."""
+    """{quality: folder}: the real corpus, read once and written in the three qualities, and as "all
+    raw": its validation text too."""
     root = tmp_path_factory.mktemp("corpus")
     documents = pydocs.build_corpus()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(prepare_data, "build_corpus", lambda: copy.deepcopy(documents))
         for quality in QUALITIES:
             run("pydocs", "--quality", quality, "--out", root / quality)
-    return {quality: root / quality for quality in QUALITIES}
+        run("pydocs", "--quality", "raw", "--val_quality", "raw", "--out", root / "all raw")
+    return {quality: root / quality for quality in (*QUALITIES, "all raw")}
 
 
 @pytest.fixture(scope="session")
@@ -173,18 +175,29 @@ def test_quality_changes_only_the_training_shard(corpus, texts):
     assert words["prose"] != words["raw"]  # control
 
 
-def test_quality_of_the_validation_is_chosen_apart(corpus, tmp_path, monkeypatch):
+def test_quality_of_the_validation_is_chosen_apart(corpus, texts):
     """Catches: a --val_quality that does nothing, or changes the training shard or the questions."""
-    documents = pydocs.build_corpus()
-    monkeypatch.setattr(prepare_data, "build_corpus", lambda: copy.deepcopy(documents))
-    run("pydocs", "--quality", "raw", "--val_quality", "raw", "--out", tmp_path / "raw")
-    files = {name: [(folder / name).read_bytes() for folder in (tmp_path / "raw", corpus["raw"])]
-             for name in ("train_0000.npy", "cloze.jsonl", "val_0000.npy")}
-    assert {name: one == other for name, (one, other) in files.items()} == {
-        "train_0000.npy": True, "cloze.jsonl": True, "val_0000.npy": False}
-    names = [[name_of(document) for document in documents_of(folder, "val")]
-             for folder in (tmp_path / "raw", corpus["raw"])]
-    assert names[0] == names[1]
+    same = {}
+    for name in ("train_0000.npy", "cloze.jsonl", "val_0000.npy"):
+        one, other = [(corpus[key] / name).read_bytes() for key in ("all raw", "raw")]
+        same[name] = one == other
+    assert same == {"train_0000.npy": True, "cloze.jsonl": True, "val_0000.npy": False}
+    documents = documents_of(corpus["all raw"], "val")
+    assert [name_of(document) for document in documents] == [
+        name_of(document) for document in texts["raw", "val"]]
+
+
+def test_raw_validation_is_nearly_apart(corpus, texts):
+    """Catches: raw validation text (prose is apart altogether) of which more than a little stands
+    in the raw training text too."""
+    def runs_of_13(documents):
+        words = [words_of(document) for document in documents]
+        return {tuple(w[i:i + 13]) for w in words for i in range(len(w) - 12)}
+    training = runs_of_13(texts["raw", "train"])
+    val = runs_of_13(documents_of(corpus["all raw"], "val"))
+    assert 0 < len(val & training) / len(val) < 0.015
+    half = runs_of_13(texts["raw", "train"][::2])  # control: text that was trained on
+    assert len(half & training) == len(half)
 
 
 def test_meta_describes_the_shards(corpus, texts):

@@ -1,0 +1,65 @@
+"""keep.py — copy what the figures need from run folders into logs/, thinned.
+
+    python experiments/keep.py logs/2_optimizer runs/2/*          # one file for each run
+    python experiments/keep.py logs/1_emergence runs/1/* --every 20
+
+Of the training rows only every n-th is kept, with its step, loss, update_rms and speed.
+All other rows are kept whole, but for the settings, which are in reproduce.sh. Also those of
+evaluations.jsonl.
+"""
+import json
+import sys
+from pathlib import Path
+
+import common
+from support.flags import Parser, count, count_or_0
+from support.runs import script
+
+TRAIN = ("event", "step", "loss", "update_rms", "tok_per_s")
+LEFT_OUT = ("config", "time", "file", "seq_len")
+
+
+def short(value):
+    """Numbers with six digits, also in lists."""
+    if isinstance(value, float):
+        return float(f"{value:.6g}")
+    if isinstance(value, list):
+        return [short(item) for item in value]
+    return value
+
+
+def kept(events, every, after):
+    """The rows that stay, shortened: after that step, and starts and resumes."""
+    for event in events:
+        if event["step"] <= after and event["event"] not in ("start", "resume"):
+            continue
+        if event["event"] == "train":
+            if event["step"] % every != 0:
+                continue
+            event = {key: event[key] for key in TRAIN if key in event}
+        event = {key: value for key, value in event.items() if key not in LEFT_OUT}
+        yield {key: short(value) for key, value in event.items()}
+
+
+@script
+def main(argv=None):
+    parser = Parser(description="Copy the logs of runs into logs/, thinned.")
+    parser.add_argument("out", type=Path, help="folder to write into")
+    parser.add_argument("runs", type=Path, nargs="+", help="run folders")
+    parser.add_argument("--every", type=count, default=1, help="keep every n-th training row")
+    parser.add_argument("--after", type=count_or_0, default=-1, help="only what follows this step")
+    args = parser.parse_args(argv)
+    args.out.mkdir(parents=True, exist_ok=True)
+    for run in args.runs:
+        events = common.read_events(run / "metrics.jsonl")
+        added = run / "evaluations.jsonl"
+        if added.exists():
+            events += common.read_events(added)
+        rows = [json.dumps(row, ensure_ascii=False) + "\n"
+                for row in kept(events, args.every, args.after)]
+        (args.out / f"{run.name}.jsonl").write_text("".join(rows), encoding="utf-8")
+    print(f"{len(args.runs)} logs in {args.out}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,61 @@
+"""licenses.py — text that is none of the kinds compared in experiment 4: the licences of Python's
+required packages, as validation text.
+
+    python experiments/licenses.py data/licenses
+"""
+import importlib.metadata
+import re
+import sys
+from pathlib import Path
+
+import common  # so that python finds the files at the root
+from data import Tokenizer
+from prepare_data import DEFAULT_VOCAB_SIZE, new_folder, write_shards
+from support.flags import Parser
+from support.pydocs import PACKAGES, dependencies
+from support.runs import UserError, script
+
+NAME = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|AUTHORS)", re.IGNORECASE)
+
+
+def licenses():
+    """The paragraphs of all licence files, each once: packages share many of them."""
+    seen = set()
+    texts = []
+    for package in sorted([*PACKAGES, *dependencies()]):
+        try:
+            files = importlib.metadata.files(package) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        for file in sorted(files):
+            if not NAME.match(file.name) or file.suffix not in ("", ".txt", ".md", ".rst"):
+                continue
+            text = file.locate().read_text(encoding="utf-8", errors="replace")
+            new = []
+            for paragraph in text.split("\n\n"):
+                words = " ".join(paragraph.split())
+                if len(words) > 80 and words not in seen:
+                    seen.add(words)
+                    new.append(words)
+            if new:
+                texts.append("\n".join(new))
+    return texts
+
+
+@script
+def main(argv=None):
+    parser = Parser(description="Licences as validation text.")
+    parser.add_argument("folder", type=Path)
+    args = parser.parse_args(argv)
+    texts = licenses()
+    if len(texts) < 2:
+        raise UserError("the installed packages have no licence files — install them with pip")
+    pieces = [("train", texts[0], True)]  # a data folder has both splits; nobody trains on this
+    pieces += [("val", text, True) for text in texts[1:]]
+    with new_folder(args.folder) as folder:
+        write_shards(folder, pieces, Tokenizer(DEFAULT_VOCAB_SIZE), {"name": "licenses"},
+                     total=sum(map(len, texts)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
