@@ -3,17 +3,20 @@
 #
 #     bash reproduce.sh             # all of them; about an hour on two cores
 #     bash reproduce.sh 2           # one of them (5 and 6 need the runs of 1, 3 those of 7)
+#                                   # After a kill: the ones that are left, in the order 71248653.
 #     bash reproduce.sh figures     # draw all figures again from logs/, without training
 #     bash reproduce.sh pairs       # two more of the long pairs of 2, which take 8 minutes
 #
 # Two runs at a time, each with one thread (or one with two): the same machine gives the same
 # numbers, whatever else it does. Each experiment says first what it looks at, what we expected
 # before it was run, and what would refute that. Runs are in runs/reproduce/, what the figures need
-# of their logs in logs/, the numbers in logs/summary.json. At full scale the same commands take
-# other settings, which win over those below, for example
+# of their logs in logs/, the numbers in logs/summary.json: it overwrites those of the repository
+# (`git checkout logs` brings them back; of the long pairs 2 and 3 only `pairs` makes new ones).
+# At full scale the same commands of 1, 2 and 7 take other settings, which win over those below:
 #
 #     SETTINGS="--preset 124m --data data/fineweb-edu --device cuda" JOBS=1 bash reproduce.sh 2
 set -euo pipefail
+set -m  # each job is a process group, so that a stop reaches all of it
 cd "$(dirname "$0")"
 SETTINGS=${SETTINGS:-}
 JOBS=${JOBS:-2}
@@ -37,15 +40,22 @@ job() {  # run a command in the background, as soon as fewer than JOBS others ru
 }
 all_done() {  # wait for all jobs; ends this script if one of them failed
   local pid
-  for pid in "${pids[@]}"; do wait "$pid"; done
+  for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid"; done
   pids=()
 }
 pids=()
-trap 'kill $(jobs -p) 2> /dev/null || true' EXIT
+stop_jobs() {
+  local pid
+  for pid in $(jobs -p); do kill -- "-$pid" 2> /dev/null || true; done
+  wait
+}
+trap stop_jobs EXIT
 trap 'exit 130' INT
 trap 'exit 143' TERM
 needs() {  # needs 1 seed3: the runs of another experiment
-  [ -d "$R/$1/$2" ] || { echo "this needs the runs of another: bash reproduce.sh $1" >&2; exit 2; }
+  tail -n 1 "$R/$1/$2/metrics.jsonl" 2> /dev/null | grep -q '"done"' && return
+  echo "reproduce.sh: this needs the runs of another experiment — run: bash reproduce.sh $1" >&2
+  exit 2
 }
 begin() { echo "== $1"; rm -rf "$R/${1%%_*}"; mkdir -p "$R/${1%%_*}"; }
 
@@ -62,7 +72,7 @@ experiment_1() {
     train --run $R/1/seed$seed --seed $seed --threads 2 --eval_every 150 --sample_every 150 \
       --save_every 0
   done
-  $python experiments/keep.py logs/1_emergence $R/1/* --every 20
+  "$python" experiments/keep.py logs/1_emergence $R/1/* --every 20
 }
 
 # 2. Optimizer state. The paper: restoring it when resuming matters.
@@ -97,7 +107,7 @@ long_pair() {
   job continued long$1 long_full$1
   job continued long$1 long_reset$1 --reset_optimizer
   all_done
-  $python experiments/keep.py logs/2_optimizer $R/2/long_*$1 --after 200 --every 4
+  "$python" experiments/keep.py logs/2_optimizer $R/2/long_*$1 --after 200 --every 4
 }
 experiment_2() {
   begin 2_optimizer
@@ -110,8 +120,8 @@ experiment_2() {
   done
   all_done
   long_pair 1
-  $python experiments/keep.py logs/2_optimizer $R/2/full_* $R/2/reset_* --after 100
-  $python experiments/keep.py logs/2_optimizer $R/2/{full,reset,paper,rewarm}? --after 200
+  "$python" experiments/keep.py logs/2_optimizer $R/2/full_* $R/2/reset_* --after 100
+  "$python" experiments/keep.py logs/2_optimizer $R/2/{full,reset,paper,rewarm}? --after 200
 }
 
 # 3. Continuity across hardware. The paper: changes of hardware affect stability and throughput.
@@ -122,29 +132,29 @@ moved() {  # moved NAME SCRIPT FLAGS: from step 150 on
   quiet "${@:2}" --run $R/3/$1 --resume $SETTINGS || [ $? = 75 ]
 }
 experiment_3() {
-  begin 3_hardware
   needs 7 seed1
+  begin 3_hardware
   train --run $R/3/stopped --seed 1 --max_steps 300 --stop_at 150 --save_every 0 --eval_every 0 \
     --benchmark_items 4 || [ $? = 75 ]
-  moved processes_2 $python -m torch.distributed.run --standalone --nproc_per_node=2 -- train.py \
+  moved processes_2 "$python" -m torch.distributed.run --standalone --nproc_per_node=2 -- train.py \
     --micro_batch 4
-  moved threads_2 $python train.py --threads 2
-  job moved fp32 $python train.py --dtype fp32
-  job moved stayed $python train.py
-  job moved micro_batch_2 $python train.py --micro_batch 2
-  job moved compiled $python train.py --compile
+  moved threads_2 "$python" train.py --threads 2
+  job moved fp32 "$python" train.py --dtype fp32
+  job moved stayed "$python" train.py
+  job moved micro_batch_2 "$python" train.py --micro_batch 2
+  job moved compiled "$python" train.py --compile
   all_done
   cp -r $R/7/seed1 $R/3/never_moved
-  $python experiments/keep.py logs/3_hardware \
+  "$python" experiments/keep.py logs/3_hardware \
     $R/3/{never_moved,stayed,processes_2,threads_2,fp32,micro_batch_2,compiled} --after 100
-  if $python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
-    moved gpu $python train.py --device cuda
-    moved gpu_and_back $python train.py --device cuda --stop_at 225
-    quiet $python train.py --run $R/3/gpu_and_back --resume --device cpu
+  if "$python" -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then
+    moved gpu "$python" train.py --device cuda
+    moved gpu_and_back "$python" train.py --device cuda --stop_at 225
+    quiet "$python" train.py --run $R/3/gpu_and_back --resume --device cpu
     train --run $R/3/gpu_from_the_start --device cuda --seed 1 --max_steps 300 --save_every 0 \
       --eval_every 0 --benchmark_items 4
-    $python experiments/keep.py logs/3_gpu $R/3/{never_moved,gpu,gpu_and_back,gpu_from_the_start} \
-      $R/7/seed2 $R/7/seed3 --after 100
+    "$python" experiments/keep.py logs/3_gpu $R/3/never_moved $R/3/gpu* $R/7/seed2 $R/7/seed3 \
+      --after 100
   fi
 }
 
@@ -163,15 +173,15 @@ experiment_4() {
   begin 4_text
   local kind seed
   for kind in raw shuffled; do
-    [ -d data/$kind ] || $python prepare_data.py pydocs --out data/$kind --quality $kind \
+    [ -d data/$kind ] || "$python" prepare_data.py pydocs --out data/$kind --quality $kind \
       --val_quality $kind
   done
-  [ -d data/licenses ] || $python experiments/licenses.py data/licenses
+  [ -d data/licenses ] || "$python" experiments/licenses.py data/licenses
   for seed in 1 2 3; do
     for kind in pydocs raw shuffled; do job on_one_kind $kind $seed; done
   done
   all_done
-  $python experiments/keep.py logs/4_text $R/4/* --every 20
+  "$python" experiments/keep.py logs/4_text $R/4/* --every 20
 }
 
 # 5. Instruction tuning. The paper: it makes answers more contextually appropriate.
@@ -179,22 +189,22 @@ experiment_4() {
 # cloze accuracies stay. Refuted if the loss on held-out answers does not fall.
 tuned() {  # tuned NAME SEED FLAGS
   local run=$R/5/$1$2 step
-  quiet $python sft.py $R/1/seed$2 --run $run --seed $2 --max_steps 128 --save_every 0 --threads 1 \
-    "${@:3}"
+  quiet "$python" sft.py $R/1/seed$2 --run $run --seed $2 --max_steps 128 --save_every 0 \
+    --threads 1 "${@:3}"
   for step in 0 16 128; do
     evaluate $run --step $step --eval_tokens 24576 --benchmark_items 4
   done
 }
 experiment_5() {
-  begin 5_tuning
   needs 1 seed3
+  begin 5_tuning
   local seed
   for seed in 1 2 3; do
     job tuned full $seed
     job tuned lora $seed --lora 8
   done
   all_done
-  $python experiments/keep.py logs/5_tuning $R/5/* --every 4
+  "$python" experiments/keep.py logs/5_tuning $R/5/* --every 4
 }
 
 # 6. A transition that can be seen: random tokens that repeat. After Olsson et al. 2022
@@ -208,23 +218,23 @@ copying() {  # copying LAYERS SEED
   train --run $run --data data/repeats --seed $2 --n_layers $1 --dim 128 --intermediate_size 384 \
     --max_steps 1200 --batch_tokens 2048 --micro_batch 16 --lr 2e-3 --schedule linear \
     --eval_every 50 --eval_tokens 16384 --save_every 100 --keep_every 100
-  quiet $python experiments/repeats.py score $run --ids 64
+  quiet "$python" experiments/repeats.py score $run --ids 64
 }
 experiment_6() {
-  begin 6_induction
   needs 1 seed3
+  begin 6_induction
   local layers seed
-  [ -d data/repeats ] || $python experiments/repeats.py make data/repeats
+  [ -d data/repeats ] || "$python" experiments/repeats.py make data/repeats
   for seed in 1 2 3; do
     for layers in 4 2 1; do job copying $layers $seed; done
   done
   for seed in 1 2 3; do  # and the networks that read text
-    job quiet $python experiments/repeats.py score $R/1/seed$seed
-    job quiet $python experiments/repeats.py score $R/1/seed$seed --like data/pydocs
+    job quiet "$python" experiments/repeats.py score $R/1/seed$seed
+    job quiet "$python" experiments/repeats.py score $R/1/seed$seed --like data/pydocs
   done
   all_done
-  $python experiments/keep.py logs/1_emergence $R/1/* --every 20
-  $python experiments/keep.py logs/6_induction $R/6/* --every 20
+  "$python" experiments/keep.py logs/6_induction $R/6/* --every 20
+  "$python" experiments/keep.py logs/6_induction $R/1/* --only repeats
 }
 
 # 7. Seeds: the noise that every difference above is judged against.
@@ -236,7 +246,7 @@ experiment_7() {
       --benchmark_items 4
   done
   all_done
-  $python experiments/keep.py logs/7_seeds $R/7/* --every 20
+  "$python" experiments/keep.py logs/7_seeds $R/7/* --every 20
 }
 
 # 8. Size and tokens (beyond the paper): four widths, four lengths of run. A curve through the 15
@@ -258,23 +268,23 @@ experiment_8() {
   done
   all_done
   rm -f logs/8_size/dim256_steps1200.jsonl
-  $python experiments/keep.py logs/8_size $R/8/* --every 20
-  $python experiments/8_size.py --predict
+  "$python" experiments/keep.py logs/8_size $R/8/* --every 20
+  "$python" experiments/8_size.py --predict
   sized 256 1e-3 1200
-  $python experiments/keep.py logs/8_size $R/8/* --every 20
+  "$python" experiments/keep.py logs/8_size $R/8/* --every 20
 }
 
 figures() {
   local script
-  for script in experiments/[1-9]_*.py; do $python $script; done
+  for script in experiments/[1-9]_*.py; do "$python" $script; done
 }
 
-data() { [ -d data/pydocs ] || $python prepare_data.py pydocs; }
+data() { [ -d data/pydocs ] || "$python" prepare_data.py pydocs; }
 case ${1:-all} in
   all) data; for n in 7 1 2 4 8 6 5 3; do "experiment_$n"; done; figures ;;
   figures) figures ;;
-  pairs) data; long_pair 2; long_pair 3; $python experiments/2_optimizer.py ;;
-  [1-8]) data; "experiment_$1"; $python experiments/"$1"_*.py ;;
-  *) echo "reproduce.sh: $1 is not an experiment — give a number from 1 to 8, or figures" >&2
+  pairs) data; long_pair 2; long_pair 3; "$python" experiments/2_optimizer.py ;;
+  [1-8]) data; "experiment_$1"; "$python" experiments/"$1"_*.py ;;
+  *) echo "reproduce.sh: $1 is not an experiment — give 1 to 8, pairs or figures" >&2
      exit 2 ;;
 esac

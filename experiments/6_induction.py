@@ -32,9 +32,9 @@ def copies(run):
     return np.array([row["step"] for row in rows]), losses[:, 0], losses[:, 3]
 
 
-def best_head(run_name, experiment=EXPERIMENT, drawn="evenly"):
+def best_head(run_name, drawn="evenly"):
     """Steps; the score of the best head; nats that the second copy is easier than the first."""
-    events = common.read_events(common.LOGS / experiment / f"{run_name}.jsonl")
+    events = common.read_events(common.LOGS / EXPERIMENT / f"{run_name}.jsonl")
     rows = [row for row in events if row["event"] == "repeats" and row["drawn"] == drawn]
     rows = sorted({row["step"]: row for row in rows}.values(), key=lambda row: row["step"])
     best = [max(max(layer) for layer in row["prefix_matching"]) for row in rows]
@@ -76,19 +76,25 @@ def main(argv=None):
             "never" if pair is None else f"{pair[0]}–{pair[1]}" for pair in found)
     for drawn, style in (("evenly", "-"), ("by frequency", "--")):
         gains = []
-        for seed, colour in zip(SEEDS, common.COLOURS):
-            steps, best, easier = best_head(f"seed{seed}", "1_emergence", drawn)
+        heads = []
+        for seed in SEEDS:
+            steps, best, easier = best_head(f"seed{seed}", drawn)
             label = f"drawn {drawn}" if seed == 1 else None
-            panels[2].plot(np.array(steps) + 1, easier, style, color=colour, lw=1, label=label)
+            panels[2].plot(np.array(steps) + 1, easier, style, color="0.3", lw=1, label=label)
             gains.append(easier[-1])
-        numbers[f"tiny on text, random tokens {drawn}: second copy easier by"] = common.text(gains)
-        numbers[f"tiny on text, random tokens {drawn}: best head, seed 3"] = f"{best[-1]:.2f}"
+            heads.append(best[-1])
+        who = f"tiny on text, random tokens {drawn}"
+        numbers[f"{who}: second copy easier by"] = common.text(gains, sign=True)
+        numbers[f"{who}: best head, each seed"] = ", ".join(f"{head:.3f}" for head in heads)
     panels[0].set(xlabel="step", ylabel="loss on later copies, nats")
-    panels[0].set_title("Two layers and more learn to copy\n(dotted: loss on the first copy)", fontsize=10)
+    panels[0].set_title("Two layers and more learn to copy\n(dotted: loss on the first copy)",
+                        fontsize=9)
     panels[1].set(xlabel="step", ylabel="prefix-matching score", ylim=(0, 1))
-    panels[1].set_title("as some head learns to look behind\nthe last occurrence (the best one)", fontsize=10)
+    panels[1].set_title("as some head learns to look behind\nthe last occurrence (the best one)",
+                        fontsize=9)
     panels[2].set(xscale="log", xlabel="step + 1", ylabel="nats")
-    panels[2].set_title("tiny, trained on text, hardly copies:\nits second copy is easier by", fontsize=10)
+    panels[2].set_title("tiny, trained on text, hardly copies:\nits second copy is easier by",
+                        fontsize=9)
     panels[0].legend(fontsize=8)
     panels[2].legend(fontsize=8)
     common.save(figure, EXPERIMENT)

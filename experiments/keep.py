@@ -28,9 +28,11 @@ def short(value):
     return value
 
 
-def kept(events, every, after):
+def kept(events, every, after, only):
     """The rows that stay, shortened: after that step, and starts and resumes."""
     for event in events:
+        if only is not None and event["event"] != only:
+            continue
         if event["step"] <= after and event["event"] not in ("start", "resume"):
             continue
         if event["event"] == "train":
@@ -48,6 +50,7 @@ def main(argv=None):
     parser.add_argument("runs", type=Path, nargs="+", help="run folders")
     parser.add_argument("--every", type=count, default=1, help="keep every n-th training row")
     parser.add_argument("--after", type=count_or_0, default=-1, help="only what follows this step")
+    parser.add_argument("--only", metavar="EVENT", help="keep only these rows")
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     for run in args.runs:
@@ -56,7 +59,7 @@ def main(argv=None):
         if added.exists():
             events += common.read_events(added)
         rows = [json.dumps(row, ensure_ascii=False) + "\n"
-                for row in kept(events, args.every, args.after)]
+                for row in kept(events, args.every, args.after, args.only)]
         (args.out / f"{run.name}.jsonl").write_text("".join(rows), encoding="utf-8")
     print(f"{len(args.runs)} logs in {args.out}")
 

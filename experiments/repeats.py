@@ -36,7 +36,8 @@ def make(folder, sequences):
     """Write a data folder: each sequence is 16 to 32 random ids that repeat until it is full."""
     if folder.exists():
         raise UserError(f"{folder} is there already — delete it, or choose another folder")
-    folder.mkdir(parents=True)
+    unfinished = folder.with_name(f".{folder.name}.unfinished")  # of a kill, if it is there
+    unfinished.mkdir(parents=True, exist_ok=True)
     random = np.random.RandomState(0)
     splits = {}
     for split, n in (("train", sequences), ("val", 256)):
@@ -45,13 +46,14 @@ def make(folder, sequences):
             period = random.randint(PERIODS[0], PERIODS[1] + 1)
             row[:] = np.resize(random.randint(0, IDS, period), WINDOW)
         tokens = np.append(rows, 0).astype(np.uint16)  # the last window needs one more target
-        file = folder / f"{split}_0000.npy"
+        file = unfinished / f"{split}_0000.npy"
         np.save(file, tokens)
         splits[split] = [{"file": file.name, "tokens": len(tokens),
                           "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}]
     meta = {"tokenizer": "gpt2", "vocab_size": 257, "eot": 256, "dtype": "uint16",
             "splits": splits, "source": {"name": "repeats", "ids": IDS, "periods": PERIODS}}
-    (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    (unfinished / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+    unfinished.rename(folder)
     print(f"{folder}: {sequences:,} sequences of {WINDOW} tokens")
 
 

@@ -4,6 +4,7 @@ import importlib.util
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,31 @@ def test_numbers_are_those_of_the_logs(script, copied):
     assert json.dumps(changed) != kept  # control
 
 
+NUMBER = re.compile(r"[+-]?\d+\.\d+ ± \d+\.\d+|[+-]?\d+\.\d{2,}")
+
+
+def not_in_summary(text, summary):
+    """The numbers in a text's table rows of experiments ("… | 2 |" for the second) that
+    logs/summary.json does not have for this experiment."""
+    absent = []
+    for row, number in re.findall(r"^\|(.*)\| (\d) \|$", text, re.M):
+        known, = [values for name, values in summary.items() if name.startswith(number)]
+        there = NUMBER.findall(" ".join(map(str, known.values())))
+        absent += [found for found in NUMBER.findall(row) if found not in there]
+    return absent
+
+
+def test_readme_tells_of_the_experiments():
+    """Catches: a number in README's table of experiments that is not in logs/summary.json."""
+    summary = json.loads((ROOT / "logs" / "summary.json").read_text(encoding="utf-8"))
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    section = readme.split("## Training dynamics")[1].split("\n## ")[0]
+    assert len(re.findall(r"^\|.*\| \d \|$", section, re.M)) >= 8
+    assert not_in_summary(section, summary) == []
+    summary["1_emergence"]["acc_pmi at the end"] = "0.791 ± 0.024"  # control
+    assert not_in_summary(section, summary) == ["0.790 ± 0.024"]
+
+
 def test_missing_log_names_its_command(copied):
     """Catches: a traceback where an experiment was not run."""
     shutil.rmtree(copied / "7_seeds")
@@ -80,7 +106,7 @@ RECORDER = """#!/usr/bin/env bash
 line=$(printf '%s\\x1f' "$@")
 echo "$line" >> commands
 while [ $# -gt 0 ]; do
-  [ "$1" = --run ] && mkdir -p "$2"
+  [ "$1" = --run ] && mkdir -p "$2" && echo '"done"' > "$2/metrics.jsonl"
   shift
 done
 """
