@@ -43,18 +43,21 @@ def end(name):
     return common.last(common.log_of(EXPERIMENT, name), "eval", "val_bpb")
 
 
+def noise():
+    """Standard deviation of the validation loss between the seeds of experiment 7."""
+    return common.spread([common.last(common.log_of("7_seeds", f"seed{seed}"), "eval", "val_loss")
+                          for seed in range(1, 9)])
+
+
 def cell(lr, beta2):
     """The numbers of a cell of the grid: {what: one value for each seed}."""
     names = [f"_lr{lr}_beta{beta2}_seed{seed}" for seed in SEEDS]
     curves = [excess(name)[1] for name in names]
-    noise = common.spread([common.last(common.log_of(EXPERIMENT, f"full{name}"), "eval", "val_loss")
-                           for name in names])
-    mean = smooth(np.mean(curves, axis=0))
-    above = np.flatnonzero(mean > noise)
+    above = np.flatnonzero(smooth(np.mean(curves, axis=0)) > noise())
     return {"first 20": [c[:20].mean() for c in curves],
             "peak": [smooth(c, 3).max() for c in curves],
-            "last 50": [c[-50:].mean() for c in curves], "noise": noise,
-            "steps above noise": 0 if len(above) == 0 else int(above[-1]) + 10,
+            "last 50": [c[-50:].mean() for c in curves],
+            "last step above noise": 0 if len(above) == 0 else int(above[-1]) + 10,
             "bits per byte": [end(f"reset{name}") - end(f"full{name}") for name in names]}
 
 
@@ -134,15 +137,14 @@ def main(argv=None):
 
 
 def numbers():
-    found = {}
+    found = {"noise of seeds: standard deviation of val loss (7)": f"{noise():.3f}"}
     for lr in RATES:
         for beta2 in BETAS:
             values = cell(lr, beta2)
             name = f"lr {lr}, beta2 {beta2}"
             for what in ("first 20", "peak", "last 50", "bits per byte"):
                 found[f"{name}: {what}"] = common.text(values[what], 3, sign=True)
-            found[f"{name}: seed noise of val loss"] = f"{values['noise']:.3f}"
-            found[f"{name}: steps above it"] = values["steps above noise"]
+            found[f"{name}: last step above the noise of seeds"] = values["last step above noise"]
         sizes = [[curve(f"{kind}_lr{lr}_beta0.95_seed{seed}", "update_rms")[1][0] for seed in SEEDS]
                  for kind in ("reset", "full")]
         found[f"lr {lr}, beta2 0.95: first update, reset / full"] = (

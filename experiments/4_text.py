@@ -69,9 +69,6 @@ def main(argv=None):
             gap = np.subtract(bits[kind, other], bits["pydocs", other])
             numbers[f"{KINDS[kind]} minus prose, read {KINDS.get(other, other)}"] = (
                 common.text(gap, sign=True))
-    match = [np.subtract(bits[kind, other], bits[other, other])
-             for kind in KINDS for other in KINDS if kind != other]
-    numbers["another kind minus the own one, mean"] = common.text(np.mean(match, axis=0), sign=True)
     common.report(EXPERIMENT, numbers)
 
 

@@ -107,7 +107,7 @@ def main(argv=None):
     common.report(EXPERIMENT, {
         "form": "L = {:.3f} + {:.3g} / N^{:.2f} + {:.3g} / D^{:.2f}".format(
             parameters[0], parameters[1], parameters[3], parameters[2], parameters[4]),
-        "residuals of the 15 runs: standard deviation": f"{np.std(residuals):.4f}",
+        "error of the fit": f"{np.sqrt(np.square(residuals).sum() / (15 - 5)):.4f}",
         "predicted": f"{predicted:.4f}", "outcome": f"{outcome:.4f}",
         "outcome minus prediction": f"{outcome - predicted:+.4f}"})
 

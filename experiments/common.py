@@ -18,9 +18,11 @@ from support.runs import UserError
 
 LOGS = ROOT / "logs"
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE, ORANGE, GREEN, RED, PURPLE, SKY = (
-    "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
-COLOURS = (BLUE, ORANGE, GREEN, RED, PURPLE, SKY)
+BLUE = "#0072B2"
+ORANGE = "#E69F00"
+GREEN = "#009E73"
+PURPLE = "#CC79A7"
+COLOURS = (BLUE, ORANGE, GREEN, "#D55E00", PURPLE, "#56B4E9")
 
 # 97.5 % quantiles of Student's t with 1, 2, 3 … degrees of freedom: half-widths of 95 % intervals.
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)

@@ -12,14 +12,24 @@ import common  # so that python finds the files at the root
 from data import Tokenizer
 from prepare_data import DEFAULT_VOCAB_SIZE, new_folder, write_shards
 from support.flags import Parser
-from support.pydocs import PACKAGES, dependencies
+from support.pydocs import PACKAGES, WORD, build_corpus, dependencies
 from support.runs import UserError, script
 
 NAME = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|AUTHORS)", re.IGNORECASE)
 
 
+def runs_of_13(text):
+    words = WORD.findall(text.lower())
+    return {" ".join(words[i:i + 13]) for i in range(len(words) - 12)}
+
+
 def licenses():
-    """The paragraphs of all licence files, each once: packages share many of them."""
+    """The paragraphs of all licence files, each once, for packages share many of them; without
+    those that share 13 words in a row with a docstring to train on."""
+    training = set()
+    for document in build_corpus():
+        if document.split == "train":
+            training |= runs_of_13(document.raw) | runs_of_13(document.text())
     seen = set()
     texts = []
     for package in sorted([*PACKAGES, *dependencies()]):
@@ -34,7 +44,7 @@ def licenses():
             new = []
             for paragraph in text.split("\n\n"):
                 words = " ".join(paragraph.split())
-                if len(words) > 80 and words not in seen:
+                if len(words) > 80 and words not in seen and not runs_of_13(words) & training:
                     seen.add(words)
                     new.append(words)
             if new:

@@ -75,7 +75,7 @@ def not_in_summary(text, summary):
     absent = []
     for row, number in re.findall(r"^\|(.*)\| (\d) \|$", text, re.M):
         known, = [values for name, values in summary.items() if name.startswith(number)]
-        there = NUMBER.findall(" ".join(map(str, known.values())))
+        there = NUMBER.findall(" ".join(map(str, known.items())))
         absent += [found for found in NUMBER.findall(row) if found not in there]
     return absent
 

@@ -176,7 +176,8 @@ def test_quality_changes_only_the_training_shard(corpus, texts):
 
 
 def test_quality_of_the_validation_is_chosen_apart(corpus, texts):
-    """Catches: a --val_quality that does nothing, or changes the training shard or the questions."""
+    """Catches: a --val_quality that does nothing, or changes the training shard or the
+    questions."""
     same = {}
     for name in ("train_0000.npy", "cloze.jsonl", "val_0000.npy"):
         one, other = [(corpus[key] / name).read_bytes() for key in ("all raw", "raw")]

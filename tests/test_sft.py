@@ -651,6 +651,19 @@ def test_sft_resume_is_bitwise(whole, instructions, tuned, method, tmp_path, sto
     assert [step for step, in rows(folder, keys=("step",))] == list(range(1, 13))
 
 
+def test_sft_rewarms_after_a_reset(tuned, tmp_path):
+    """Catches: a --rewarm_steps that only train.py knows."""
+    folder = tmp_path / "r"
+    shutil.copytree(tuned, folder)
+    durable.remove(folder / "checkpoints/step_00000012")
+    base = json.loads((tuned / "config.json").read_text())["base"]
+    again = ("--resume", "--reset_optimizer", "--rewarm_steps", 4)
+    assert exit_code(sft.main, [base, "--run", folder, *again]) == 0
+    usual, rewarmed = [np.array(rows(run, keys=("lr",)))[:, 0] for run in (tuned, folder)]
+    assert np.allclose(rewarmed, usual * ([1.0] * 10 + [0.25, 0.5]))
+    assert not np.allclose(rewarmed, usual)  # control
+
+
 @pytest.mark.parametrize("mistake", ["moments", "rounded", "step", "seed", "system"])
 def test_sft_resume_differs_if_state_is_incomplete(tuned, tmp_path, mistake):
     """Catches: a comparison in the test before this one that cannot fail."""
