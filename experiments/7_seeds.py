@@ -1,6 +1,7 @@
 """7. How far are runs apart that differ in nothing but the seed of weights and data order?
 
 This is the noise that every difference in the other experiments is judged against. No expectation.
+logs/7_seeds/default.jsonl is `python train.py`, with its default seed 1337, on the same machine.
 """
 import math
 import sys
@@ -41,6 +42,10 @@ def main(argv=None):
                           for run in longer])
         numbers[f"{key} after 3,800 steps: standard deviation, 3 seeds"] = (
             f"{common.spread(ends):.3f} (standard error over questions {stderr:.3f})")
+    default = common.log_of(EXPERIMENT, "default")
+    for event, key in (("eval", "val_bpb"), ("benchmark", "acc_pmi")):
+        numbers[f"{key} after 3,800 steps: seeds 1, 2, 3; 1337"] = ", ".join(
+            f"{common.last(run, event, key):.3f}" for run in [*longer, default])
     numbers["context gain after 3,800 steps: standard deviation, 3 seeds"] = (
         f"{common.spread([common.last(run, 'eval', 'context_gain') for run in longer]):.3f}")
 
