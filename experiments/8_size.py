@@ -93,9 +93,10 @@ def main(argv=None):
         panel.plot(x, [at(parameters, size) for size in done], "-", lw=1, color=colour)
         panel.plot(x, [loss_of(size) for size in done], "o", ms=5, color=colour, label=f"dim {dim}")
     panel.plot(flops(*LARGEST), predicted, "k*", ms=12, label="predicted before it was run")
-    panel.set(xscale="log", xlabel="FLOPs of the training", ylabel="validation loss, nats")
+    panel.set(xscale="log", xlabel="FLOPs of the training", ylabel="validation loss, nats",
+              ylim=(3.2, 6.2))
     panel.set_title("Lines: fitted to all runs but the largest", fontsize=10)
-    panel.legend(fontsize=8, loc="lower left")
+    panel.legend(fontsize=8, loc="upper right")
     right.axhline(0, color="0.5", lw=1)
     for (dim, steps), residual in zip([*smaller, LARGEST], [*residuals, outcome - predicted]):
         marker = "k*" if (dim, steps) == LARGEST else "o"
