@@ -207,12 +207,15 @@ def repeat(times, step, loss_of):
 
 
 def matmul_ceiling(config, tokens, dtype, device):
-    """FLOP/s of the fastest matrix product: a large square, or one of the network's own."""
-    side = 8192 if device.type == "cuda" else 2048
-    shapes = [(side, side, side),
-              (tokens, config.dim, config.intermediate_size),
+    """FLOP/s of the fastest matrix product: one of the network's own, or a large square. That is
+    left out if it would take more than 2 s: many CPUs cannot multiply fp16 themselves."""
+    shapes = [(tokens, config.dim, config.intermediate_size),
               (tokens, config.dim, config.padded_vocab_size)]
-    return max(matmul_rate(*shape, dtype, device) for shape in shapes)
+    rate = max(matmul_rate(*shape, dtype, device) for shape in shapes)
+    side = 8192 if device.type == "cuda" else 2048
+    if 2 * side**3 / rate < 2:
+        rate = max(rate, matmul_rate(side, side, side, dtype, device))
+    return rate
 
 
 def train_table(turns, tokens, flops, ceiling):

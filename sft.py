@@ -38,7 +38,7 @@ from support.memory import checkpoint_activations
 from support.runs import (Log, UserError, claim, due, is_finished, is_tuned, newest_run, script,
                           settings_of, start_over)
 from train import (ONCE, add_settings, check_resume, finish, finish_settings, has_diverged,
-                   introduce_resume, lr_at, make_optimizer, rewarming)
+                   introduce_resume, lr_at, make_optimizer, rewarming, rms_of_change)
 
 # What a preset of the base changes. A flag on the command line wins over it.
 BY_PRESET = {"tiny": dict(lr=1e-3, epochs=1.0, batch_size=32, eval_every=0, sample_every=0)}
@@ -144,6 +144,7 @@ def main(argv=None):
     stopping = False
     failure = None
     skipped_in_a_row = 0
+    trained = [p for p in model.parameters() if p.requires_grad]
     while True:
         # Each round does what is due at `step`, then the update to `step` + 1. It ends here: when
         # told to stop, after saving; at the last step, after evaluating. Saving comes first, so
@@ -210,6 +211,7 @@ def main(argv=None):
         # 5. Learning rate, 6. update.
         for group in optimizer.param_groups:
             group["lr"] = lr
+        before = [p.detach().clone() for p in trained] if args.log_update_rms else None
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -217,12 +219,13 @@ def main(argv=None):
         updates += not overflow
 
         # 7. Log. Tokens are those of the rows, without padding.
+        update_rms = rms_of_change(before, trained) if args.log_update_rms else None
         tokens_in_step = int(examples.lengths[rows].sum())
         tokens_seen += tokens_in_step
         dt = time.monotonic() - start
         seconds += dt
         log.train(step, tokens_seen, loss, lr, norm, dt, tokens_in_step, skipped=overflow,
-                  memory=peak_memory(device))
+                  memory=peak_memory(device), update_rms=update_rms)
 
     # ---- The end
     stop.restore()

@@ -107,7 +107,7 @@ def make_optimizer(model, args, device):
 
 
 def rms_of_change(before, parameters):
-    """Root mean square of what an update changed, over all weights. before: copies of the
+    """Root mean square of what an update changed, over all trained weights. before: copies of the
     `parameters` from before it."""
     changes = [p.detach() - old for old, p in zip(before, parameters)]
     norm = sharding.whole(torch.nn.utils.get_total_norm(changes)).item()
@@ -225,7 +225,7 @@ def main(argv=None):
     failure = None
     skipped_in_a_row = 0
     sequences_in_step = args.batch_tokens // args.seq_len
-    parameters = list(model.parameters())
+    trained = [p for p in model.parameters() if p.requires_grad]
     while True:
         # Each round does what is due at `step`, then the update to `step` + 1. It ends here: when
         # told to stop, after saving; at the last step, after evaluating. Saving comes first, so
@@ -279,7 +279,7 @@ def main(argv=None):
         loss = sum_over_processes(loss_sum).item() / targets_in_step
         stopping = any_process(stop.requested, device)
         scaler.unscale_(optimizer)  # without fp16 it does nothing
-        norm = torch.nn.utils.clip_grad_norm_(parameters, args.grad_clip or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         norm = sharding.whole(norm).item()
         overflow = scaler.is_enabled() and not math.isfinite(norm)  # the scaler skips this update
         skipped_in_a_row = skipped_in_a_row + 1 if overflow else 0
@@ -291,7 +291,7 @@ def main(argv=None):
         # 5. Learning rate, 6. update.
         for group in optimizer.param_groups:
             group["lr"] = lr
-        before = [p.detach().clone() for p in parameters] if args.log_update_rms else None
+        before = [p.detach().clone() for p in trained] if args.log_update_rms else None
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad(set_to_none=True)
@@ -299,7 +299,7 @@ def main(argv=None):
         updates += not overflow
 
         # 7. Log.
-        update_rms = rms_of_change(before, parameters) if args.log_update_rms else None
+        update_rms = rms_of_change(before, trained) if args.log_update_rms else None
         tokens_in_step = args.batch_tokens  # here every token is a target
         tokens_seen += tokens_in_step
         dt = time.monotonic() - start
@@ -447,6 +447,8 @@ def add_settings(parser):
     add("--beta2", type=flags.below_1, default=0.95, help="AdamW's memory of its square")
     add("--grad_clip", type=flags.positive_or_0, default=1.0,
         help="largest gradient norm; 0: no limit")
+    add("--log_update_rms", action=yes_or_no, default=False,
+        help="log how far a step moves the weights (root mean square); needs a copy of them")
 
     interval = "steps between (always at 0, 1, 2, 4, 8 … and at the end too; 0: only there)"
     add = parser.add_argument_group(interval).add_argument
@@ -491,8 +493,6 @@ def read_settings(argv, saved=None):
     add("--sample_prompt", type=flags.text, default="The", help="what the samples continue")
     add("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="under torchrun: each "
         "process keeps a part of weights, gradients and moments; less memory")
-    add("--log_update_rms", action=argparse.BooleanOptionalAction, default=False, help="log how "
-        "far a step moves the weights (root mean square); needs a copy of them")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile blocks and "
         f"loss; if not given, in runs of {COMPILE_FROM} steps and more")
     add = parser.add_argument_group("sizes of the network, other than the preset's").add_argument

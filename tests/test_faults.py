@@ -1206,6 +1206,7 @@ def test_torchrun_passes_the_stop_on(data, tmp_path):
 
 CHANGES = {
     "preset": ["--preset", "tiny"],
+    **{name: [f"--{name}", 2] for name in train.SIZES},
     "init_from": ["--init_from", "runs/tiny"],
     "seed": ["--seed", 1],
     "batch_tokens": ["--batch_tokens", 64],

@@ -657,8 +657,11 @@ def test_sft_rewarms_after_a_reset(tuned, tmp_path):
     shutil.copytree(tuned, folder)
     durable.remove(folder / "checkpoints/step_00000012")
     base = json.loads((tuned / "config.json").read_text())["base"]
-    again = ("--resume", "--reset_optimizer", "--rewarm_steps", 4)
+    again = ("--resume", "--reset_optimizer", "--rewarm_steps", 4, "--log_update_rms")
     assert exit_code(sft.main, [base, "--run", folder, *again]) == 0
+    events = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+    first, second = [event["update_rms"] for event in events if "update_rms" in event]
+    assert 0 < first < second  # the rate rises
     usual, rewarmed = [np.array(rows(run, keys=("lr",)))[:, 0] for run in (tuned, folder)]
     assert np.allclose(rewarmed, usual * ([1.0] * 10 + [0.25, 0.5]))
     assert not np.allclose(rewarmed, usual)  # control
