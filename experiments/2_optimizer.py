@@ -27,11 +27,17 @@ def curve(name, key="loss"):
     return common.points(common.log_of(EXPERIMENT, name), "train", key)
 
 
+def difference(name, base):
+    """Steps of the log `base`, and the losses of `name` minus its own there: on the same batches.
+    Both (n,)."""
+    losses = dict(zip(*curve(name)))
+    steps, base_losses = curve(base)
+    return steps, np.array([losses[step] for step in steps]) - base_losses
+
+
 def excess(name):
-    """Losses of "reset" minus those of "full", (steps,), where both have the same batches."""
-    full = dict(zip(*curve(f"full{name}")))
-    steps, reset = curve(f"reset{name}")
-    return steps, reset - np.array([full[step] for step in steps])
+    """What a reset costs, in a run of the grid."""
+    return difference(f"reset{name}", f"full{name}")
 
 
 def smooth(values, width=10):
@@ -84,12 +90,8 @@ WAYS = (("reset", ORANGE, "moments reset"),
 
 def of_way(way):
     """Steps 201 to 400, and for each seed the loss of a way minus that of the full state."""
-    curves = []
-    for seed in SEEDS:
-        full = dict(zip(*curve(f"full{seed}")))
-        found = dict(zip(*curve(f"{way}{seed}")))
-        curves.append(np.array([found[step] - full[step] for step in sorted(full)]))
-    return np.array(sorted(full)), curves
+    found = [difference(f"{way}{seed}", f"full{seed}") for seed in SEEDS]
+    return found[0][0], [losses for _, losses in found]
 
 
 def draw_ways(panel):
@@ -104,12 +106,8 @@ def draw_ways(panel):
 
 def long_excess():
     """Every fourth step from 204 on, and for each seed reset minus full."""
-    curves = []
-    for seed in SEEDS:
-        full = dict(zip(*curve(f"long_full{seed}")))
-        reset = dict(zip(*curve(f"long_reset{seed}")))
-        curves.append(np.array([reset[step] - full[step] for step in sorted(full)]))
-    return np.array(sorted(full)), curves
+    found = [difference(f"long_reset{seed}", f"long_full{seed}") for seed in SEEDS]
+    return found[0][0], [losses for _, losses in found]
 
 
 def draw_long(panel):

@@ -1,7 +1,7 @@
 """keep.py — copy what the figures need from run folders into logs/, thinned.
 
-    python experiments/keep.py logs/2_optimizer runs/2/*          # one file for each run
-    python experiments/keep.py logs/1_emergence runs/1/* --every 20
+    python experiments/keep.py logs/2_optimizer runs/reproduce/2/*    # a file for each run
+    python experiments/keep.py logs/1_emergence runs/reproduce/1/* --every 20
 
 Of the training rows only every n-th is kept, with its step, loss, update_rms and speed.
 All other rows are kept whole, but for the settings, which are in reproduce.sh. Also those of
