@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from data import Tokenizer
 from model import Llama, ModelConfig
 from support import durable, lora, sharding
-from support.runs import UserError, holds_steps
+from support.runs import UserError, holds_steps, refuse_hugging_face
 
 # -------------------------------------------------------------------------------------------------
 # The full state
@@ -276,6 +276,7 @@ def load_weights(run, step=None):
     belong to. Raises UserError if there is no checkpoint."""
     folder = durable.find(run, step)
     if folder is None:
+        refuse_hugging_face(run)
         raise UserError(f"{run}: no such run, or one without checkpoints — train it first: "
                         f"python train.py --run {run}")
     weights = load_parts(folder / "model.pt", WEIGHTS)

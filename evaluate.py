@@ -54,13 +54,14 @@ def tokens_per_forward(device):
     return GPU_BATCH_TOKENS if device.type == "cuda" else BATCH_TOKENS
 
 
-def token_losses(model, hidden, targets):
+def token_losses(model, hidden, targets, n_ids=None):
     """−ln p(target) for each row of hidden (N, dim) and targets (N,): (N,) float64, on the CPU.
+    n_ids: p is among the first so many ids; without it among all, as in training.
 
     Some rows at a time, so that the logits stay in a CPU's cache: nearly twice as fast there."""
     losses = []
     for h, target in zip(hidden.split(ROWS), targets.split(ROWS)):
-        loss = F.cross_entropy(model.logits(h), target, reduction="none")
+        loss = F.cross_entropy(model.logits(h)[:, :n_ids], target, reduction="none")
         losses.append(loss.double().cpu())
     return torch.cat(losses)
 
@@ -130,7 +131,8 @@ def describe_text(scores):
 # Multiple choice: of several endings the model chooses the one that it finds most probable.
 
 def log_likelihoods(model, pairs, autocast, progress=False):
-    """ln P(ending | context), in nats, for each pair (context ids, ending ids): (N,) float64.
+    """ln P(ending | context), in nats, for each pair (context ids, ending ids): (N,) float64. Among
+    the tokenizer's ids: padded ones are no part of a Hugging Face folder either.
 
     One row per ending, padded on the right, where causal attention never looks. Rows of similar
     length share a forward. With several processes each scores its share."""
@@ -158,7 +160,8 @@ def log_likelihoods(model, pairs, autocast, progress=False):
             scored = targets != -100                              # only these need the output layer
             loss = torch.zeros(scored.shape, dtype=torch.float64)
             hidden = hidden[scored.to(device)]                    # (tokens of endings, dim)
-            loss[scored] = token_losses(model, hidden, targets[scored].to(device))
+            loss[scored] = token_losses(model, hidden, targets[scored].to(device),
+                                        model.config.vocab_size)
             found[batch] = -loss.sum(1)
     return complete_rows(found, device)
 
@@ -171,7 +174,8 @@ class Benchmark:
     lm-evaluation-harness and so of leaderboards: "activity_label: ctx_a ctx_b" without remarks in
     brackets; acc_norm divides by the characters of the ending.
 
-    Contexts longer than `window` lose their beginning. items: read only the first so many lines.
+    A context that is too long for `window` with the longest of its endings loses its beginning.
+    (lm-evaluation-harness cuts it for each ending apart, so its shorter endings see more.) items: read only the first so many lines.
     Raises UserError naming file and line."""
 
     def __init__(self, path, tokenizer, window, style="token", items=None):
@@ -186,8 +190,8 @@ class Benchmark:
             for number, line in enumerate(itertools.islice(file, items), 1):
                 if not line.strip():
                     continue
-                context, endings, label = self.parse(line, f"{path}:{number}")
-                ids = [tokenizer.encode(" " + ending) for ending in endings]
+                context, space, endings, label = self.parse(line, f"{path}:{number}")
+                ids = [tokenizer.encode(space + ending) for ending in endings]
                 longest = max(len(ending) for ending in ids)
                 room = window + 1 - longest  # the last token of an ending is predicted, not read
                 if room < 1:
@@ -204,10 +208,11 @@ class Benchmark:
         self.norms = torch.tensor(norms)    # (N, C)
 
     def parse(self, line, place):
-        """(context, endings, label) of a line. Raises UserError naming the place."""
+        """(context, space before an ending, endings, label) of a line. Raises UserError naming the
+        place."""
         try:
             item = parse_json(line)
-            context, endings = put_question(item, self.style)
+            context, space, endings = put_question(item, self.style)
             label = int(str(item["label"]))  # a string in some releases
             texts = [context, *endings]
             fits = (isinstance(item["endings"], list)
@@ -222,7 +227,7 @@ class Benchmark:
             raise UserError(f"{place}: not a question in HellaSwag's format ({needed}, a list of "
                             f"endings, as many as in the first line, label) — fix the line or "
                             f"remove it")
-        return context, endings, label
+        return context, space, endings, label
 
     def score(self, model, autocast, progress=False):
         """The fields of a "benchmark" event: three accuracies, each with its standard error.
@@ -254,11 +259,16 @@ class Benchmark:
 
 
 def put_question(item, style):
-    """(context, endings) of a line, in the words of the style."""
+    """(context, space before an ending, endings) of a line, in the words of the style."""
     if style == "token":
-        return item["ctx"], item["endings"]
+        return item["ctx"], " ", item["endings"]
     context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}"
-    return without_brackets(context), [without_brackets(text) for text in item["endings"]]
+    context = without_brackets(context)
+    # A remark at the end leaves a space there. GPT-2's tokens begin with their space, so it goes to
+    # the ending, as lm-evaluation-harness does it.
+    bare = context.rstrip()
+    space = context[len(bare):] + " "
+    return bare, space, [without_brackets(text) for text in item["endings"]]
 
 
 def without_brackets(text):
@@ -348,6 +358,8 @@ class Observer:
 
 def open_benchmark(args, tokenizer):
     """The questions of --benchmark, or of the data folder's cloze.jsonl; None without either."""
+    if args.benchmark is None and args.data is None:  # a tuning of an imported model
+        return None
     file = Path(args.benchmark or Path(args.data, "cloze.jsonl"))
     if args.benchmark is None and not file.exists():
         return None
@@ -431,6 +443,9 @@ def main(argv=None):
     folder = args.data
     if folder is None and args.benchmark is None:
         folder = settings["data"]
+        if folder is None:
+            raise UserError(f"{run} was imported, so it has no data of its own — give --data or "
+                            f"--benchmark")
     data = None
     if folder is not None:
         data = DataFolder(folder)

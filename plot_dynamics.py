@@ -4,9 +4,13 @@
     python plot_dynamics.py runs/a runs/b logs/default       # compare several runs on one page
     python plot_dynamics.py log.txt --batch_tokens 524288    # the plain log of build-nanogpt
 
+Also draws the result files of lm-evaluation-harness in RUN/lm_eval/step_NNN/ (README says how to
+make them).
+
 To draw something new, log it in train.py, `log.event("weights", step, norm=…)`, and add it to the
 table PANELS. Reads a run's metrics.jsonl, and the samples and benchmarks that sample.py and
-evaluate.py appended to its evaluations.jsonl. Needs no checkpoint and no PyTorch.
+evaluate.py appended to its evaluations.jsonl, which is all that an imported run has. Needs no
+checkpoint and no PyTorch.
 """
 import math
 import os
@@ -109,6 +113,29 @@ def read_events(path):
     return events
 
 
+def read_lm_eval(folder):
+    """The "benchmark" events in lm-evaluation-harness's result files under `folder`. Their step is
+    in the name of a folder: step_500 or step_00000500. Broken files are left out, with a
+    warning."""
+    events = []
+    for file in sorted(folder.rglob("results_*.json")):  # they are named after the time
+        step = re.search(r"step_(\d+)", str(file.relative_to(folder)))
+        try:
+            found = parse_json(file.read_bytes())
+            counts = found.get("n-samples", {})
+            for task, scores in found["results"].items():
+                event = {"event": "benchmark", "step": int(step.group(1)), "name": task,
+                         "style": "lm-eval", "n": counts.get(task, {}).get("effective")}
+                for name, key in (("acc", "stderr"), ("acc_norm", "stderr_norm")):
+                    event[name] = scores.get(f"{name},none")
+                    event[key] = scores.get(f"{name}_stderr,none")
+                events.append(event)
+        except (ValueError, KeyError, TypeError, AttributeError) as why:
+            print(f"warning: {file} left out: not a result file of lm-eval under a folder "
+                  f"step_NNN ({why!r})", file=sys.stderr)
+    return events
+
+
 def number(value):
     """`value` as a float; NaN if it is not a finite number. Logs have null where a loss was NaN."""
     if not isinstance(value, (int, float)) or abs(value) > 1e300:
@@ -157,7 +184,8 @@ def prompt_and_settings(event):
 class Run:
     """What a log tells about a run."""
     name: str
-    rows: dict                # {event: rows}; "benchmark", "sample": the first of the next two
+    rows: dict                # {event: rows}; "benchmark", "sample": the first of the next two;
+                              # "benchmarks": all of them, {"step", benchmark_name: accuracy}
     benchmarks: dict          # {benchmark_name: rows}, the one scored most often first
     samples: dict             # {(prompt, settings): rows}, the run's own first
     marks: list               # (step, kind, text) of each resume
@@ -191,6 +219,7 @@ def read_run(path, batch_tokens=None):
     evaluations = log.with_name("evaluations.jsonl")
     if log.name == "metrics.jsonl" and evaluations.is_file():
         added = read_events(evaluations)  # its losses may be of other text, and are not drawn
+    added += read_lm_eval(log.parent / "lm_eval")
     training = [event for event in events if event["event"] in ("train", "eval", "sft_eval")]
     if not training:
         raise UserError(f"{log}: nothing to draw, no train or eval line — is it a log of train.py, "
@@ -204,8 +233,9 @@ def read_run(path, batch_tokens=None):
     rows = group(events, lambda event: event["event"])
     rows["benchmark"] = scores[0][1] if scores else []
     rows["sample"] = next(iter(samples.values()), [])
+    rows["benchmarks"] = accuracies(scores)
     timed = [event for event in events if event["event"] in ("eval", "sft_eval", "benchmark")]
-    is_folder = log.name in ("metrics.jsonl", "log.txt")
+    is_folder = log.name in ("metrics.jsonl", "log.txt", "evaluations.jsonl")
     run = Run(name=log.resolve().parent.name if is_folder else log.stem,
               rows=rows,
               benchmarks=dict(scores),
@@ -224,9 +254,24 @@ def read_run(path, batch_tokens=None):
     return run
 
 
+def accuracies(benchmarks):
+    """One row for each step of all benchmarks, {"step", benchmark_name: acc_norm, or acc without
+    one}."""
+    by_step = {}
+    for name, rows in benchmarks:
+        for row in rows:
+            accuracy = row.get("acc_norm")
+            if accuracy is None:
+                accuracy = row.get("acc")
+            by_step.setdefault(row["step"], {"step": row["step"]})[name] = accuracy
+    return [by_step[step] for step in sorted(by_step)]
+
+
 def find_log(path):
-    """The log in a run folder, or the file itself. Raises UserError."""
-    for file in (path / "metrics.jsonl", path / "log.txt", path):
+    """The log in a run folder, or the file itself. Raises UserError. An imported run has no other
+    log than its evaluations."""
+    names = ("metrics.jsonl", "log.txt", "evaluations.jsonl")
+    for file in (*(path / name for name in names), path):
         if file.is_file():
             return file
     raise UserError(f"{path}: no log — give a run folder with metrics.jsonl or log.txt, or a file")
@@ -302,6 +347,16 @@ def open_figure(size):
     return Figure(figsize=size, layout="constrained", dpi=110)
 
 
+def benchmarks_panel(runs):
+    """A panel with a curve for each benchmark, if a run has several of them."""
+    names = {}
+    for run in runs:
+        if len(run.benchmarks) > 1:
+            names.update(run.benchmarks)
+    curves = [("benchmarks", name, plain(name)) for name in names]
+    return "Benchmarks", "share right, by length if measured", curves
+
+
 class Page:
     """The figure. A single run has a colour for each curve, several have a colour for each run."""
 
@@ -311,7 +366,7 @@ class Page:
         self.alone = len(runs) == 1
         self.in_tokens = all(run.batch_tokens for run in runs)
         panels = []
-        for panel in PANELS:
+        for panel in [*PANELS, benchmarks_panel(runs)]:
             if any(self.curves_of(run, panel) for run in runs):
                 panels.append(panel)
         has_positions = any(position_rows(run) for run in runs)

@@ -6,6 +6,7 @@
 #                                   # After a kill: the ones that are left, in the order 71248653.
 #     bash reproduce.sh figures     # draw all figures again from logs/, without training
 #     bash reproduce.sh pairs       # two more of the long pairs of 2, which take 8 minutes
+#     bash reproduce.sh released    # the paper's released checkpoints: see at the end
 #
 # Two runs at a time, each with one thread (or one with two): the same machine gives the same
 # numbers, whatever else it does. Each experiment says first what it looks at, what we expected
@@ -274,6 +275,43 @@ experiment_8() {
   "$python" experiments/keep.py logs/8_size $R/8/* --every 20
 }
 
+# The trajectory of the paper's own model, from the ten checkpoints that it released: each one is
+# downloaded, imported, scored on FineWeb-Edu and HellaSwag, sampled, and deleted. Needs the network,
+# requirements-extras.txt, 15 GB of disk and 9 GB of memory; a GPU makes it hours faster. After a
+# stop it goes on with the checkpoint that is not scored yet.
+#
+#     bash reproduce.sh released 2.7k 43.5k               # only these
+#     RELEASED=folders/step- bash reproduce.sh released   # from folders/step-2.7k and so on, no hub
+#     EVALUATE="--dtype bf16" OURS="runs/1.7b" bash reproduce.sh released
+released() {
+  local folder name run=runs/released step data=data/fineweb-edu hub=hf/released
+  local questions=data/hellaswag/hellaswag.jsonl
+  [ $# -gt 0 ] || set -- 2.7k 3.3k 5.1k 7.5k 15.7k 20k 23.9k 35k 40.5k 43.5k
+  # The first 10 million tokens of the sample; in the shards for the training they are the same.
+  [ -d $data ] || "$python" prepare_data.py fineweb-edu --max_tokens 200000000 --out $data
+  [ -f $questions ] || "$python" prepare_data.py hellaswag
+  for name; do
+    step=$(awk -v thousands="${name%k}" 'BEGIN { printf "%.0f", 1000 * thousands }')
+    grep -qs "\"sample\", \"step\": $step," $run/evaluations.jsonl && continue
+    echo "== step $step"
+    folder=${RELEASED:-}$name
+    if [ -z "${RELEASED:-}" ]; then
+      folder=$hub
+      "$(dirname "$(command -v "$python")")/hf" download \
+        "McGill-DMaS/DMaS-LLaMa-Lite-step-$name" --local-dir $hub
+    fi
+    rm -rf $run/checkpoints
+    "$python" convert_hf.py import "$folder" $run --step "$step"
+    rm -rf $hub
+    "$python" evaluate.py $run --step "$step" --data $data --benchmark $questions --style token \
+      ${EVALUATE:-}
+    "$python" sample.py $run --trajectory --prompt "The capital of France is" \
+      --prompt "Photosynthesis is the process by which"
+  done
+  rm -rf $run/checkpoints
+  "$python" plot_dynamics.py $run ${OURS:-logs/default} --batch_tokens 524288 --out figures/released
+}
+
 figures() {
   local script
   for script in experiments/[1-9]_*.py; do "$python" $script; done
@@ -283,8 +321,9 @@ data() { [ -d data/pydocs ] || "$python" prepare_data.py pydocs; }
 case ${1:-all} in
   all) data; for n in 7 1 2 4 8 6 5 3; do "experiment_$n"; done; figures ;;
   figures) figures ;;
+  released) released "${@:2}" ;;
   pairs) data; long_pair 2; long_pair 3; "$python" experiments/2_optimizer.py ;;
   [1-8]) data; "experiment_$1"; "$python" experiments/"$1"_*.py ;;
-  *) echo "reproduce.sh: $1 is not an experiment — give 1 to 8, pairs or figures" >&2
+  *) echo "reproduce.sh: $1 is not an experiment — give 1 to 8, pairs, figures or released" >&2
      exit 2 ;;
 esac

@@ -29,11 +29,12 @@ from data import DataFolder, Tokenizer
 from evaluate import (ROWS, evaluating, log_benchmark, open_benchmark, text_statistics,
                       tokens_per_forward)
 from model import Llama
-from support import chat, durable, flags, lora, sharding
+from support import chat, flags, lora, sharding
 from support.chat import IGNORE, Batches, Examples
 from support.devices import (StopSignals, any_process, check_equal, choose_dtype, complete_rows,
                              end_processes, environment, from_rank_0, peak_memory, processes,
                              start_processes, sum_over_processes, to_device, use_machine)
+from support.files import write_json
 from support.memory import checkpoint_activations
 from support.runs import (Log, UserError, claim, due, is_finished, is_tuned, newest_run, script,
                           settings_of, start_over)
@@ -128,7 +129,7 @@ def main(argv=None):
             start_over(run)
         if state is None and args.lora is not None:
             lora.keep_base(run, args.base, args.step, weights)
-        durable.write_json(run / "config.json", settings)
+        write_json(run / "config.json", settings)
     log = Log(run if is_main else None, log_length, step, tokens_seen, args.max_steps)
     log.start(step, state, settings, env, args.reset_optimizer)
     if state is None:
@@ -252,12 +253,15 @@ def open_instructions(args, state, tokenizer, window, is_main):
     """(Examples to train on, Examples held out, number of bad rows, fingerprint of the file).
 
     Raises UserError if nothing is left to train on, or if the file of a resumed run has changed."""
+    if args.instructions is None and args.data is None:
+        raise UserError(f"{args.base} was imported, so it has no data of its own — give "
+                        f"--instructions")
     file = Path(args.instructions or Path(args.data, "instruct.json"))
     if not file.is_file():
         raise UserError(f"{file}: no such file — give one with --instructions (python "
                         f"prepare_data.py pydocs writes data/pydocs/instruct.json)")
-    questions = Path(args.data, "cloze.jsonl")  # see open_benchmark
-    if args.instructions is None or (args.benchmark is None and questions.exists()):
+    has_questions = args.data is not None and Path(args.data, "cloze.jsonl").exists()
+    if args.instructions is None or (args.benchmark is None and has_questions):
         DataFolder(args.data).check_same(args.fingerprint, "restore it, or give --instructions and "
                                                            "--benchmark")
     fingerprint = chat.file_fingerprint(file)

@@ -31,7 +31,7 @@ from support.devices import (StopSignals, any_process, can_compile, check_equal,
                              end_processes, environment, from_rank_0, peak_memory, peak_rate,
                              start_processes, sum_over_processes, to_device, use_machine,
                              wait_for_rank_0)
-from support.durable import write_json
+from support.files import write_json
 from support.memory import checkpoint_activations
 from support.runs import Log, UserError, claim, due, is_finished, script, start_over
 

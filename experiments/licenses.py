@@ -10,7 +10,8 @@ from pathlib import Path
 
 import common  # so that python finds the files at the root
 from data import Tokenizer
-from prepare_data import DEFAULT_VOCAB_SIZE, new_folder, write_shards
+from prepare_data import DEFAULT_VOCAB_SIZE, check_replaceable, write_shards
+from support.files import new_folder
 from support.flags import Parser
 from support.pydocs import PACKAGES, WORD, build_corpus, dependencies
 from support.runs import UserError, script
@@ -62,7 +63,7 @@ def main(argv=None):
         raise UserError("the installed packages have no licence files — install them with pip")
     pieces = [("train", texts[0], True)]  # a data folder has both splits; nobody trains on this
     pieces += [("val", text, True) for text in texts[1:]]
-    with new_folder(args.folder) as folder:
+    with new_folder(args.folder, check_replaceable) as folder:
         write_shards(folder, pieces, Tokenizer(DEFAULT_VOCAB_SIZE), {"name": "licenses"},
                      total=sum(map(len, texts)))
 

@@ -11,7 +11,6 @@ messages:
 """
 import hashlib
 import json
-import json
 import math
 from collections import Counter
 from pathlib import Path
@@ -63,6 +62,41 @@ def encode_chat(tokenizer, messages, system=SYSTEM):
         ids += piece
         is_answer += [answer] * len(piece)
     return ids, is_answer
+
+
+# The same in Jinja, for the programs that read a Hugging Face folder. SYSTEM stands for the system
+# prompt as a string. There is nothing to add for an answer: " ASSISTANT:" belongs to the question.
+JINJA = """\
+{%- set ns = namespace(before=SYSTEM) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'system' -%}
+{%- set ns.before = message['content'] + ' ' if message['content'] else '' -%}
+{%- elif message['role'] == 'user' -%}
+{{- ns.before + 'USER: ' + message['content'] + ' ASSISTANT:' -}}
+{%- set ns.before = '' -%}
+{%- else -%}
+{{- ' ' + message['content'] + eos_token -}}
+{%- endif -%}
+{%- endfor -%}
+"""
+
+
+def jinja_template(system=SYSTEM):
+    """The template as text, with a default system prompt."""
+    before = f"{system} " if system else ""
+    return JINJA.replace("SYSTEM", json.dumps(before, ensure_ascii=False))
+
+
+def system_of(template):
+    """The system prompt of a template that `jinja_template` made; None of another one."""
+    start, end = JINJA.split("SYSTEM")
+    if not template.startswith(start) or not template.endswith(end):
+        return None
+    try:
+        before = json.loads(template[len(start):len(template) - len(end)])
+    except ValueError:
+        return None
+    return before.removesuffix(" ")
 
 
 # -------------------------------------------------------------------------------------------------

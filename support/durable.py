@@ -6,7 +6,6 @@ commit. meta.json holds size and SHA-256 of its files, and a reader compares the
     runs/NAME/checkpoints/step_00000500/{model.pt, train_state.pt, meta.json}
 """
 import hashlib
-import json
 import os
 import pickle
 import re
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch.utils.serialization import config as serialization
 
+from support.files import sync, write_json
 from support.runs import UserError, due, is_out_of_memory, parse_json
 
 
@@ -51,7 +51,7 @@ def write_checkpoint(run, step, contents):
         if final.exists():
             remove(final)
         os.rename(temporary, final)
-        fsync_folder(folder)
+        sync(folder)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         needed = sum(tensor.nbytes for tensor in tensors.values())
@@ -106,35 +106,6 @@ def write_file(path, obj):
             raise hashed.error or error
         os.fsync(file.fileno())
         return {"bytes": file.tell(), "sha256": hashed.sha256.hexdigest()}
-
-
-def link_or_copy(source, target):
-    """A hard link, which costs no room; a copy on another file system, or on one without links."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copyfile(source, target)
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
-
-
-def write_json(path, obj):
-    """Write or replace a small JSON file in one atomic step."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(obj, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    fsync_folder(path.parent)
-
-
-def fsync_folder(folder):
-    """Make renames in a folder durable. Windows cannot open a folder, and does not need this."""
-    if os.name == "posix":
-        handle = os.open(folder, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -241,7 +212,7 @@ def remove(folder):
     aside = folder.with_name(f".tmp_removed_{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
-    fsync_folder(folder.parent)
+    sync(folder.parent)
     shutil.rmtree(aside)
 
 

@@ -18,6 +18,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 
 from support import durable
+from support.files import link_or_copy, write_json
 from support.runs import UserError, parse_json
 
 
@@ -90,7 +91,7 @@ def keep_base(run, base, step, weights):
     folder = Path(base) / "checkpoints" / f"step_{step:08d}"
     try:
         recorded = durable.read_meta(folder)["files"]["model.pt"]
-        durable.link_or_copy(folder / "model.pt", file)
+        link_or_copy(folder / "model.pt", file)
         durable.verify(run, "base.pt", {"base.pt": recorded})
         is_kept = are_equal(durable.load_file(file)["model"], weights["model"])
     except (OSError, durable.Damaged):
@@ -98,7 +99,7 @@ def keep_base(run, base, step, weights):
     if not is_kept:
         file.unlink(missing_ok=True)  # never write through a link
         recorded = durable.write_file(file, weights)
-    durable.write_json(run / "base.json", {"base.pt": recorded})
+    write_json(run / "base.json", {"base.pt": recorded})
 
 
 def are_equal(first, second):

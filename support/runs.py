@@ -234,7 +234,7 @@ def is_argument(value):
 
 
 # The settings that other scripts use, and their types.
-READ_BY_OTHERS = {"data": str, "seq_len": int, "preset": str | None, "base": str | None,
+READ_BY_OTHERS = {"data": str | None, "seq_len": int, "preset": str | None, "base": str | None,
                   "benchmark": str | None, "benchmark_items": int | None, "system": str | None,
                   "sample_prompt": str | None}
 
@@ -253,8 +253,21 @@ def settings_of(run):
                 raise TypeError
         return settings
     except (OSError, ValueError, TypeError, AttributeError):
+        refuse_hugging_face(run)
         raise UserError(f"{run}/config.json is missing or damaged — training with --resume writes "
                         f"it again") from None
+
+
+def refuse_hugging_face(run):
+    """Raise UserError if the folder is not a run's but one of Hugging Face."""
+    run = Path(run)
+    try:
+        is_theirs = "model_type" in parse_json((run / "config.json").read_bytes())
+    except (OSError, ValueError, TypeError):
+        is_theirs = any(run.glob("*.safetensors"))
+    if is_theirs:
+        raise UserError(f"{run} is a Hugging Face folder — make a run of it: python convert_hf.py "
+                        f"import {run} runs/{run.resolve().name}")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -114,9 +114,9 @@ def test_evaluation_leaves_the_model_as_it_was(model, training):
 # ---- multiple choice
 
 def one_at_a_time(model, context, ending):
-    """ln P(ending | context): one forward, one row, no padding."""
+    """ln P(ending | context): one forward, one row, no padding, no padded ids."""
     logits, _ = model(torch.tensor([[*context, *ending[:-1]]]))
-    log_p = F.log_softmax(logits[0].double(), dim=-1)
+    log_p = F.log_softmax(logits[0, :, :model.config.vocab_size].double(), dim=-1)
     return sum(log_p[len(context) + i - 1, token].item() for i, token in enumerate(ending))
 
 
@@ -241,9 +241,12 @@ def test_a_style_has_its_own_words():
     """Catches: scores that cannot be compared to those of the same style elsewhere."""
     item = {"activity_label": "Baking [x]", "ctx_a": "Mix it [title] well.", "ctx_b": "then YOU",
             "ctx": "Mix it [title] well. then YOU", "endings": ["wait [step] long", "  eat it"]}
-    assert evaluate.put_question(item, "token") == (item["ctx"], item["endings"])
+    assert evaluate.put_question(item, "token") == (item["ctx"], " ", item["endings"])
     words = evaluate.put_question(item, "harness")
-    assert words == ("Baking : Mix it. well. Then you", ["wait long", "eat it"])
+    assert words == ("Baking : Mix it. well. Then you", " ", ["wait long", "eat it"])
+    item["ctx_b"] = "then YOU [substeps]"  # what is left of it belongs to the ending
+    words = evaluate.put_question(item, "harness")
+    assert words == ("Baking : Mix it. well. Then you", "  ", ["wait long", "eat it"])
 
 
 def test_a_long_context_loses_its_beginning(tmp_path):

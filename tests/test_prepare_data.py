@@ -17,7 +17,7 @@ import pytest
 import prepare_data
 from data import DataFolder, Tokenizer
 from prepare_data import main
-from support import pydocs
+from support import pydocs, textfiles
 
 STORY = "".join(f"Line {i}: the quick brown fox met {i * i} lazy dogs.\n" for i in range(400))
 QUALITIES = ("prose", "raw", "shuffled")
@@ -754,7 +754,7 @@ def test_shard_size_does_not_change_the_tokens(tmp_path, story, monkeypatch):
 def test_long_file_is_read_whole_in_pieces(tmp_path):
     """Catches: a file that must fit in memory; text lost between pieces."""
     (tmp_path / "long.txt").write_text(STORY * 200)  # 4 MB
-    pieces = list(prepare_data.read_pieces(tmp_path / "long.txt", None))
+    pieces = list(textfiles.read_pieces(tmp_path / "long.txt", None))
     texts = [text for text, _ in pieces]
     assert "".join(texts) == STORY * 200
     assert max(map(len, texts)) < 1.1e6

@@ -1,0 +1,575 @@
+"""convert_hf.py — a run as a Hugging Face folder, and a Hugging Face folder as a run.
+
+    python convert_hf.py export runs/tiny hf/tiny        # for transformers, lm-eval, vLLM, llama.cpp
+    python convert_hf.py export runs/tiny-lora8 hf/lora --adapters      # the adapters alone, for peft
+    python convert_hf.py import hf/tiny runs/again       # for evaluate.py, sample.py, sft.py
+
+Our modules have Hugging Face's names, and their rows Hugging Face's order (see apply_rope and
+attention in model.py). So a tensor is copied as it is, and a folder is a stock LlamaForCausalLM,
+which loads without any code of ours. Needs safetensors (requirements-extras.txt).
+"""
+import json
+import math
+import os
+import re
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from support import cpu  # before torch, which reads its settings once
+import torch
+from tqdm import tqdm
+
+import checkpoint
+from data import GPT2_VOCAB_SIZE, DataFolder, Tokenizer, Windows
+from evaluate import evaluating
+from model import Llama, ModelConfig
+from support import durable, hf_tokenizer, lora
+from support.chat import jinja_template, system_of
+from support.files import new_folder, write_json
+from support.flags import Parser, count_or_0
+from support.hf_tokenizer import read_json
+from support.runs import (AT_END, UserError, first_line_of, hold, parse_json, script,
+                          settings_of)
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+SHARD_BYTES = 5_000_000_000  # of one file of weights
+
+
+def import_safetensors():
+    try:
+        import safetensors.torch
+    except ImportError:
+        raise UserError("safetensors is missing, which reads and writes weights — run: pip install "
+                        "-r requirements-extras.txt") from None
+    return safetensors
+
+
+# -------------------------------------------------------------------------------------------------
+# config.json: ours and theirs
+
+NAMES = {  # our name of a size: Hugging Face's
+    "dim": "hidden_size",
+    "n_layers": "num_hidden_layers",
+    "n_heads": "num_attention_heads",
+    "n_kv_heads": "num_key_value_heads",
+    "intermediate_size": "intermediate_size",
+    "max_seq_len": "max_position_embeddings",
+    "norm_eps": "rms_norm_eps",
+    "rope_theta": "rope_theta",
+    "tie_embeddings": "tie_word_embeddings",
+}
+
+
+def to_hf_config(config, dtype):
+    """config.json of a ModelConfig, as a dict."""
+    theirs = {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
+              "vocab_size": config.vocab_size}
+    for ours, name in NAMES.items():
+        theirs[name] = getattr(config, ours)
+    eot = config.vocab_size - 1
+    return {
+        **theirs,
+        "head_dim": config.head_dim,
+        "hidden_act": "silu",
+        "initializer_range": 0.02,
+        # transformers 5 reads this, older versions and others the plain rope_theta above. Who finds
+        # neither takes 10,000, without a word.
+        "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_theta},
+        "attention_bias": False,
+        "attention_dropout": 0.0,
+        "mlp_bias": False,
+        # The defaults, 1 and 2, are '"' and '#' in GPT-2's table. There is no pad_token_id: the
+        # embedding of that token would not be trained any more, and here it is end-of-text.
+        "bos_token_id": eot,
+        "eos_token_id": eot,
+        "use_cache": True,
+        "torch_dtype": dtype,
+        "dtype": dtype,
+    }
+
+
+REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "vocab_size")
+# What Hugging Face assumes where config.json is silent.
+DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
+            "tie_word_embeddings": False}
+# What our network does, and so what must be there, or nothing. None: nothing.
+EXPECTED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+            "mlp_bias": False, "quantization_config": None, "sliding_window": None}
+
+
+def from_hf_config(theirs, file):
+    """The sizes of a ModelConfig, without the vocabulary, from a config.json. Raises UserError
+    naming what our network cannot be."""
+    for name, value in EXPECTED.items():
+        found = theirs.get(name, value)
+        if found is not None and found != value:
+            raise UserError(f"{file}: {name} is {found!r}, and our network has "
+                            f"{'none' if value is None else repr(value)} — import a plain Llama")
+    missing = [name for name in REQUIRED if theirs.get(name) is None]
+    if missing:
+        raise UserError(f"{file}: {missing[0]} is missing — download it again")
+    known = {**DEFAULTS, "num_key_value_heads": theirs["num_attention_heads"]}
+    known.update({name: value for name, value in theirs.items() if value is not None})
+    known["rope_theta"] = rope_theta_of(theirs, file)
+    sizes = {ours: known[name] for ours, name in NAMES.items()}
+    for name in ("norm_eps", "rope_theta"):
+        if isinstance(sizes[name], int):
+            sizes[name] = float(sizes[name])
+    sizes["padded_vocab_size"] = theirs["vocab_size"]
+    sizes["vocab_size"] = theirs["vocab_size"]
+    config = checked_config(sizes, file)
+    head_dim = theirs.get("head_dim") or config.head_dim
+    if head_dim != config.head_dim:
+        raise UserError(f"{file}: head_dim is {head_dim}, and ours is hidden_size / "
+                        f"num_attention_heads = {config.head_dim} — import a plain Llama")
+    return config
+
+
+def rope_theta_of(theirs, file):
+    """The base of the rotary frequencies, in the form of transformers 4, 5, or both. Raises
+    UserError for any other kind of positions than ours."""
+    found = []
+    for name in ("rope_parameters", "rope_scaling"):
+        rope = theirs.get(name)
+        if rope is None:
+            continue
+        if not isinstance(rope, dict):
+            raise UserError(f"{file}: {name} is {rope!r} — download it again")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        others = rope.keys() - {"rope_type", "type", "rope_theta"}
+        if kind != "default" or others:
+            raise UserError(f"{file}: {name} is {json.dumps(rope)}, and our positions are plain "
+                            f"rotary ones — import a plain Llama")
+        found.append(rope.get("rope_theta"))
+    found.append(theirs.get("rope_theta"))
+    found = [theta for theta in found if theta is not None]
+    if theirs.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
+        raise UserError(f"{file}: partial_rotary_factor is {theirs['partial_rotary_factor']}, and "
+                        f"we rotate all of a head — import a plain Llama")
+    if any(theta != found[0] for theta in found):
+        raise UserError(f"{file}: two values of rope_theta, {found[0]} and {found[-1]} — correct "
+                        f"the wrong one")
+    return found[0] if found else DEFAULTS["rope_theta"]
+
+
+def checked_config(sizes, file):
+    try:
+        return checkpoint.read_config(sizes)
+    except UserError as why:
+        raise UserError(f"{file}: {str(why).split(' — ')[0]} — import a plain Llama") from None
+
+
+# -------------------------------------------------------------------------------------------------
+# Export
+
+def export(run, out, step, dtype):
+    """Write the newest checkpoint of `run`, or that of `step`, as a Hugging Face folder. Adapters
+    are merged. No second copy of the weights is made in memory, up to one file of them."""
+    import_safetensors()
+    settings = settings_of(run)
+    with new_folder(out) as folder:
+        weights, step = checkpoint.load_weights(run, step)
+        config = checkpoint.read_config(weights["config"])
+        tokenizer = Tokenizer(config.vocab_size)
+        tensors = weights.pop("model")
+        report_padding(tensors, config, tokenizer, settings)
+        if config.tie_embeddings:
+            del tensors["lm_head.weight"]  # it is the embedding
+        n = write_weights(folder, tensors, config.vocab_size, DTYPES[dtype])
+        write_json(folder / "config.json", to_hf_config(config, dtype))
+        eot = tokenizer.eot
+        write_json(folder / "generation_config.json",
+                   {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
+        template = None
+        if settings.get("system") is not None:
+            template = jinja_template(settings["system"])
+        hf_tokenizer.write_tokenizer(folder, tokenizer, config.max_seq_len, template)
+        card = model_card(run, step, n, config, dtype, settings)
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        readable_by_all(folder)
+    print(f"{out}: step {step:,} of {run}, {n:,} parameters in {dtype}. Next:\n"
+          f"  python -c \"from transformers import pipeline; "
+          f"print(pipeline('text-generation', '{out}')('The function'))\"")
+
+
+def report_padding(tensors, config, tokenizer, settings):
+    """Say what the rows that are not exported change. They are no token: they make the embedding's
+    size a round number."""
+    rows = config.padded_vocab_size - config.vocab_size
+    if rows == 0:
+        return
+    text = "how probable they are was not measured: the data folder is not there"
+    try:
+        data = DataFolder(settings["data"])
+        window = min(256, config.max_seq_len)
+        tokens = Windows(data.val, window, config.vocab_size, shuffle=False).read(0, 1)
+        if data.vocab_size == config.vocab_size:
+            share = padding_share(tensors, config, torch.from_numpy(tokens[:, :-1]))
+            text = (f"they had {share:.1e} of the probability, so the loss of the export is "
+                    f"{-math.log1p(-share):.1e} nats lower")
+    except (UserError, OSError, TypeError):
+        pass
+    print(f"{rows} rows of padding are left out; {text}")
+
+
+def padding_share(tensors, config, tokens):
+    """The mean probability of the padded ids after tokens (1, T)."""
+    with checkpoint.NoInit():
+        model = Llama(config)
+    model.load_state_dict(tensors, assign=True)  # no copy
+    with evaluating(model, torch.autocast("cpu", enabled=False)):
+        logits, _ = model(tokens)
+    return logits.softmax(-1)[..., config.vocab_size:].sum(-1).mean().item()
+
+
+def write_weights(folder, tensors, vocab_size, dtype):
+    """Write the tensors, in files of at most SHARD_BYTES, taking them out of the dict one by one;
+    returns the number of parameters. The embedding and the output layer lose their padded rows."""
+    save_file = import_safetensors().torch.save_file
+    shards = [{}]
+    size = 0
+    total = 0
+    files = {}  # name of a tensor: number of its file
+    parameters = 0
+    for name in tqdm(list(tensors), desc="converting", unit=" tensors"):
+        tensor = tensors.pop(name)
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensor = tensor[:vocab_size]
+        tensor = tensor.to(dtype).contiguous()
+        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
+            write_shard(save_file, folder, shards)
+            shards.append({})
+            size = 0
+        shards[-1][name] = tensor
+        files[name] = len(shards)
+        size += tensor.nbytes
+        total += tensor.nbytes
+        parameters += tensor.numel()
+    write_shard(save_file, folder, shards)
+    if len(shards) == 1:
+        (folder / "1").rename(folder / "model.safetensors")
+        return parameters
+    names = {i: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in set(files.values())}
+    for i, name in names.items():
+        (folder / str(i)).rename(folder / name)
+    write_json(folder / "model.safetensors.index.json", {
+        "metadata": {"total_size": total, "total_parameters": parameters},
+        "weight_map": {name: names[i] for name, i in files.items()}})
+    return parameters
+
+
+def write_shard(save_file, folder, shards):
+    """Write the last of the shards, under its number for now, and forget its tensors."""
+    save_file(shards[-1], folder / str(len(shards)), metadata={"format": "pt"})
+    shards[-1] = None
+
+
+def readable_by_all(folder):
+    """safetensors writes files that only their owner can read."""
+    for file in folder.iterdir():
+        file.chmod(0o644)
+
+
+def model_card(run, step, parameters, config, dtype, settings):
+    """README.md of the folder: what it is and how it was made, from the run's settings and log."""
+    source = source_of(settings)
+    head = ["---", "license: mit", "library_name: transformers",
+            "pipeline_tag: text-generation", "language: en"]
+    if source.get("name") == "fineweb-edu":
+        head += ["datasets:", "- HuggingFaceFW/fineweb-edu"]
+    head += ["---", ""]
+    facts = [("parameters", f"{parameters:,} ({dtype})"),
+             ("layers, width", f"{config.n_layers}, {config.dim}"),
+             ("query heads, key/value heads", f"{config.n_heads}, {config.n_kv_heads}"),
+             ("window", f"{config.max_seq_len} tokens"),
+             ("tokenizer", f"GPT-2's, its first {config.vocab_size:,} ids"),
+             ("training text", source.get("name", "unknown")),
+             ("steps", f"{step:,}")]
+    for name in ("preset", "batch_tokens", "seq_len", "lr", "schedule", "base", "lora"):
+        if settings.get(name) is not None:
+            facts.append((name, settings[name]))
+    score = last_evaluation(run, step)
+    if score is not None:
+        facts += [(key, score[key]) for key in ("tokens", "val_loss", "val_bpb", "heldout_loss")
+                  if score.get(key) is not None]
+    lines = [f"# {run.resolve().name}", "",
+             "A LLaMA trained from scratch with vesper. MIT is the licence of the code that made "
+             "it; the texts that it has read have their own.", "",
+             "| | |", "|---|---|", *[f"| {name} | {value} |" for name, value in facts], ""]
+    if settings.get("system") is None:
+        lines += ["It continues text; it was not tuned to answer."]
+    else:
+        lines += ["It was tuned to answer, in the template of Vicuna 1.1 (`apply_chat_template`)."]
+    lines += ["", "```python", "from transformers import pipeline",
+              'generate = pipeline("text-generation", "PATH OF THIS FOLDER")',
+              'print(generate("The function", max_new_tokens=40)[0]["generated_text"])', "```", ""]
+    return "\n".join([*head, *lines])
+
+
+def source_of(settings):
+    """What the data's meta.json tells about its source, {} if the data is not there."""
+    try:
+        return DataFolder(settings["data"]).meta["source"]
+    except (UserError, OSError, TypeError, KeyError):
+        return {}
+
+
+def last_evaluation(run, step):
+    """The last evaluation in the log of `run` up to `step`, or None."""
+    found = None
+    try:
+        lines = (run / "metrics.jsonl").read_bytes().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if b'"eval"' in line or b'"sft_eval"' in line:
+            try:
+                row = parse_json(line)
+                if row["event"] in ("eval", "sft_eval") and row["step"] <= step:
+                    found = row
+            except (ValueError, KeyError, TypeError):
+                pass  # half a line
+    return found
+
+
+def export_adapters(run, out, step):
+    """Write the adapters of a LoRA run as a folder for peft. Raises UserError for another run."""
+    save_file = import_safetensors().torch.save_file
+    settings = settings_of(run)
+    folder = durable.find(run, step)
+    if folder is None:
+        raise UserError(f"{run}: no such run, or one without checkpoints — tune it first")
+    adapters = checkpoint.load_parts(folder / "model.pt", checkpoint.WEIGHTS)
+    config = checkpoint.read_config(adapters["config"])
+    if not lora.is_lora(adapters["model"]):
+        raise UserError(f"{run} holds whole weights, no adapters — leave out --adapters")
+    ours = adapters["model"]
+    layers = [name.removesuffix(".lora_A") for name in ours if name.endswith(".lora_A")]
+    rank = ours[f"{layers[0]}.lora_A"].shape[0]  # the same for all of them, and so is the scale
+    scale = ours[f"{layers[0]}.lora_scale"].item()
+    tensors = {}
+    for layer in layers:
+        for part in ("lora_A", "lora_B"):
+            tensors[f"base_model.model.{layer}.{part}.weight"] = ours[f"{layer}.{part}"]
+    modules = sorted({layer.split(".")[-1] for layer in layers})
+    base = Path(settings["base"]).resolve().name
+    with new_folder(out) as new:
+        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        write_json(new / "adapter_config.json", {
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": scale * rank,
+            "lora_dropout": 0.0, "bias": "none", "target_modules": modules,
+            "base_model_name_or_path": base, "inference_mode": True})
+        template = jinja_template(settings["system"])
+        hf_tokenizer.write_tokenizer(new, Tokenizer(config.vocab_size), config.max_seq_len,
+                                     template)
+        readable_by_all(new)
+    print(f"{out}: adapters of step {durable.step_of(folder)} of {run}, for {base}. They need it "
+          f"as a Hugging Face folder too: python convert_hf.py export {settings['base']} DIR")
+
+
+# -------------------------------------------------------------------------------------------------
+# Import
+
+def import_folder(folder, run, step):
+    """Make the weights of a Hugging Face folder the checkpoint `step` of `run`, a new run or an
+    imported one of the same sizes. Raises UserError, and leaves no run, for what cannot be one."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder — download the model first")
+    theirs = read_json(folder / "config.json") if (folder / "config.json").exists() else None
+    if theirs is None:
+        raise UserError(f"{folder}: no config.json in it — give a Hugging Face folder of a Llama")
+    config = from_hf_config(theirs, folder / "config.json")
+    config = with_vocabulary(config, folder)
+    check_end_of_text(folder, theirs, config.vocab_size)
+    settings = {"imported_from": str(folder), "data": None, "seq_len": config.max_seq_len,
+                "preset": None, "model": asdict(config), "system": chat_system(folder)}
+    check_target(run, step, settings)
+    tensors = read_tensors(folder, config)
+    run.mkdir(parents=True, exist_ok=True)
+    held = hold(run)
+    AT_END.append(lambda code: os.close(held))
+    write_json(run / "config.json", settings)
+    durable.write_checkpoint(run, step, {"model.pt": {"config": asdict(config), "model": tensors}})
+    print(f"{run}: step {step:,}, {sum(t.numel() for t in tensors.values()):,} weights. Next:\n"
+          f"  python sample.py {run} --prompt \"The function\"\n"
+          f"  python evaluate.py {run} --data DIR")
+
+
+def with_vocabulary(config, folder):
+    """The config with the size of the tokenizer's vocabulary, after a check that it is GPT-2's."""
+    rows = config.padded_vocab_size
+    found = hf_tokenizer.read_vocabulary(folder)
+    if found is None:
+        if not GPT2_VOCAB_SIZE <= rows < GPT2_VOCAB_SIZE + 1024:
+            raise UserError(f"{folder}: it has no files of a tokenizer, and its {rows:,} rows are "
+                            f"not those of GPT-2's {GPT2_VOCAB_SIZE:,} ids — add them")
+        print(f"note: {folder} has no files of a tokenizer: its ids are taken as GPT-2's")
+        vocab_size = GPT2_VOCAB_SIZE
+    else:
+        vocabulary, merges = found
+        vocab_size = len(vocabulary)
+        if not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
+            raise UserError(f"{folder}: its tokenizer has {vocab_size:,} tokens, GPT-2's "
+                            f"{GPT2_VOCAB_SIZE:,} — import a model that uses GPT-2's")
+        differs = hf_tokenizer.difference(vocabulary, merges, Tokenizer(vocab_size))
+        if differs is not None:
+            raise UserError(f"{folder}: its tokenizer is not GPT-2's ({differs}) — import a model "
+                            f"that uses GPT-2's")
+        if rows < vocab_size:
+            raise UserError(f"{folder}: vocab_size {rows:,} in config.json is less than the "
+                            f"{vocab_size:,} tokens of its tokenizer — download it again")
+    return ModelConfig(**{**asdict(config), "vocab_size": vocab_size})
+
+
+def check_end_of_text(folder, theirs, vocab_size):
+    """Say it if the folder names another token as the end: ours is always the last."""
+    named = [("config.json", theirs)]
+    if (folder / "generation_config.json").exists():
+        named.append(("generation_config.json", read_json(folder / "generation_config.json")))
+    for file, settings in named:
+        for name in ("bos_token_id", "eos_token_id"):
+            found = settings.get(name, vocab_size - 1)
+            if found != vocab_size - 1 and found is not None:
+                print(f"note: {name} is {found} in {file}; here it is {vocab_size - 1}, "
+                      f"<|endoftext|>")
+
+
+def chat_system(folder):
+    """The system prompt of the folder's chat template; None without one, or if it is not ours."""
+    file = folder / "chat_template.jinja"
+    template = None
+    if file.exists():
+        template = file.read_text(encoding="utf-8", errors="replace")
+    elif (folder / "tokenizer_config.json").exists():
+        template = read_json(folder / "tokenizer_config.json").get("chat_template")
+    if template is None:
+        return None
+    system = system_of(template) if isinstance(template, str) else None
+    if system is None:
+        print(f"note: {folder} has a chat template, and not ours: sample.py --chat uses that of "
+              f"Vicuna 1.1")
+    return system
+
+
+def check_target(run, step, settings):
+    """Raise UserError unless `run` is new, or imported, of the same sizes, without this step."""
+    if not run.exists() or not any(run.iterdir()):
+        return
+    try:
+        known = settings_of(run)
+        is_imported = "imported_from" in known
+    except UserError:
+        is_imported = False
+    if not is_imported:
+        raise UserError(f"{run} already holds something else — choose another folder for the run")
+    if known.get("model") != settings["model"]:
+        raise UserError(f"{run} holds an imported model of other sizes — choose another folder for "
+                        f"the run")
+    if step in durable.checkpoints(run):
+        raise UserError(f"{run} already has step {step} — give another --step")
+
+
+def read_tensors(folder, config):
+    """{name: fp32 tensor} of the weights. Raises UserError if they are not those of the config."""
+    where = files_of(folder)
+    with torch.device("meta"):
+        expected = {name: tuple(tensor.shape) for name, tensor in Llama(config).state_dict().items()}
+    wanted = set(expected)
+    if config.tie_embeddings and "lm_head.weight" not in where:
+        wanted.remove("lm_head.weight")
+    # Old folders hold the rotary frequencies too. They follow from the config.
+    extra = [name for name in where if name not in expected
+             and not re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name)]
+    missing = sorted(wanted - where.keys())
+    if missing or extra:
+        raise UserError(f"{folder}: {len(missing)} tensors are missing ({', '.join(missing[:3])}), "
+                        f"{len(extra)} are not those of a plain Llama ({', '.join(extra[:3])}) — "
+                        f"download it again, or import a plain Llama")
+    tensors = {}
+    for name in tqdm(sorted(wanted), desc="reading", unit=" tensors"):
+        tensors[name] = read_tensor(where[name], name, expected[name])
+    if config.tie_embeddings:
+        embedding = tensors["model.embed_tokens.weight"]
+        if not torch.equal(tensors.get("lm_head.weight", embedding), embedding):
+            raise UserError(f"{folder}: lm_head.weight differs from the embedding, although "
+                            f"tie_word_embeddings is true — correct config.json")
+        tensors["lm_head.weight"] = embedding
+    return tensors
+
+
+def files_of(folder):
+    """{name of a tensor: open safetensors file that holds it}. Nothing outside the folder is read,
+    and no pickle."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.exists():
+        names = read_json(index).get("weight_map")
+        names = sorted(set(names.values())) if isinstance(names, dict) else [None]
+        for name in names:
+            if not isinstance(name, str) or Path(name).name != name:
+                raise UserError(f"{index}: names the file {name!r}, which is not one in this "
+                                f"folder — download it again")
+    elif not (folder / names[0]).exists():
+        pickles = [file.name for file in folder.glob("pytorch_model*.bin")]
+        what = f"{pickles[0]} can run code, so it is not read" if pickles else "no weights in it"
+        raise UserError(f"{folder}: {what} — give a folder with model.safetensors")
+    safetensors = import_safetensors()
+    where = {}
+    for name in names:
+        try:
+            file = safetensors.safe_open(folder / name, framework="pt")
+            where.update({tensor: file for tensor in file.keys()})
+        except (OSError, safetensors.SafetensorError) as error:
+            raise UserError(f"{folder / name}: not a whole safetensors file "
+                            f"({first_line_of(error)}) — download it again") from None
+    return where
+
+
+def read_tensor(file, name, shape):
+    part = file.get_slice(name)
+    found = tuple(part.get_shape())
+    if found != shape:
+        raise UserError(f"{name} has the shape {found}, and config.json asks for {shape} — "
+                        f"download both again")
+    if part.get_dtype() not in ("F32", "BF16", "F16"):
+        raise UserError(f"{name} is stored as {part.get_dtype()} — import a folder in fp32, bf16 or "
+                        f"fp16")
+    tensor = file.get_tensor(name).float()
+    if not torch.isfinite(tensor.sum()):
+        raise UserError(f"{name} holds NaN or infinity — download it again")
+    return tensor
+
+
+# -------------------------------------------------------------------------------------------------
+# The command line
+
+@script
+def main(argv=None):
+    parser = Parser(description="A run as a Hugging Face folder, and the other way round.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    out = commands.add_parser("export", help="write a run as a Hugging Face folder")
+    out.add_argument("run", type=Path, metavar="RUN", help="run folder")
+    out.add_argument("folder", type=Path, metavar="DIR", help="folder to write, a new one")
+    out.add_argument("--step", type=int, help="checkpoint; without it the newest")
+    out.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16",
+                     help="of the weights in the files; float32 is exact, and twice as large")
+    out.add_argument("--adapters", action="store_true",
+                     help="of a LoRA run: the adapters alone, for peft; without it they are merged")
+    back = commands.add_parser("import", help="make a run of a Hugging Face folder")
+    back.add_argument("folder", type=Path, metavar="DIR", help="folder of a Llama that uses GPT-2's "
+                      "tokenizer")
+    back.add_argument("run", type=Path, metavar="RUN", help="run folder to write")
+    back.add_argument("--step", type=count_or_0, default=0, help="number of the checkpoint")
+    args = parser.parse_args(argv)
+    if args.command == "import":
+        import_folder(args.folder, args.run, args.step)
+    elif args.adapters:
+        export_adapters(args.run, args.folder, args.step)
+    else:
+        export(args.run, args.folder, args.step, args.dtype)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,105 @@
+"""files.py — files and folders that are written as a whole or not at all.
+
+They are written under a temporary name beside the final one, forced to the disk, and renamed.
+"""
+import contextlib
+import json
+import os
+import shutil
+
+from support.runs import UserError, lock
+
+
+@contextlib.contextmanager
+def new_folder(out, check=None, keep=False):
+    """A temporary folder beside `out`, which becomes `out` when the block succeeds.
+
+    If the block fails, `out` stays as it was. After a kill `out` is the old folder, the new one, or
+    absent, but never incomplete. `check(out)` raises UserError if `out` must not be replaced;
+    without it nothing is replaced. keep: what a failed block has written stays in the temporary
+    folder, for the next one to go on with. Raises UserError if another process is writing it."""
+    out = out.resolve()
+    if check is not None:
+        check(out)
+    elif out.is_file() or out.is_dir() and any(out.iterdir()):
+        raise UserError(f"{out} exists — delete it, or choose another folder")
+    folder = out.with_name(f".{out.name}.preparing")
+    older = out.with_name(f".{out.name}.replaced")
+    in_use = f"{out} is being prepared by another process — wait for it, or choose another --out"
+    folder.mkdir(parents=True, exist_ok=True)
+    locked = lock(folder, in_use)
+    # The process that held the lock before may have renamed or deleted this folder by now.
+    if not folder.exists() or not os.path.samestat(os.fstat(locked), folder.stat()):
+        os.close(locked)
+        raise UserError(in_use)
+    try:
+        if not keep:
+            for leftover in folder.iterdir():  # of a killed process
+                delete(leftover)
+        delete(older)
+        yield folder
+        for file in folder.iterdir():
+            sync(file)
+        sync(folder)
+        replace(out, folder, older)
+        sync(out.parent)
+        delete(older)
+    except BaseException:
+        if not keep:
+            delete(folder)
+        raise
+    finally:
+        os.close(locked)
+
+
+def replace(out, folder, older):
+    """Rename `out` to `older`, then `folder` to `out`. A full folder cannot be replaced in one
+    step. If the second rename fails, undo the first."""
+    if out.exists():
+        out.rename(older)
+    try:
+        folder.rename(out)
+    except OSError:
+        if older.exists():
+            older.rename(out)
+        raise
+
+
+def delete(path):
+    """Delete a folder with all that is in it, or a file, or nothing."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def sync(path):
+    """Ask the operating system to put a file or a folder on the disk now."""
+    with contextlib.suppress(PermissionError):  # Windows cannot open a folder
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+
+
+# -------------------------------------------------------------------------------------------------
+# Files
+
+def link_or_copy(source, target):
+    """A hard link, which costs no room; a copy on another file system, or on one without links."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        with open(target, "rb") as file:
+            os.fsync(file.fileno())
+
+
+def write_json(path, obj):
+    """Write or replace a small JSON file in one atomic step."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with open(temporary, "w") as file:
+        file.write(json.dumps(obj, indent=1) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+    sync(path.parent)

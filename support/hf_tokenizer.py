@@ -1,0 +1,183 @@
+"""hf_tokenizer.py — GPT-2's tokenizer, or the first of its ids, as Hugging Face files, and back.
+
+Hugging Face writes a token as text. Its bytes may be no text, so GPT-2 gives each of the 256 bytes
+a visible character; a space is "Ġ". A merge is written as the two tokens that it joins.
+"""
+import json
+
+from support.runs import UserError, parse_json
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+def visible_bytes():
+    """{byte: character}, as GPT-2 does it: the printable bytes of Latin-1 are themselves, the other
+    68 are the characters from 256 on."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
+                 *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    table = {byte: chr(byte) for byte in printable}
+    table.update({byte: chr(256 + i) for i, byte in enumerate(others)})
+    return table
+
+
+VISIBLE = visible_bytes()
+
+
+def visible(piece):
+    """The bytes of a token as text."""
+    return "".join(VISIBLE[byte] for byte in piece)
+
+
+def merge_of(piece, ranks):
+    """The two tokens that were joined to `piece`: what is left of it after all merges that were
+    learned before it. ranks: {token: rank} (Sennrich et al. 2016, arXiv 1508.07909, algorithm 1,
+    is how they were learned)."""
+    parts = [bytes([byte]) for byte in piece]
+    while len(parts) > 2:
+        # Of the pairs that are tokens, join the one that was learned first.
+        _, i = min((ranks.get(parts[i] + parts[i + 1], len(ranks)), i)
+                   for i in range(len(parts) - 1))
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return parts
+
+
+def tables_of(tokenizer):
+    """(vocabulary {text: id}, merges [(text, text), …]) of a data.Tokenizer."""
+    pieces = [tokenizer.decode_bytes([i]) for i in range(tokenizer.eot)]
+    ranks = {piece: rank for rank, piece in enumerate(pieces)}
+    vocabulary = {visible(piece): rank for rank, piece in enumerate(pieces)}
+    vocabulary[END_OF_TEXT] = tokenizer.eot
+    merges = []
+    for piece in pieces:
+        if len(piece) > 1:
+            first, second = merge_of(piece, ranks)
+            merges.append((visible(first), visible(second)))
+    return vocabulary, merges
+
+
+# -------------------------------------------------------------------------------------------------
+# Writing
+
+def write_tokenizer(folder, tokenizer, window, template=None):
+    """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, and the chat
+    template if there is one. window: tokens that the model can read."""
+    vocabulary, merges = tables_of(tokenizer)
+    write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=True))
+    lines = ["#version: 0.2", *[f"{first} {second}" for first, second in merges]]
+    write_text(folder / "merges.txt", "\n".join(lines) + "\n")
+    special = {"content": END_OF_TEXT, "lstrip": False, "normalized": False, "rstrip": False,
+               "single_word": False, "special": True}
+    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
+                "use_regex": True}
+    write_json(folder / "tokenizer.json", {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [{"id": tokenizer.eot, **special}],
+        "normalizer": None,
+        "pre_tokenizer": by_bytes,
+        "post_processor": {**by_bytes, "trim_offsets": False},
+        "decoder": by_bytes,
+        "model": {"type": "BPE", "dropout": None, "unk_token": None,
+                  "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False,
+                  "byte_fallback": False, "ignore_merges": False, "vocab": vocabulary,
+                  "merges": merges},
+    })
+    config = {
+        "tokenizer_class": "GPT2Tokenizer",
+        "bos_token": END_OF_TEXT,
+        "eos_token": END_OF_TEXT,
+        "unk_token": END_OF_TEXT,
+        "pad_token": END_OF_TEXT,
+        "add_prefix_space": False,
+        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
+        "model_max_length": window,
+        "added_tokens_decoder": {str(tokenizer.eot): special},
+    }
+    if template is not None:
+        config["chat_template"] = template
+        write_text(folder / "chat_template.jinja", template)
+    write_json(folder / "tokenizer_config.json", config)
+
+
+def write_json(path, value):
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path, text):
+    path.write_text(text, encoding="utf-8", newline="\n")
+
+
+# -------------------------------------------------------------------------------------------------
+# Reading
+
+def read_vocabulary(folder):
+    """(vocabulary {text: id} with the added tokens, merges [(text, text), …]) of a folder, or None
+    if it has no files of a tokenizer. Raises UserError naming what we cannot do."""
+    if (folder / "tokenizer.json").exists():
+        return read_tokenizer_json(folder / "tokenizer.json")
+    if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
+        vocabulary = read_json(folder / "vocab.json")
+        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        merges = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
+        return vocabulary, merges
+    for file in ("tokenizer.model", "vocab.json", "merges.txt", "spiece.model", "vocab.txt"):
+        if (folder / file).exists():
+            raise UserError(f"{folder / file}: not the files of GPT-2's tokenizer, and ours can "
+                            f"be no other — import a model that uses GPT-2's")
+    return None
+
+
+def read_tokenizer_json(file):
+    found = read_json(file)
+    try:
+        model = found["model"]
+        wanted = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None,
+                  "end_of_word_suffix": None, "byte_fallback": None, "ignore_merges": None}
+        for name, value in wanted.items():
+            if (model.get(name) or None) != value:
+                raise UserError(f"{file}: its model has {name} {model.get(name)!r}, which GPT-2's "
+                                f"tokenizer has not — import a model that uses GPT-2's")
+        if found.get("normalizer") is not None:
+            raise UserError(f"{file}: it has a normalizer, which GPT-2's tokenizer has not — "
+                            f"import a model that uses GPT-2's")
+        cutter = found.get("pre_tokenizer") or {}
+        if (cutter.get("type") != "ByteLevel" or cutter.get("add_prefix_space", True)
+                or not cutter.get("use_regex", True)):
+            raise UserError(f"{file}: its pre_tokenizer is not GPT-2's (ByteLevel, "
+                            f"add_prefix_space false) — import a model that uses GPT-2's")
+        vocabulary = dict(model["vocab"])
+        for token in found.get("added_tokens") or []:
+            vocabulary[token["content"]] = token["id"]
+        merges = []
+        for merge in model["merges"]:
+            merges.append(tuple(merge.split(" ") if isinstance(merge, str) else merge))
+    except (KeyError, TypeError, AttributeError, ValueError) as why:
+        raise UserError(f"{file}: not a tokenizer of the tokenizers library ({why!r}) — download "
+                        f"it again") from None
+    return vocabulary, merges
+
+
+def read_json(file):
+    try:
+        value = parse_json(file.read_text(encoding="utf-8"))
+        if not isinstance(value, dict):
+            raise ValueError("not a JSON object")
+        return value
+    except (ValueError, OSError) as why:
+        raise UserError(f"{file}: cannot be read ({why}) — download it again") from None
+
+
+def difference(vocabulary, merges, tokenizer):
+    """How they differ from those of a data.Tokenizer, in a few words; None if they do not."""
+    ours, our_merges = tables_of(tokenizer)
+    if vocabulary != ours:
+        unknown = [text for text in vocabulary if text not in ours]
+        moved = [text for text in vocabulary if vocabulary[text] != ours.get(text)]
+        text = (unknown or moved)[0]
+        return f"{text!r} has id {vocabulary[text]}, in GPT-2's {ours.get(text, 'none')}"
+    if merges != our_merges:
+        return "its merges are others"
+    return None

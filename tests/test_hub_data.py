@@ -1,0 +1,537 @@
+"""prepare_data.py fineweb-edu, hellaswag and alpaca: files of every kind, kills, downloads."""
+import gzip
+import io
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet as parquet
+import pytest
+
+import prepare_data
+from conftest import exit_code
+from data import DataFolder, Tokenizer
+from hub_server import Hub
+from support import chat, tables
+from test_prepare_data import contents, fails, names_in
+
+ROOT = Path(prepare_data.__file__).parent
+TOKENIZER = Tokenizer()
+LONG = "one very long text, " * 150_000  # 3 million characters
+TEXTS = [f"Document {i}: {'the quick brown fox ' * (i % 7)}é😀 {i * i}." for i in range(300)]
+TEXTS[5] = None
+TEXTS[6] = ""
+TEXTS[7] = "  \n\t "
+TEXTS[250] = "<|endoftext|> is plain text here."
+
+
+def prepare(*argv):
+    return exit_code(prepare_data.main, argv) or 0
+
+
+def write_parquet(path, texts=TEXTS, kind=None, column="text", row_group_size=100, **options):
+    table = pyarrow.table({column: pyarrow.array(texts, type=kind or pyarrow.string()),
+                           "id": list(range(len(texts))), "score": [0.5] * len(texts)})
+    path.parent.mkdir(exist_ok=True)
+    parquet.write_table(table, path, row_group_size=row_group_size, **options)
+    return path
+
+
+def stream(texts=TEXTS):
+    """The tokens of all texts, written out: end-of-text, then the text."""
+    ids = []
+    for text in texts:
+        if text is not None and text.strip():
+            ids += [50_256, *TOKENIZER.encode(text)]
+    return np.array(ids, dtype=np.uint16)
+
+
+def tokens_of(folder):
+    data = DataFolder(folder)
+    data.check_content()
+    return [np.array(shard.tokens) for shard in (*data.val, *data.train)]
+
+
+# -------------------------------------------------------------------------------------------------
+# Files on this disk
+
+KINDS = {
+    "plain": {"use_dictionary": False, "compression": "none"},
+    "snappy": {"compression": "snappy"},
+    "zstd, one group": {"compression": "zstd", "row_group_size": 1000},
+    "gzip, small groups": {"compression": "gzip", "row_group_size": 7},
+    "large_string": {"kind": pyarrow.large_string()},
+    "string_view": {"kind": pyarrow.string_view()},
+    "dictionary": {"kind": pyarrow.dictionary(pyarrow.int32(), pyarrow.string())},
+    "pages of version 2": {"data_page_version": "2.0", "data_page_size": 500},
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_parquet_becomes_tokens(tmp_path, kind):
+    """Catches: a text lost, repeated or out of order; a null or a blank text as a document."""
+    path = write_parquet(tmp_path / "in/a.parquet", **KINDS[kind])
+    assert prepare("fineweb-edu", "--from", path, "--max_tokens", 4000, "--out",
+                   tmp_path / "out") == 0
+    shards = tokens_of(tmp_path / "out")
+    expected = stream()[:4000]
+    assert [len(shard) for shard in shards] == [200] * 20
+    assert np.array_equal(np.concatenate(shards), expected)
+    assert not np.array_equal(np.concatenate(shards), stream(TEXTS[1:])[:4000])  # control
+    assert names_in(tmp_path) == ["in", "out"]
+
+
+def test_a_text_of_three_million_characters(tmp_path):
+    """Catches: a long text that is cut, or that stops the reader."""
+    texts = ["a", LONG, "b" * 3_000_000, "c"]
+    path = write_parquet(tmp_path / "in/a.parquet", texts)
+    assert prepare("fineweb-edu", "--from", path, "--max_tokens", 10**7, "--out",
+                   tmp_path / "out") == 0
+    assert np.array_equal(np.concatenate(tokens_of(tmp_path / "out")), stream(texts))
+
+
+def test_json_lines_give_the_same_bytes(tmp_path, monkeypatch):
+    """Catches: a source that is read in another way than the others; another result on more
+    cores."""
+    write_parquet(tmp_path / "a/1.parquet", TEXTS[:120])
+    write_parquet(tmp_path / "a/2.parquet", TEXTS[120:])
+    (tmp_path / "b").mkdir()
+    lines = [json.dumps({"text": text}) + "\n" for text in TEXTS]
+    (tmp_path / "b/1.jsonl").write_text("".join(lines[:200]))
+    with gzip.open(tmp_path / "b/2.jsonl.gz", "wt") as file:
+        file.write("".join(lines[200:]))
+    (tmp_path / "c.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
+    found = []
+    for name in ("a", "b", "c.json", "a"):
+        assert prepare("fineweb-edu", "--from", tmp_path / name, "--max_tokens", 3000, "--out",
+                       tmp_path / "out") == 0
+        files = contents(tmp_path / "out")
+        meta = json.loads(files.pop("meta.json"))
+        assert meta["bytes"]["val"] + meta["bytes"]["train"] > 3000
+        found.append(files)
+        monkeypatch.setattr(prepare_data, "LARGE", 0)  # from now on in processes
+    assert all(files == found[0] for files in found)
+
+
+def test_first_shard_is_for_validation(tmp_path, monkeypatch, capsys):
+    """Catches: another split than the paper's; a folder without text to train on."""
+    path = write_parquet(tmp_path / "in/a.parquet")
+    whole = stream()
+    assert prepare("fineweb-edu", "--from", path, "--out", tmp_path / "out") == 0
+    val, train = tokens_of(tmp_path / "out")  # not one whole shard
+    assert np.array_equal(np.concatenate((val, train)), whole)
+    assert len(val) == len(whole) // 20
+    few = write_parquet(tmp_path / "in/few.parquet", ["a"] * 70)
+    assert "too little text: 7 tokens for val" in fails(capsys, "fineweb-edu", "--from", few,
+                                                        "--out", tmp_path / "few")
+    monkeypatch.setattr(prepare_data, "SHARD_TOKENS", 2000)
+    assert prepare("fineweb-edu", "--from", path, "--out", tmp_path / "out") == 0
+    data = DataFolder(tmp_path / "out")
+    assert np.array_equal(data.val[0].tokens, whole[:2000])
+    assert [len(shard.tokens) for shard in data.train[:-1]] == [2000] * (len(data.train) - 1)
+    assert len(np.concatenate(tokens_of(tmp_path / "out"))) == len(whole)
+    source = json.loads((tmp_path / "out/meta.json").read_text())
+    texts = [text for text in TEXTS if text and text.strip()]
+    assert sum(source["bytes"].values()) == sum(len(text.encode()) for text in texts)
+
+
+def cut_in_half(path):
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def damage_a_page(path):
+    content = bytearray(path.read_bytes())
+    content[200:260] = bytes(60)
+    path.write_bytes(content)
+
+
+REFUSED = {
+    "half a file": (cut_in_half, "a.parquet: not a whole parquet file"),
+    "no parquet at all": (lambda p: p.write_text("text"), "a.parquet: not a whole parquet file"),
+    "empty": (lambda p: p.write_bytes(b""), "a.parquet: not a whole parquet file"),
+    "a damaged page": (damage_a_page, "damaged parquet file"),
+    "another column": (lambda p: write_parquet(p, column="content"),
+                       'no column "text", it has content, id, score'),
+    "numbers": (lambda p: write_parquet(p, list(range(9)), pyarrow.int64()),
+                'the column "text" holds int64, not text'),
+    "bytes that are not UTF-8": (lambda p: write_parquet(p, not_utf8(), None),
+                                 "text that is not UTF-8"),
+}
+
+
+def not_utf8():
+    return pyarrow.array([b"good", b"\xff\xfe"]).view(pyarrow.string())
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys, name):
+    """Catches: a traceback, or a file that is silently left out."""
+    change, expected = REFUSED[name]
+    good = write_parquet(tmp_path / "in/0.parquet")
+    path = write_parquet(tmp_path / "in/a.parquet", compression="none")
+    change(path)
+    argv = ("fineweb-edu", "--from", tmp_path / "in", "--out", tmp_path / "out", "--max_tokens",
+            10**6)
+    message = fails(capsys, *argv)
+    assert expected in message and "a.parquet" in message
+    assert not (tmp_path / "out").exists()
+    shutil.copy(good, path)
+    shutil.rmtree(tmp_path / ".out.preparing", ignore_errors=True)
+    assert prepare(*argv) == 0  # control
+
+
+@pytest.mark.parametrize("line, expected", [
+    ("{", "line 2: not valid JSON"), ("[1]", "line 2: not a JSON object"),
+    ('{"content": "a"}', 'line 2: expected a string "text"'),
+    ('{"text": 3}', 'line 2: expected a string "text"'),
+    ('{"text": "\\ud800"}', 'line 2: expected a string "text"')])
+def test_a_bad_line_is_named(tmp_path, capsys, line, expected):
+    """Catches: a traceback in the third hour."""
+    (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\n{line}\n')
+    assert expected in fails(capsys, "fineweb-edu", "--from", tmp_path / "a.jsonl", "--out",
+                             tmp_path / "out")
+
+
+def test_bad_arguments_are_refused_in_one_line(tmp_path, capsys):
+    """Catches: a traceback for a wrong path, or a flag that is silently without effect."""
+    path = write_parquet(tmp_path / "a.parquet")
+    (tmp_path / "b.bin").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    for argv, expected in [
+            (["--from", tmp_path / "absent"], "no such file or folder"),
+            (["--from", tmp_path / "empty"], "expected .parquet, .jsonl"),
+            (["--from", path, tmp_path / "b.bin"], "are mixed"),
+            (["--from", path, "--tokenized"], "--tokenized downloads"),
+            (["--tokenized", "--sample", "100BT"], "for --sample 10BT only"),
+            (["--tokenized", "--vocab_size", 4096], "leave out --vocab_size"),
+            (["--from", tmp_path / "b.bin", "--vocab_size", 4096], "leave out --vocab_size"),
+            (["--from", path, "--max_tokens", 0], "out of range"),
+            (["--sample", "1BT"], "invalid choice")]:
+        assert expected in fails(capsys, "fineweb-edu", *argv, "--out", tmp_path / "out")
+
+
+# -------------------------------------------------------------------------------------------------
+# Kills
+
+# A child process that kills itself before the n-th operation on files.
+KILLED = """
+import os, sys
+from pathlib import Path
+import numpy as np
+import prepare_data
+
+left = int(sys.argv[1])
+
+def counted(function):
+    def wrapped(*args, **kwargs):
+        global left
+        left -= 1
+        if left == 0:
+            os.kill(os.getpid(), 9)
+        return function(*args, **kwargs)
+    return wrapped
+
+for module, name in ((np, "save"), (os, "fsync"), (os, "replace"), (os, "link"), (Path, "rename"),
+                     (Path, "write_text")):
+    setattr(module, name, counted(getattr(module, name)))
+sys.exit(prepare_data.main(sys.argv[2:]))
+"""
+
+
+def killed_before(n, argv):
+    command = [sys.executable, "-c", KILLED, str(n), *map(str, argv)]
+    return subprocess.run(command, capture_output=True, cwd=ROOT, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["parquet", "bin"])
+def test_kill_leaves_the_same_shards(tmp_path, kind):
+    """Catches: half a shard that is taken for whole, tokens lost or repeated where a killed
+    preparation went on. (Row 35.)"""
+    if kind == "parquet":
+        write_parquet(tmp_path / "in/a.parquet", TEXTS[:150])
+        write_parquet(tmp_path / "in/b.parquet", TEXTS[150:])
+        argv = ["fineweb-edu", "--from", tmp_path / "in", "--max_tokens", 1600]
+    else:
+        write_token_files(tmp_path / "in")
+        argv = ["fineweb-edu", "--from", tmp_path / "in"]
+    out = tmp_path / "out"
+    argv += ["--out", out]
+    assert prepare(*argv) == 0
+    whole = contents(out)
+    shutil.rmtree(out)
+    kills = 0
+    for n in itertools.count(1, 3):
+        process = killed_before(n, argv)
+        if process.returncode == 0:
+            break
+        assert process.returncode == -9, process.stderr
+        kills += 1
+        if not out.exists():  # the last operation comes after the rename
+            assert prepare(*argv) == 0
+        assert contents(out) == whole
+        shutil.rmtree(out)
+    assert kills >= 5  # control
+
+
+def test_kill_and_go_on(tmp_path, capsys):
+    """Catches: a preparation that begins again, or that goes on with other settings. (Row 35.)"""
+    path = write_parquet(tmp_path / "in/a.parquet")
+    out = tmp_path / "out"
+    argv = ["fineweb-edu", "--from", path, "--max_tokens", 4000, "--out", out]
+    assert prepare(*argv) == 0
+    whole = contents(out)
+    shutil.rmtree(out)
+    assert killed_before(30, argv).returncode == -9
+    assert names_in(tmp_path) == [".out.preparing", "in"]
+    capsys.readouterr()
+    message = fails(capsys, *argv[:-3], 3000, *argv[-2:])
+    assert "unfinished preparation with other files or settings" in message
+    assert prepare(*argv) == 0
+    assert "going on after " in capsys.readouterr().out
+    assert contents(out) == whole
+    progress = tmp_path / ".out.preparing/progress.json"
+    assert killed_before(30, argv).returncode == -9
+    progress.write_text(progress.read_text()[:50])
+    assert "progress.json is damaged" in fails(capsys, *argv)
+    assert contents(out) == whole  # the old one is still there
+
+
+# -------------------------------------------------------------------------------------------------
+# Files of tokens
+
+def write_token_files(folder, texts=TEXTS):
+    """llm.c's files, and one of build-nanogpt."""
+    folder.mkdir()
+    ids = stream(texts)
+    parts = np.array_split(ids, 4)
+    for name, part in zip(("web_val_000000", "web_train_000001", "web_train_000002"), parts):
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = 20240520, 1, len(part)
+        (folder / f"{name}.bin").write_bytes(header.tobytes() + part.tobytes())
+    np.save(folder / "web_train_000003.npy", parts[3])
+    return parts
+
+
+def test_token_files_are_taken_as_they_are(tmp_path, capsys):
+    """Catches: tokens that are changed on the way, a file in the wrong split."""
+    parts = write_token_files(tmp_path / "in")
+    assert prepare("fineweb-edu", "--from", tmp_path / "in", "--out", tmp_path / "out") == 0
+    for found, part in zip(tokens_of(tmp_path / "out"), parts):
+        assert np.array_equal(found, part)
+    assert prepare("fineweb-edu", "--from", tmp_path / "in", "--max_tokens", len(parts[0]) + 1,
+                   "--out", tmp_path / "out") == 0  # it replaces its own folder
+    assert names_in(tmp_path / "out") == ["meta.json", "web_train_000001.bin", "web_val_000000.bin"]
+    (tmp_path / "in/web_val_000000.bin").unlink()
+    shutil.rmtree(tmp_path / "out")
+    assert "no file for val" in fails(capsys, "fineweb-edu", "--from", tmp_path / "in", "--out",
+                                      tmp_path / "out")
+    np.save(tmp_path / "in/other.npy", parts[0])
+    shutil.rmtree(tmp_path / ".out.preparing")
+    assert "neither the word" in fails(capsys, "fineweb-edu", "--from", tmp_path / "in", "--out",
+                                       tmp_path / "out")
+
+
+@pytest.mark.parametrize("damage, expected", [
+    (lambda file: os.truncate(file, 2000), "expected"),
+    (lambda file: file.write_bytes(file.read_bytes()[:-2] + b"\xff\xff"), "token 65535 at offset"),
+    (lambda file: file.write_bytes(b"no magic"), "magic number")])
+def test_damaged_token_files_are_named(tmp_path, capsys, damage, expected):
+    """Catches: half a shard, or ids outside the vocabulary, in the folder."""
+    write_token_files(tmp_path / "in")
+    damage(tmp_path / "in/web_train_000002.bin")
+    message = fails(capsys, "fineweb-edu", "--from", tmp_path / "in", "--out", tmp_path / "out")
+    assert "web_train_000002.bin" in message and expected in message
+
+
+# -------------------------------------------------------------------------------------------------
+# Downloads, from a server on this machine
+
+@pytest.fixture
+def serve():
+    hubs = []
+
+    def start(repo, files):
+        hubs.append(Hub(repo, files))
+        return hubs[-1]
+
+    yield start
+    for hub in hubs:
+        hub.close()
+
+
+def parquet_bytes(texts):
+    buffer = io.BytesIO()
+    parquet.write_table(pyarrow.table({"text": texts}), buffer)
+    return buffer.getvalue()
+
+
+def from_hub(hub, *argv, tmp_path):
+    """The script in a process that takes the server for the hub."""
+    env = {**os.environ, "HF_ENDPOINT": hub if isinstance(hub, str) else hub.address,
+           "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "secret", "HF_HUB_DOWNLOAD_TIMEOUT": "2",
+           "HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DISABLE_XET": "1"}
+    env.pop("HF_HUB_OFFLINE", None)
+    command = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, argv)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+
+
+def fineweb_hub(serve):
+    return serve("HuggingFaceFW/fineweb-edu", {
+        "sample/10BT/000_00000.parquet": parquet_bytes(TEXTS[:150]),
+        "sample/10BT/001_00000.parquet": parquet_bytes(TEXTS[150:]),
+        "sample/100BT/000_00000.parquet": parquet_bytes(["another sample"]),
+        "README.md": b"about"})
+
+
+def last_line(process):
+    return process.stderr.strip().splitlines()[-1]
+
+
+def test_download_becomes_tokens(tmp_path, serve):
+    """Catches: another sample, a file twice, a download that stays on the disk."""
+    hub = fineweb_hub(serve)
+    out = tmp_path / "out"
+    process = from_hub(hub, "fineweb-edu", "--max_tokens", 4000, "--out", out, tmp_path=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert np.array_equal(np.concatenate(tokens_of(out)), stream()[:4000])
+    assert sorted(set(hub.downloads())) == ["sample/10BT/000_00000.parquet",
+                                            "sample/10BT/001_00000.parquet"]
+    for _, path, headers in hub.requests:
+        sent = {name.lower(): value for name, value in headers.items()}
+        assert "/datasets/" not in path or sent.get("authorization") == "Bearer secret"
+    source = json.loads((out / "meta.json").read_text())["source"]
+    assert source["commit"] == hub.commit
+    assert names_in(out) == ["meta.json", *[f"train_{i:04d}.npy" for i in range(19)],
+                             "val_0000.npy"]
+
+
+@pytest.mark.parametrize("fault", ["cut", "altered"])
+def test_cut_or_altered_download_is_not_used(tmp_path, serve, fault):
+    """Catches: half a file, or another one, that is taken for whole; a rerun that cannot recover.
+    (Row 34.)"""
+    hub = fineweb_hub(serve)
+    setattr(hub, fault, 100)
+    argv = ("fineweb-edu", "--max_tokens", 4000, "--out", tmp_path / "out")
+    process = from_hub(hub, *argv, tmp_path=tmp_path)
+    assert process.returncode == 2
+    assert "run the same command again" in last_line(process)
+    assert not (tmp_path / "out").exists()
+    setattr(hub, fault, 0)
+    process = from_hub(hub, *argv, tmp_path=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert np.array_equal(np.concatenate(tokens_of(tmp_path / "out")), stream()[:4000])
+
+
+def test_without_network_one_line(tmp_path):
+    """Catches: a traceback where there is no network."""
+    for command in ("fineweb-edu", "hellaswag", "alpaca"):
+        process = from_hub("http://127.0.0.1:9", command, "--out", tmp_path / "out",
+                           tmp_path=tmp_path)
+        assert process.returncode == 2
+        assert "cannot be downloaded from http://127.0.0.1:9" in last_line(process)
+        assert "Traceback" not in process.stderr
+
+
+def test_tokenized_is_downloaded(tmp_path, serve):
+    """Catches: tokens that are encoded again, or a file that is not verified."""
+    parts = write_token_files(tmp_path / "in")
+    files = {file.name: file.read_bytes() for file in (tmp_path / "in").glob("*.bin")}
+    hub = serve("kjj0/finewebedu10B-gpt2", {**files, "README.md": b""})
+    argv = ("fineweb-edu", "--tokenized", "--out", tmp_path / "out")
+    process = from_hub(hub, *argv, tmp_path=tmp_path)
+    assert process.returncode == 0, process.stderr
+    for found, part in zip(tokens_of(tmp_path / "out"), parts[:3]):
+        assert np.array_equal(found, part)
+    hub.altered = 1
+    process = from_hub(hub, *argv, tmp_path=tmp_path)
+    assert process.returncode == 2
+    assert "was deleted" in last_line(process)
+    assert len(tokens_of(tmp_path / "out")) == 3  # the old one is still there
+
+
+# -------------------------------------------------------------------------------------------------
+# hellaswag, alpaca
+
+QUESTION = {"ind": 4, "activity_label": "Baking", "ctx_a": "Mix it.", "ctx_b": "then you",
+            "ctx": "Mix it. then you", "endings": ["eat.", "sleep.", "run.", "wait."],
+            "source_id": "x", "split": "val", "label": "3"}
+
+
+def write_rows(folder, rows):
+    """The same rows in all formats."""
+    folder.mkdir()
+    parquet.write_table(pyarrow.Table.from_pylist(rows), folder / "validation.parquet")
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return sorted(folder.iterdir())
+
+
+def test_hellaswag_is_what_evaluate_reads(tmp_path, serve, capsys):
+    """Catches: questions that evaluate.py refuses; the test split, which has no answers."""
+    from evaluate import Benchmark
+    rows = [{**QUESTION, "label": str(i % 4)} for i in range(70)]
+    for file in write_rows(tmp_path / "in", rows):
+        assert prepare("hellaswag", "--from", file, "--out", tmp_path / "out") == 0
+        for style in ("token", "harness"):
+            benchmark = Benchmark(tmp_path / "out/hellaswag.jsonl", TOKENIZER, 100, style)
+            assert benchmark.labels.tolist() == [i % 4 for i in range(70)]
+            assert benchmark.name == "hellaswag"
+    hub = serve("Rowan/hellaswag", {
+        "data/validation-00000.parquet": (tmp_path / "in/validation.parquet").read_bytes(),
+        "data/test-00000.parquet": b"", "dataset_infos.json": b"{}"})
+    expected = (tmp_path / "out/hellaswag.jsonl").read_text()
+    process = from_hub(hub, "hellaswag", "--out", tmp_path / "hub", tmp_path=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert (tmp_path / "hub/hellaswag.jsonl").read_text() == expected
+    assert names_in(tmp_path / "hub") == ["hellaswag.jsonl"]
+    for change in ({"label": ""}, {"label": "4"}, {"endings": None}, {"ctx_a": 3}):
+        (tmp_path / "bad.jsonl").write_text(json.dumps({**QUESTION, **change}) + "\n")
+        assert "bad.jsonl, row 0: not a question" in fails(
+            capsys, "hellaswag", "--from", tmp_path / "bad.jsonl", "--out", tmp_path / "out")
+    assert (tmp_path / "out/hellaswag.jsonl").read_text() == expected
+
+
+def test_alpaca_is_what_sft_reads(tmp_path, serve, capsys):
+    """Catches: rows that sft.py refuses; a row with an answer that is left out."""
+    rows = [{"instruction": f"Say {i}.", "input": "", "output": f"{i}."} for i in range(20)]
+    rows[7]["output"] = " "
+    for file in write_rows(tmp_path / "in", rows):
+        assert prepare("alpaca", "--from", file, "--out", tmp_path / "out") == 0
+        assert "1 rows cannot be used" in capsys.readouterr().out
+        chats, _, bad = chat.read_instructions(tmp_path / "out/alpaca.jsonl")
+        assert (len(chats), bad) == (19, 0)
+    hub = serve("yahma/alpaca-cleaned", {
+        "alpaca_data_cleaned.json": (tmp_path / "in/rows.json").read_bytes(), "README.md": b""})
+    process = from_hub(hub, "alpaca", "--out", tmp_path / "hub", tmp_path=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert len(chat.read_instructions(tmp_path / "hub/alpaca.jsonl")[0]) == 19
+    (tmp_path / "bad.json").write_text("[]")
+    assert "no usable row" in fails(capsys, "alpaca", "--from", tmp_path / "bad.json", "--out",
+                                    tmp_path / "out")
+    # A file in Git, not in its large file storage, is verified by Git's hash.
+    hub.altered = 1
+    process = from_hub(hub, "alpaca", "--out", tmp_path / "hub", tmp_path=tmp_path)
+    assert process.returncode == 2 and "was deleted" in last_line(process)
+
+
+def test_reading_begins_at_any_row(tmp_path):
+    """Catches: a row lost or read twice where a stopped preparation goes on."""
+    paths = write_rows(tmp_path / "in", [{"text": f"{i}"} for i in range(500)])
+    paths.append(write_parquet(tmp_path / "in/groups.parquet", [f"{i}" for i in range(500)],
+                               row_group_size=90))
+    for path in paths:
+        for start in (0, 1, 63, 64, 89, 90, 91, 180, 499):
+            rows = {}
+            for first, values, share in tables.read_rows(path, "text", start):
+                rows.update(enumerate(values, first))
+                assert 0 < share <= 1
+            assert rows == {i: f"{i}" for i in range(start, 500)}
+        assert share == 1
+        assert list(tables.read_rows(path, "text", 500)) == []  # control
