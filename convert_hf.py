@@ -1,8 +1,8 @@
 """convert_hf.py — a run as a Hugging Face folder, and a Hugging Face folder as a run.
 
-    python convert_hf.py export runs/tiny hf/tiny        # for transformers, lm-eval, vLLM, llama.cpp
-    python convert_hf.py export runs/tiny-lora8 hf/lora --adapters      # the adapters alone, for peft
-    python convert_hf.py import hf/tiny runs/again       # for evaluate.py, sample.py, sft.py
+    python convert_hf.py export runs/tiny hf/tiny      # for transformers, lm-eval, llama.cpp
+    python convert_hf.py export runs/tiny-lora8 hf/lora --adapters     # adapters alone, for peft
+    python convert_hf.py import hf/tiny runs/again     # for evaluate.py, sample.py, sft.py
 
 Our modules have Hugging Face's names, and their rows Hugging Face's order (see apply_rope and
 attention in model.py). So a tensor is copied as it is, and a folder is a stock LlamaForCausalLM,
@@ -475,7 +475,8 @@ def read_tensors(folder, config):
     """{name: fp32 tensor} of the weights. Raises UserError if they are not those of the config."""
     where = files_of(folder)
     with torch.device("meta"):
-        expected = {name: tuple(tensor.shape) for name, tensor in Llama(config).state_dict().items()}
+        state = Llama(config).state_dict()
+    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
     wanted = set(expected)
     if config.tie_embeddings and "lm_head.weight" not in where:
         wanted.remove("lm_head.weight")
@@ -534,8 +535,8 @@ def read_tensor(file, name, shape):
         raise UserError(f"{name} has the shape {found}, and config.json asks for {shape} — "
                         f"download both again")
     if part.get_dtype() not in ("F32", "BF16", "F16"):
-        raise UserError(f"{name} is stored as {part.get_dtype()} — import a folder in fp32, bf16 or "
-                        f"fp16")
+        raise UserError(f"{name} is stored as {part.get_dtype()} — import a folder in fp32, bf16 "
+                        f"or fp16")
     tensor = file.get_tensor(name).float()
     if not torch.isfinite(tensor.sum()):
         raise UserError(f"{name} holds NaN or infinity — download it again")
@@ -558,8 +559,8 @@ def main(argv=None):
     out.add_argument("--adapters", action="store_true",
                      help="of a LoRA run: the adapters alone, for peft; without it they are merged")
     back = commands.add_parser("import", help="make a run of a Hugging Face folder")
-    back.add_argument("folder", type=Path, metavar="DIR", help="folder of a Llama that uses GPT-2's "
-                      "tokenizer")
+    back.add_argument("folder", type=Path, metavar="DIR", help="folder of a Llama that uses "
+                      "GPT-2's tokenizer")
     back.add_argument("run", type=Path, metavar="RUN", help="run folder to write")
     back.add_argument("--step", type=count_or_0, default=0, help="number of the checkpoint")
     args = parser.parse_args(argv)

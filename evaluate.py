@@ -4,7 +4,7 @@ choice, samples.
     python evaluate.py                                  # newest run, newest checkpoint, its data
     python evaluate.py runs/tiny --step 64              # an earlier checkpoint
     python evaluate.py runs/tiny --data data/mytext     # other text, of the same vocabulary
-    python evaluate.py runs/1.7b --benchmark hellaswag_val.jsonl --style harness
+    python evaluate.py runs/1.7b --benchmark data/hellaswag/hellaswag.jsonl --style harness
 
 Appends "eval" and "benchmark" events to the run's evaluations.jsonl.
 """
@@ -175,7 +175,8 @@ class Benchmark:
     brackets; acc_norm divides by the characters of the ending.
 
     A context that is too long for `window` with the longest of its endings loses its beginning.
-    (lm-evaluation-harness cuts it for each ending apart, so its shorter endings see more.) items: read only the first so many lines.
+    (lm-evaluation-harness cuts it for each ending apart, so its shorter endings see more.) items:
+    read only the first so many lines.
     Raises UserError naming file and line."""
 
     def __init__(self, path, tokenizer, window, style="token", items=None):

@@ -576,8 +576,8 @@ def copy_shards(folder, tokenizer, settings, files):
         note_progress(folder, settings, [i + 1, 0, 0], done)
     for split, found in done.items():
         if not found["shards"]:
-            raise UserError(f"no file for {split} among {', '.join(names[:3])} … — their names need "
-                            f"the word \"train\" or \"val\"")
+            raise UserError(f"no file for {split} among {', '.join(names[:3])} … — their names "
+                            f"need the word \"train\" or \"val\"")
         print_summary(split, found)
     write_meta(folder, tokenizer, done["train"], done["val"], settings["source"])
 
@@ -700,8 +700,8 @@ def parse(argv):
     fineweb = commands.add_parser("fineweb-edu", help="a sample of FineWeb-Edu, from the hub")
     fineweb.add_argument("--sample", default="10BT", choices=("10BT", "100BT", "350BT"),
                          help="how many tokens, about: 10, 100 or 350 billion")
-    fineweb.add_argument("--max_tokens", type=count, help="only so many, the first; a shard is then "
-                         "a twentieth of them, or 100 million")
+    fineweb.add_argument("--max_tokens", type=count, help="only the first so many; a shard is "
+                         "then a twentieth of them, at most 100 million")
     fineweb.add_argument("--tokenized", action="store_true", help="10BT as tokens, 20 GB that "
                          "others have prepared")
 
@@ -733,8 +733,8 @@ def parse(argv):
 def check_fineweb(args):
     """Raise UserError for flags that do not go together."""
     if args.tokenized and args.paths:
-        raise UserError("--tokenized downloads — leave it out: files given with --from are known by "
-                        "their suffix")
+        raise UserError("--tokenized downloads — leave it out: files given with --from are known "
+                        "by their suffix")
     if args.tokenized and args.sample != "10BT":
         raise UserError("--tokenized is there for --sample 10BT only")
     of_tokens = [path for path in args.paths or [] if has_suffix(path, TOKEN_FILES)]

@@ -23,7 +23,8 @@ def import_hub():
         import huggingface_hub
     except ImportError:
         raise UserError("huggingface_hub is missing, which downloads — run: pip install -r "
-                        "requirements-extras.txt (or read files on this disk with --from)") from None
+                        "requirements-extras.txt, or give files on this disk with "
+                        "--from") from None
     return huggingface_hub
 
 

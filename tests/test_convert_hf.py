@@ -36,10 +36,11 @@ from support.files import write_json
 CONFIG = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, intermediate_size=96,
                      vocab_size=1000, max_seq_len=48, rope_theta=500_000.0)
 SYSTEM = 'You are "x" \\ {{ y }} {% z %} é😀\nok.'
-TEXTS = ["The function returns a list.", "", " ", "  two  spaces   three ", "tabs\t\tand\r\nCRLF\r\n",
-         "\n\n\n", "emoji 😀👩‍👩‍👧 flags 🇨🇦", "漢字かな交じり文 한국어", "é é ạ̈ combining",
+TEXTS = ["The function returns a list.", "", " ", "  two  spaces   three ", "\n\n\n",
+         "tabs\t\tand\r\nCRLF\r\n", "emoji 😀👩‍👩‍👧 flags 🇨🇦", "漢字かな交じり文 한국어", "é é ạ̈ combining",
          "I'll we've DON'T it's", "x" * 300, " " * 200 + "a", "١٢٣ ½ ²", "nbsp\u00a0\u2003em",
-         "<|endoftext|>", "a <|endoftext|> b<|endoftext|>", "null\x00byte", "def f(x):\n    return x\n"]
+         "<|endoftext|>", "a <|endoftext|> b<|endoftext|>", "null\x00byte",
+         "def f(x):\n    return x\n"]
 CHATS = [
     [{"role": "user", "content": "Hi?"}],
     [{"role": "user", "content": "Hi?"}, {"role": "assistant", "content": "Hello."}],
@@ -328,7 +329,8 @@ def test_round_trip_is_bitwise(tmp_path, monkeypatch, tied, shard_bytes):
     expected = {**before["config"], "padded_vocab_size": 1000}
     assert after["config"] == expected
     before["model"]["model.norm.weight"][0] += 1e-6  # control
-    assert not torch.equal(after["model"]["model.norm.weight"], before["model"]["model.norm.weight"])
+    assert not torch.equal(after["model"]["model.norm.weight"],
+                           before["model"]["model.norm.weight"])
 
 
 VARIANTS = {
@@ -726,7 +728,8 @@ def test_lm_eval_gives_our_likelihoods(tmp_path, monkeypatch):
     benchmark = evaluate.Benchmark(tmp_path / "questions.jsonl", tokenizer, 128, "harness")
     ours = benchmark.likelihoods(model, benchmark.contexts, autocast)
     expected = torch.tensor(theirs["likelihoods"], dtype=torch.float64)
-    print(f"lm_eval: largest difference {(ours - expected).abs().max():.1e} of {expected.abs().max():.0f}")
+    print(f"lm_eval: largest difference {(ours - expected).abs().max():.1e}, "
+          f"values down to {expected.min():.0f}")
     assert (ours - expected).abs().max() < 1e-5 * expected.abs().max()
     scores = benchmark.score(model, autocast)
     assert (scores["acc"], scores["acc_norm"]) == (theirs["acc"], theirs["acc_norm"])

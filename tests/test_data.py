@@ -452,8 +452,9 @@ def test_missing_data_names_the_command(tmp_path):
         DataFolder(our_folder(tmp_path / "a", splits=splits))
     with pytest.raises(UserError, match="no train shards in .*run: python prepare_data.py text"):
         DataFolder(tmp_path / "nowhere")
-    with pytest.raises(UserError, match="prepare_data.py pydocs"):
-        DataFolder(tmp_path / "pydocs")
+    for name in ("pydocs", "fineweb-edu"):
+        with pytest.raises(UserError, match=f"prepare_data.py {name}"):
+            DataFolder(tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["train_0000.npy", "val_0000.npy"])
