@@ -27,10 +27,10 @@ from model import Llama, ModelConfig
 from support import durable, hf_tokenizer, lora
 from support.chat import jinja_template, system_of
 from support.files import new_folder, write_json
-from support.flags import Parser, count_or_0
+from support.flags import Parser, number
 from support.hf_tokenizer import read_json
-from support.runs import (AT_END, UserError, first_line_of, hold, parse_json, script,
-                          settings_of)
+from support.runs import (AT_END, UserError, first_line_of, hold, is_argument, parse_json,
+                          script, settings_of)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES = 5_000_000_000  # of one file of weights
@@ -95,13 +95,16 @@ REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attent
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
             "tie_word_embeddings": False}
 # What our network does, and so what must be there, or nothing. None: nothing.
-EXPECTED = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False,
+EXPECTED = {"hidden_act": "silu", "attention_bias": False,
             "mlp_bias": False, "quantization_config": None, "sliding_window": None}
 
 
 def from_hf_config(theirs, file):
     """The sizes of a ModelConfig, without the vocabulary, from a config.json. Raises UserError
     naming what our network cannot be."""
+    if theirs.get("model_type") != "llama":
+        raise UserError(f"{file}: model_type is {theirs.get('model_type')!r}, not 'llama' — give "
+                        f"the Hugging Face folder of a Llama")
     for name, value in EXPECTED.items():
         found = theirs.get(name, value)
         if found is not None and found != value:
@@ -115,7 +118,7 @@ def from_hf_config(theirs, file):
     known["rope_theta"] = rope_theta_of(theirs, file)
     sizes = {ours: known[name] for ours, name in NAMES.items()}
     for name in ("norm_eps", "rope_theta"):
-        if isinstance(sizes[name], int):
+        if type(sizes[name]) is int and abs(sizes[name]) < 10**9:
             sizes[name] = float(sizes[name])
     sizes["padded_vocab_size"] = theirs["vocab_size"]
     sizes["vocab_size"] = theirs["vocab_size"]
@@ -148,7 +151,7 @@ def rope_theta_of(theirs, file):
     if theirs.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
         raise UserError(f"{file}: partial_rotary_factor is {theirs['partial_rotary_factor']}, and "
                         f"we rotate all of a head — import a plain Llama")
-    if any(theta != found[0] for theta in found):
+    if found and not all(theta == found[0] for theta in found):
         raise UserError(f"{file}: two values of rope_theta, {found[0]} and {found[-1]} — correct "
                         f"the wrong one")
     return found[0] if found else DEFAULTS["rope_theta"]
@@ -227,7 +230,6 @@ def padding_share(tensors, config, tokens):
 def write_weights(folder, tensors, vocab_size, dtype):
     """Write the tensors, in files of at most SHARD_BYTES, taking them out of the dict one by one;
     returns the number of parameters. The embedding and the output layer lose their padded rows."""
-    save_file = import_safetensors().torch.save_file
     shards = [{}]
     size = 0
     total = 0
@@ -239,7 +241,7 @@ def write_weights(folder, tensors, vocab_size, dtype):
             tensor = tensor[:vocab_size]
         tensor = tensor.to(dtype).contiguous()
         if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
-            write_shard(save_file, folder, shards)
+            write_shard(folder, shards)
             shards.append({})
             size = 0
         shards[-1][name] = tensor
@@ -247,7 +249,7 @@ def write_weights(folder, tensors, vocab_size, dtype):
         size += tensor.nbytes
         total += tensor.nbytes
         parameters += tensor.numel()
-    write_shard(save_file, folder, shards)
+    write_shard(folder, shards)
     if len(shards) == 1:
         (folder / "1").rename(folder / "model.safetensors")
         return parameters
@@ -260,10 +262,20 @@ def write_weights(folder, tensors, vocab_size, dtype):
     return parameters
 
 
-def write_shard(save_file, folder, shards):
+def write_shard(folder, shards):
     """Write the last of the shards, under its number for now, and forget its tensors."""
-    save_file(shards[-1], folder / str(len(shards)), metadata={"format": "pt"})
+    save(shards[-1], folder / str(len(shards)))
     shards[-1] = None
+
+
+def save(tensors, file):
+    """safetensors' save_file. Raises UserError if the disk does not take it."""
+    safetensors = import_safetensors()
+    try:
+        safetensors.torch.save_file(tensors, file, metadata={"format": "pt"})
+    except safetensors.SafetensorError as error:
+        raise UserError(f"{file}: not written ({first_line_of(error)}) — make room on the "
+                        f"disk") from None
 
 
 def readable_by_all(folder):
@@ -272,62 +284,119 @@ def readable_by_all(folder):
         file.chmod(0o644)
 
 
+TEXTS = {  # what the sources of prepare_data.py are
+    "pydocs": "the docstrings of Python's standard library and of the packages that it needs",
+    "fineweb-edu": "FineWeb-Edu",
+}
+SAY = """
+```python
+from transformers import pipeline
+generate = pipeline("text-generation", "FOLDER")
+print(generate("The function", max_new_tokens=40, do_sample=False)[0]["generated_text"])
+```
+"""
+ASK = """
+```python
+from transformers import pipeline
+generate = pipeline("text-generation", "FOLDER")
+question = [{"role": "user", "content": "What is a list?"}]
+answer = generate(question, max_new_tokens=60, do_sample=False)[0]["generated_text"][-1]
+print(answer["content"])
+```
+"""
+TUNE = """
+To train it further: load it in float32 (`dtype=torch.float32`), and mask the labels of padding by
+the attention mask. The padding token is end-of-text, so to mask it by its id, as some collators do,
+unlearns to stop.
+"""
+
+
 def model_card(run, step, parameters, config, dtype, settings):
     """README.md of the folder: what it is and how it was made, from the run's settings and log."""
     source = source_of(settings)
-    head = ["---", "license: mit", "library_name: transformers",
-            "pipeline_tag: text-generation", "language: en"]
-    if source.get("name") == "fineweb-edu":
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    if "imported_from" not in settings:
+        head.append("license: mit")
+    if source in TEXTS:
+        head.append("language: en")
+    if source == "fineweb-edu":
         head += ["datasets:", "- HuggingFaceFW/fineweb-edu"]
-    head += ["---", ""]
-    facts = [("parameters", f"{parameters:,} ({dtype})"),
+    facts = [("parameters", f"{parameters:,}, here in {dtype}"),
              ("layers, width", f"{config.n_layers}, {config.dim}"),
              ("query heads, key/value heads", f"{config.n_heads}, {config.n_kv_heads}"),
-             ("window", f"{config.max_seq_len} tokens"),
+             ("window; trained in windows of", f"{config.max_seq_len}, {settings['seq_len']}"),
              ("tokenizer", f"GPT-2's, its first {config.vocab_size:,} ids"),
-             ("training text", source.get("name", "unknown")),
+             ("text", TEXTS.get(source, source)),
              ("steps", f"{step:,}")]
-    for name in ("preset", "batch_tokens", "seq_len", "lr", "schedule", "base", "lora"):
+    for name in ("batch_tokens", "lr", "schedule", "lora"):
         if settings.get(name) is not None:
             facts.append((name, settings[name]))
-    score = last_evaluation(run, step)
-    if score is not None:
-        facts += [(key, score[key]) for key in ("tokens", "val_loss", "val_bpb", "heldout_loss")
-                  if score.get(key) is not None]
-    lines = [f"# {run.resolve().name}", "",
-             "A LLaMA trained from scratch with vesper. MIT is the licence of the code that made "
-             "it; the texts that it has read have their own.", "",
+    if settings.get("base") is not None:
+        facts.append(("tuned from", Path(settings["base"]).resolve().name))
+    score = evaluation_at(run, step)
+    for key, text in (("tokens", "tokens read"), ("val_loss", "loss on held-out text, nats/token"),
+                      ("val_bpb", "the same in bits/byte"),
+                      ("heldout_loss", "loss on held-out answers, nats/token")):
+        if score.get(key) is not None:
+            facts.append((text, f"{score[key]:,.4f}".removesuffix(".0000")))
+    origin = ("A LLaMA trained from scratch with vesper, after arXiv 2412.13335. MIT is the "
+              "licence of the code that made it; the texts that it has read have their own.")
+    if "imported_from" in settings:
+        origin = (f"Imported by vesper from {Path(settings['imported_from']).name}, which see for "
+                  f"how it was made and for its licence.")
+    lines = [f"# {run.resolve().name}", "", origin, "",
              "| | |", "|---|---|", *[f"| {name} | {value} |" for name, value in facts], ""]
     if settings.get("system") is None:
-        lines += ["It continues text; it was not tuned to answer."]
+        lines += ["It continues text; it was not tuned to answer.", SAY]
     else:
-        lines += ["It was tuned to answer, in the template of Vicuna 1.1 (`apply_chat_template`)."]
-    lines += ["", "```python", "from transformers import pipeline",
-              'generate = pipeline("text-generation", "PATH OF THIS FOLDER")',
-              'print(generate("The function", max_new_tokens=40)[0]["generated_text"])', "```", ""]
-    return "\n".join([*head, *lines])
+        lines += ["It was tuned to answer, in the template of Vicuna 1.1.", ASK]
+    return "\n".join([*head, "---", "", *lines, TUNE.lstrip()])
+
+
+ADAPTERS = """\
+---
+library_name: peft
+pipeline_tag: text-generation
+---
+
+# {name}
+
+LoRA adapters, trained with vesper, for the model {base}, which is needed as a folder too.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+model = AutoModelForCausalLM.from_pretrained("FOLDER OF THE BASE")
+model = PeftModel.from_pretrained(model, "FOLDER")
+tokenizer = AutoTokenizer.from_pretrained("FOLDER")
+question = [{{"role": "user", "content": "What is a list?"}}]
+ids = tokenizer.apply_chat_template(question, return_tensors="pt", return_dict=True)
+out = model.generate(**ids, max_new_tokens=60, do_sample=False)
+print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:]))
+```
+"""
 
 
 def source_of(settings):
-    """What the data's meta.json tells about its source, {} if the data is not there."""
+    """The name of the training text's source, if the data is still there."""
     try:
-        return DataFolder(settings["data"]).meta["source"]
+        return str(DataFolder(settings["data"]).meta["source"]["name"])
     except (UserError, OSError, TypeError, KeyError):
-        return {}
+        return "unknown"
 
 
-def last_evaluation(run, step):
-    """The last evaluation in the log of `run` up to `step`, or None."""
-    found = None
+def evaluation_at(run, step):
+    """The evaluation in the log of `run` at `step`; {} without one."""
+    found = {}
     try:
         lines = (run / "metrics.jsonl").read_bytes().splitlines()
     except OSError:
-        return None
+        return {}
     for line in lines:
         if b'"eval"' in line or b'"sft_eval"' in line:
             try:
                 row = parse_json(line)
-                if row["event"] in ("eval", "sft_eval") and row["step"] <= step:
+                if row["event"] in ("eval", "sft_eval") and row["step"] == step:
                     found = row
             except (ValueError, KeyError, TypeError):
                 pass  # half a line
@@ -336,7 +405,7 @@ def last_evaluation(run, step):
 
 def export_adapters(run, out, step):
     """Write the adapters of a LoRA run as a folder for peft. Raises UserError for another run."""
-    save_file = import_safetensors().torch.save_file
+    import_safetensors()
     settings = settings_of(run)
     folder = durable.find(run, step)
     if folder is None:
@@ -354,9 +423,12 @@ def export_adapters(run, out, step):
         for part in ("lora_A", "lora_B"):
             tensors[f"base_model.model.{layer}.{part}.weight"] = ours[f"{layer}.{part}"]
     modules = sorted({layer.split(".")[-1] for layer in layers})
+    if settings.get("base") is None or settings.get("system") is None:
+        raise UserError(f"{run}/config.json does not tell the base and the system prompt — restore "
+                        f"it")
     base = Path(settings["base"]).resolve().name
     with new_folder(out) as new:
-        save_file(tensors, new / "adapter_model.safetensors", metadata={"format": "pt"})
+        save(tensors, new / "adapter_model.safetensors")
         write_json(new / "adapter_config.json", {
             "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": scale * rank,
             "lora_dropout": 0.0, "bias": "none", "target_modules": modules,
@@ -364,9 +436,13 @@ def export_adapters(run, out, step):
         template = jinja_template(settings["system"])
         hf_tokenizer.write_tokenizer(new, Tokenizer(config.vocab_size), config.max_seq_len,
                                      template)
+        card = ADAPTERS.format(name=run.resolve().name, base=base)
+        (new / "README.md").write_text(card, encoding="utf-8")
         readable_by_all(new)
+    step = f" --step {settings['step']}" if settings.get("step") is not None else ""
     print(f"{out}: adapters of step {durable.step_of(folder)} of {run}, for {base}. They need it "
-          f"as a Hugging Face folder too: python convert_hf.py export {settings['base']} DIR")
+          f"as a Hugging Face folder too:\n"
+          f"  python convert_hf.py export {settings['base']} DIR{step}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -390,11 +466,18 @@ def import_folder(folder, run, step):
     run.mkdir(parents=True, exist_ok=True)
     held = hold(run)
     AT_END.append(lambda code: os.close(held))
+    check_target(run, step, settings)  # another process may have been faster
     write_json(run / "config.json", settings)
-    durable.write_checkpoint(run, step, {"model.pt": {"config": asdict(config), "model": tensors}})
+    weights = {"config": asdict(config), "model": tensors}
+    try:
+        durable.write_checkpoint(run, step, {"model.pt": weights})
+    except UserError as why:
+        advice = "make room, and run the same command again"
+        raise UserError(f"{str(why).split(' — ')[0]} — {advice}", why.code) from None
     print(f"{run}: step {step:,}, {sum(t.numel() for t in tensors.values()):,} weights. Next:\n"
           f"  python sample.py {run} --prompt \"The function\"\n"
-          f"  python evaluate.py {run} --data DIR")
+          f"  python evaluate.py {run} --data DIR   # in windows of {config.max_seq_len} tokens, "
+          f"or --seq_len")
 
 
 def with_vocabulary(config, folder):
@@ -455,7 +538,7 @@ def chat_system(folder):
 
 def check_target(run, step, settings):
     """Raise UserError unless `run` is new, or imported, of the same sizes, without this step."""
-    if not run.exists() or not any(run.iterdir()):
+    if not run.exists() or all(path.name.startswith(".") for path in run.iterdir()):
         return
     try:
         known = settings_of(run)
@@ -490,7 +573,7 @@ def read_tensors(folder, config):
                         f"download it again, or import a plain Llama")
     tensors = {}
     for name in tqdm(sorted(wanted), desc="reading", unit=" tensors"):
-        tensors[name] = read_tensor(where[name], name, expected[name])
+        tensors[name] = read_tensor(folder, where[name], name, expected[name])
     if config.tie_embeddings:
         embedding = tensors["model.embed_tokens.weight"]
         if not torch.equal(tensors.get("lm_head.weight", embedding), embedding):
@@ -506,12 +589,14 @@ def files_of(folder):
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.exists():
-        names = read_json(index).get("weight_map")
-        names = sorted(set(names.values())) if isinstance(names, dict) else [None]
-        for name in names:
-            if not isinstance(name, str) or Path(name).name != name:
+        weight_map = read_json(index).get("weight_map")
+        named = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
+        for name in named:
+            is_name = isinstance(name, str) and is_argument(name) and Path(name).name == name
+            if not is_name:
                 raise UserError(f"{index}: names the file {name!r}, which is not one in this "
                                 f"folder — download it again")
+        names = sorted(set(named))
     elif not (folder / names[0]).exists():
         pickles = [file.name for file in folder.glob("pytorch_model*.bin")]
         what = f"{pickles[0]} can run code, so it is not read" if pickles else "no weights in it"
@@ -528,18 +613,18 @@ def files_of(folder):
     return where
 
 
-def read_tensor(file, name, shape):
+def read_tensor(folder, file, name, shape):
     part = file.get_slice(name)
     found = tuple(part.get_shape())
     if found != shape:
-        raise UserError(f"{name} has the shape {found}, and config.json asks for {shape} — "
-                        f"download both again")
+        raise UserError(f"{folder}: {name} has the shape {found}, and config.json asks for {shape} "
+                        f"— download both again")
     if part.get_dtype() not in ("F32", "BF16", "F16"):
-        raise UserError(f"{name} is stored as {part.get_dtype()} — import a folder in fp32, bf16 "
-                        f"or fp16")
+        raise UserError(f"{folder}: {name} is stored as {part.get_dtype()} — import a folder in "
+                        f"fp32, bf16 or fp16")
     tensor = file.get_tensor(name).float()
-    if not torch.isfinite(tensor.sum()):
-        raise UserError(f"{name} holds NaN or infinity — download it again")
+    if not torch.isfinite(tensor).all():
+        raise UserError(f"{folder}: {name} holds NaN or infinity — download it again")
     return tensor
 
 
@@ -562,7 +647,8 @@ def main(argv=None):
     back.add_argument("folder", type=Path, metavar="DIR", help="folder of a Llama that uses "
                       "GPT-2's tokenizer")
     back.add_argument("run", type=Path, metavar="RUN", help="run folder to write")
-    back.add_argument("--step", type=count_or_0, default=0, help="number of the checkpoint")
+    back.add_argument("--step", type=number(int, 0, 99_999_999), default=0,
+                      help="number of the checkpoint")
     args = parser.parse_args(argv)
     if args.command == "import":
         import_folder(args.folder, args.run, args.step)

@@ -124,13 +124,14 @@ def read_lm_eval(folder):
             found = parse_json(file.read_bytes())
             counts = found.get("n-samples", {})
             for task, scores in found["results"].items():
-                event = {"event": "benchmark", "step": int(step.group(1)), "name": task,
+                name = task.encode(errors="replace").decode()
+                event = {"event": "benchmark", "step": int(step.group(1)), "name": name,
                          "style": "lm-eval", "n": counts.get(task, {}).get("effective")}
-                for name, key in (("acc", "stderr"), ("acc_norm", "stderr_norm")):
-                    event[name] = scores.get(f"{name},none")
-                    event[key] = scores.get(f"{name}_stderr,none")
+                for acc, key in (("acc", "stderr"), ("acc_norm", "stderr_norm")):
+                    event[acc] = scores.get(f"{acc},none")
+                    event[key] = scores.get(f"{acc}_stderr,none")
                 events.append(event)
-        except (ValueError, KeyError, TypeError, AttributeError) as why:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as why:
             print(f"warning: {file} left out: not a result file of lm-eval under a folder "
                   f"step_NNN ({why!r})", file=sys.stderr)
     return events

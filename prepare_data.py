@@ -16,18 +16,21 @@ The same sources give the same bytes, with any number of cores. A folder is writ
 temporary name and renamed when all of it is on the disk, so an incomplete folder is never visible.
 """
 import argparse
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sys
 import threading
 import time
-from collections import deque
+from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -36,8 +39,8 @@ from tqdm import tqdm
 from data import GPT2_VOCAB_SIZE, Tokenizer, is_of_split
 from support import chat, hub, tables
 from support.documents import Documents, PassageCounter
-from support.files import delete, link_or_copy, new_folder, sync, write_json
-from support.flags import Parser, count, number, text as valid_text
+from support.files import PROGRESS, delete, new_folder, sync, write_json
+from support.flags import Parser, number, text as valid_text
 from support.pydocs import (
     PACKAGES, VAL_SHARE, build_corpus, cloze_items, dependencies, instruct_rows, shuffle_sentences)
 from support.runs import UserError, parse_json, script
@@ -62,13 +65,24 @@ def start_worker(vocab_size):
     """Prepare a worker process: its tokenizer, and that it ends when this process does."""
     global worker_tokenizer
     worker_tokenizer = Tokenizer(vocab_size)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a Ctrl-C is for the process that waits for it
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_with_parent():
     multiprocessing.parent_process().join()
     os._exit(1)
+
+
+@contextlib.contextmanager
+def interrupts_held_back():
+    if not hasattr(signal, "pthread_sigmask"):  # Windows
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def encode(text, starts, tokenizer=None):
@@ -98,16 +112,20 @@ def encode_all(batches, tokenizer, parallel):
     # Enough for a second, in which a shard is written, and so few that they fit in memory.
     most = max(128, 4 * cores)
     context = multiprocessing.get_context("spawn")  # a fork would take our locks along
-    with ProcessPoolExecutor(cores, context, start_worker, (tokenizer.vocab_size,)) as workers:
+    workers = ProcessPoolExecutor(cores, context, start_worker, (tokenizer.vocab_size,))
+    try:
         running = deque()  # (items, future), oldest first
         for batch in batches:
             items = [item for item, _, _ in batch]
             pieces = [(text, starts) for _, text, starts in batch]
-            running.append((items, workers.submit(encode_in_worker, pieces)))
+            with interrupts_held_back():  # a new process inherits this: a Ctrl-C is for this one
+                running.append((items, workers.submit(encode_in_worker, pieces)))
             if len(running) > most:
                 yield finished(*running.popleft())
         while running:
             yield finished(*running.popleft())
+    finally:
+        workers.shutdown(cancel_futures=True)
 
 
 def finished(items, future):
@@ -218,8 +236,10 @@ def write_shards(folder, pieces, tokenizer, source, total):
     train = ShardWriter(folder, "train", tokenizer)
     val = ShardWriter(folder, "val", tokenizer)
     pieces = (((split, len(text)), text, starts) for split, text, starts in pieces)
-    with tqdm(total=total, desc="encoding", unit=" characters", unit_scale=True) as bar:
-        for items, encoded in encode_all(batched(pieces), tokenizer, total > LARGE):
+    batches = encode_all(batched(pieces), tokenizer, total > LARGE)
+    bar = tqdm(total=total, desc="encoding", unit=" characters", unit_scale=True)
+    with bar, closing(batches):
+        for items, encoded in batches:
             for (split, length), ids in zip(items, encoded):
                 writer = train if split == "train" else val
                 writer.store(ids)
@@ -243,7 +263,8 @@ def write_meta(folder, tokenizer, train, val, source):
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
-OURS = re.compile(r"meta\.json|cloze\.jsonl|instruct\.json|(train|val)_\d{4}\.npy")
+OURS = re.compile(r"(meta|instruct)\.json|(cloze|hellaswag|alpaca)\.jsonl|"
+                  r"(train|val)_\d{4}\.npy")
 
 
 def check_replaceable(out):
@@ -379,17 +400,23 @@ def prepare_fineweb(out, vocab_size, sample, max_tokens, paths, tokenized):
 def files_of_rows(paths, column="text"):
     """The files among `paths` and in the folders among them, sorted. Raises UserError if there are
     none, of two kinds, damaged ones, or parquet files without the column."""
-    found = []
+    found = {}  # real path → path
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder — check the path")
         suffixes = (*tables.SUFFIXES, *TOKEN_FILES) if column == "text" else tables.SUFFIXES
-        files = [path] if path.is_file() else sorted(path.rglob("[!.]*"))
-        files = [file for file in files if file.is_file() and has_suffix(file, suffixes)]
+        files = [path]
+        if path.is_dir():  # a .json in it tells about the other files, rather than being one
+            suffixes = tuple(suffix for suffix in suffixes if suffix != ".json")
+            files = [file for file in sorted(path.rglob("*")) if file.is_file()
+                     and not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        files = [file for file in files if has_suffix(file, suffixes)]
         if not files:
             raise UserError(f"{path}: expected {', '.join(suffixes)}, or a folder of these — "
                             f"convert it to one of them")
-        found += [file for file in files if file not in found]
+        for file in files:
+            found.setdefault(file.resolve(), file)  # each once
+    found = list(found.values())
     of_tokens = [has_suffix(file, TOKEN_FILES) for file in found]
     if any(of_tokens) and not all(of_tokens):
         raise UserError("files of text and files of tokens are mixed — give one kind with --from")
@@ -417,22 +444,28 @@ def open_hub(folder, downloads, sample, tokenized):
     return source, hub.Downloads(repo, source["commit"], listed, downloads)
 
 
-# How far a preparation has come is in a file. It is replaced whenever a shard is on the disk.
-PROGRESS = "progress.json"
-
-
 def read_progress(folder):
-    """What an earlier process left, or None. Raises UserError if it cannot be used."""
+    """How far an earlier process has come, or None. It is in a file that is replaced whenever a
+    shard is on the disk. Raises UserError if it cannot be used."""
     file = folder / PROGRESS
     if not file.exists():
         return None
     try:
         saved = parse_json(file.read_bytes())
-        if saved.keys() != {"settings", "position", "train", "val"}:
-            raise ValueError
-        return saved
-    except (ValueError, AttributeError):
-        raise UserError(f"{file} is damaged — delete {folder} to begin again") from None
+        place, row, stored = saved["position"]
+        fits = (0 <= place <= len(saved["settings"]["files"]) and row >= 0 and stored >= 0
+                and isinstance(saved["settings"]["source"], dict))
+        for split in ("train", "val"):
+            for shard in saved[split]["shards"]:
+                open_shard(folder / shard["file"], shard["tokens"])
+            fits = fits and saved[split]["bytes"] >= 0 and saved[split]["documents"] >= 0
+    except UserError as why:
+        raise UserError(f"{str(why).split(' — ')[0]} — delete {folder} to begin again") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        fits = False
+    if not fits:
+        raise UserError(f"{file} is damaged — delete {folder} to begin again")
+    return saved
 
 
 def begin_or_go_on(folder, settings):
@@ -444,13 +477,12 @@ def begin_or_go_on(folder, settings):
                 delete(leftover)
         return {"settings": settings, "position": [0, 0, 0], "train": nothing_done(),
                 "val": nothing_done()}
-    # As JSON has them: tuples are lists there.
-    if saved["settings"] != json.loads(json.dumps(settings)):
-        raise UserError(f"{folder} holds an unfinished preparation with other files or settings — "
-                        f"give the same ones to go on, or delete this folder to begin again")
-    for split in ("val", "train"):
-        for shard in saved[split]["shards"]:
-            open_shard(folder / shard["file"], shard["tokens"])
+    now = json.loads(json.dumps(settings))  # as JSON has them: tuples are lists there
+    changed = [name for name in now if saved["settings"].get(name) != now[name]]
+    if changed:
+        raise UserError(f"{folder} holds an unfinished preparation with other {changed[0]} (or "
+                        f"they were changed) — give the same to go on, or delete this folder to "
+                        f"begin again")
     return saved
 
 
@@ -472,8 +504,10 @@ def encode_files(folder, tokenizer, settings, files):
     first_file, first_row, stored = progress["position"]
     pieces = read_from(files, first_file, first_row)
     parallel = sum(size for _, size, *_ in files.rows) > LARGE
-    with tqdm(initial=total, desc="encoding", unit=" tokens", unit_scale=True) as bar:
-        for items, encoded in encode_all(batched(pieces), tokenizer, parallel):
+    batches = encode_all(batched(pieces), tokenizer, parallel)
+    bar = tqdm(initial=total, desc="encoding", unit=" tokens", unit_scale=True)
+    with bar, closing(batches):
+        for items, encoded in batches:
             if total == wanted:
                 break
             ids = np.concatenate(encoded)
@@ -554,6 +588,9 @@ def copy_shards(folder, tokenizer, settings, files):
     wanted = settings["max_tokens"] or sys.maxsize
     progress = begin_or_go_on(folder, settings)
     done = {split: progress[split] for split in ("val", "train")}
+    repeated = [name for name, n in Counter(Path(name).name for name in names).items() if n > 1]
+    if repeated:
+        raise UserError(f"two files have the name {repeated[0]} — rename one of them")
     ready = [shard["file"] for split in done.values() for shard in split["shards"]]
     # Those for validation first, so that --max_tokens does not leave them out.
     order = sorted(range(len(names)), key=lambda i: not is_of_split(Path(names[i]), "val"))
@@ -561,17 +598,16 @@ def copy_shards(folder, tokenizer, settings, files):
         target = folder / Path(names[i]).name
         enough = tokens_in(done["val"]) + tokens_in(done["train"]) >= wanted
         split = "val" if is_of_split(target, "val") else "train"
-        if target.name in ready or enough and split == "train":
+        if target.name in ready or enough and done[split]["shards"]:
             continue
         if not is_of_split(target, split):
             raise UserError(f"{names[i]}: its name has neither the word \"train\" nor \"val\" — "
                             f"rename it")
-        target.unlink(missing_ok=True)  # of a killed process
-        link_or_copy(files.get(i), target)
-        shard = open_shard(target)
+        shard = open_shard(files.get(i))
         check_ids(shard, tokenizer.vocab_size)
         check_meaning(shard, tokenizer)
-        record(done[split], shard, tokenizer)
+        files.take(i, target)
+        record(done[split], open_shard(target), tokenizer)
         sync(target)
         note_progress(folder, settings, [i + 1, 0, 0], done)
     for split, found in done.items():
@@ -587,19 +623,22 @@ def copy_shards(folder, tokenizer, settings, files):
 
 def prepare_hellaswag(out, paths):
     """Write the validation questions of HellaSwag (Zellers et al. 2019, arXiv 1905.07830)."""
-    rows = rows_of(paths, "Rowan/hellaswag", "validation", out)
-    write_lines(out / "hellaswag.jsonl", (question_of(row, place) for place, row in rows))
+    with new_folder(out, check_replaceable) as folder:
+        rows = rows_of(folder, paths, "Rowan/hellaswag", "validation")
+        write_rows(folder / "hellaswag.jsonl", (question_of(row, place) for place, row in rows))
 
 
 def question_of(row, place):
     """The fields of a question that evaluate.py reads. Raises UserError if one is missing."""
     texts = ("ctx", "ctx_a", "ctx_b", "activity_label")
     try:
-        endings = list(row["endings"])
-        label = int(row["label"])  # a string in some releases; "" in the test split
+        endings = row["endings"]
+        label = int(str(row["label"]))  # a string in some releases; "" in the test split
         fits = (all(isinstance(row[name], str) for name in texts)
-                and all(isinstance(ending, str) for ending in endings)
-                and 0 <= label < len(endings))
+                and isinstance(endings, list)
+                and all(isinstance(ending, str) and ending.strip() for ending in endings)
+                and 0 <= label < len(endings)
+                and len(endings) >= 2)
     except (KeyError, TypeError, ValueError):
         fits = False
     if not fits:
@@ -611,13 +650,17 @@ def question_of(row, place):
 def prepare_alpaca(out, paths):
     """Write the instructions of alpaca-cleaned, or others in its form. Rows that cannot be trained
     on, without an answer for example, are left out and counted."""
-    rows = rows_of(paths, "yahma/alpaca-cleaned", "", out)
-    write_lines(out / "alpaca.jsonl", usable(rows))
+    with new_folder(out, check_replaceable) as folder:
+        rows = rows_of(folder, paths, "yahma/alpaca-cleaned", "")
+        write_rows(folder / "alpaca.jsonl", usable(rows))
 
 
 def usable(rows):
+    """Yield the fields that sft.py reads of each row that it can use; tell how many it cannot."""
     bad = []
     for place, row in rows:
+        row = {name: row[name] for name in ("instruction", "input", "output", "messages", "split")
+               if name in row}
         try:
             chat.messages_of(row)
             yield row
@@ -627,10 +670,10 @@ def usable(rows):
         print(f"{len(bad)} rows cannot be used and are left out; the first is {bad[0]}")
 
 
-def rows_of(paths, repo, word, out):
+def rows_of(folder, paths, repo, word):
     """Yield (place, row as a dict) of all rows of local files, or of those files of a dataset on
-    the hub whose name has the word."""
-    downloads = out / ".downloads"
+    the hub whose name has the word, which are downloaded into the folder for now."""
+    downloads = folder / "downloads"
     if paths:
         files = hub.LocalFiles(files_of_rows(paths, column=None))
     else:
@@ -649,21 +692,17 @@ def rows_of(paths, repo, word, out):
     delete(downloads)
 
 
-def write_lines(file, rows):
-    """Write rows as JSON lines, all or nothing. Raises UserError if there is none."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(f".{file.name}.tmp")
+def write_rows(file, rows):
+    """Write rows as JSON lines, and a meta.json beside them. Raises UserError if there is none."""
     n = 0
-    with open(temporary, "w", encoding="utf-8") as lines:
+    with open(file, "w", encoding="utf-8") as lines:
         for row in tqdm(rows, desc=f"writing {file.name}", unit=" rows"):
             lines.write(json.dumps(row) + "\n")
             n += 1
     if n == 0:
-        temporary.unlink()
         raise UserError("no usable row in these files — give others with --from")
-    sync(temporary)
-    temporary.replace(file)
-    print(f"{file}: {n:,} rows")
+    write_json(file.with_name("meta.json"), {"source": {"name": file.stem}, "rows": n})
+    print(f"{file.name}: {n:,} rows")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -700,8 +739,9 @@ def parse(argv):
     fineweb = commands.add_parser("fineweb-edu", help="a sample of FineWeb-Edu, from the hub")
     fineweb.add_argument("--sample", default="10BT", choices=("10BT", "100BT", "350BT"),
                          help="how many tokens, about: 10, 100 or 350 billion")
-    fineweb.add_argument("--max_tokens", type=count, help="only the first so many; a shard is "
-                         "then a twentieth of them, at most 100 million")
+    fineweb.add_argument("--max_tokens", type=number(int, 20 * MIN_TOKENS, 2**40),
+                         help="only the first so many; a shard is then a twentieth of them, at "
+                              "most 100 million")
     fineweb.add_argument("--tokenized", action="store_true", help="10BT as tokens, 20 GB that "
                          "others have prepared")
 
@@ -771,7 +811,7 @@ def main(argv=None):
     else:
         prepare_alpaca(out, args.paths)
     seconds = time.monotonic() - start
-    following = NEXT.get(args.command, "train.py --data {out}").format(out=out)
+    following = NEXT.get(args.command, "train.py --data {out}").format(out=shlex.quote(str(out)))
     print(f"{out} is ready after {seconds:.0f} s. Next: python {following}")
 
 

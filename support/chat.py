@@ -74,8 +74,10 @@ JINJA = """\
 {%- elif message['role'] == 'user' -%}
 {{- ns.before + 'USER: ' + message['content'] + ' ASSISTANT:' -}}
 {%- set ns.before = '' -%}
-{%- else -%}
+{%- elif message['role'] == 'assistant' -%}
 {{- ' ' + message['content'] + eos_token -}}
+{%- else -%}
+{{- raise_exception('the roles are system, user and assistant') -}}
 {%- endif -%}
 {%- endfor -%}
 """

@@ -197,8 +197,11 @@ def find(run, step=None, full=False):
         except Damaged as why:
             damaged.append(f"step {number}: {why}")
             print(f"checkpoint {folder} is damaged: {why}", file=sys.stderr)
-    reasons = "; ".join(damaged) or "they hold weights alone"
+    reasons = "; ".join(damaged)
     advice = "start over with --overwrite, or in another --run"
+    if not damaged:
+        reasons = "they hold weights alone"
+        advice = f"start from them in another --run, with --init_from {run}"
     if step is not None:
         advice = "choose another --step"
     raise UserError(f"{run}: no usable checkpoint ({reasons}) — {advice}")

@@ -10,6 +10,10 @@ import shutil
 from support.runs import UserError, lock
 
 
+# In a temporary folder with a file of this name something was begun that can be gone on with.
+PROGRESS = "progress.json"
+
+
 @contextlib.contextmanager
 def new_folder(out, check=None, keep=False):
     """A temporary folder beside `out`, which becomes `out` when the block succeeds.
@@ -17,12 +21,16 @@ def new_folder(out, check=None, keep=False):
     If the block fails, `out` stays as it was. After a kill `out` is the old folder, the new one, or
     absent, but never incomplete. `check(out)` raises UserError if `out` must not be replaced;
     without it nothing is replaced. keep: what a failed block has written stays in the temporary
-    folder, for the next one to go on with. Raises UserError if another process is writing it."""
-    out = out.resolve()
+    folder, for the next one to go on with. Raises UserError if another process is writing it, or if
+    something unfinished would be lost."""
+    try:
+        out = out.resolve()
+    except RuntimeError:
+        raise UserError(f"{out}: links that lead in a circle — choose another folder") from None
     if check is not None:
         check(out)
-    elif out.is_file() or out.is_dir() and any(out.iterdir()):
-        raise UserError(f"{out} exists — delete it, or choose another folder")
+    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"{out} exists — choose another folder")
     folder = out.with_name(f".{out.name}.preparing")
     older = out.with_name(f".{out.name}.replaced")
     in_use = f"{out} is being prepared by another process — wait for it, or choose another --out"
@@ -34,8 +42,14 @@ def new_folder(out, check=None, keep=False):
         raise UserError(in_use)
     try:
         if not keep:
+            if (folder / PROGRESS).exists():
+                keep = True
+                raise UserError(f"{folder} holds a preparation that was stopped — finish it with "
+                                f"its own command, or delete this folder")
             for leftover in folder.iterdir():  # of a killed process
                 delete(leftover)
+        if older.exists() and not out.exists():  # killed between the two renames
+            older.rename(out)
         delete(older)
         yield folder
         for file in folder.iterdir():
@@ -45,7 +59,7 @@ def new_folder(out, check=None, keep=False):
         sync(out.parent)
         delete(older)
     except BaseException:
-        if not keep:
+        if not keep or not any(folder.iterdir()):
             delete(folder)
         raise
     finally:

@@ -5,6 +5,7 @@ a visible character; a space is "Ġ". A merge is written as the two tokens that 
 """
 import json
 
+from support.files import write_json
 from support.runs import UserError, parse_json
 
 END_OF_TEXT = "<|endoftext|>"
@@ -92,6 +93,7 @@ def write_tokenizer(folder, tokenizer, window, template=None):
         "pad_token": END_OF_TEXT,
         "add_prefix_space": False,
         "add_bos_token": False,
+        "padding_side": "left",  # what is generated must follow the prompt
         "clean_up_tokenization_spaces": False,
         "model_max_length": window,
         "added_tokens_decoder": {str(tokenizer.eot): special},
@@ -100,10 +102,6 @@ def write_tokenizer(folder, tokenizer, window, template=None):
         config["chat_template"] = template
         write_text(folder / "chat_template.jinja", template)
     write_json(folder / "tokenizer_config.json", config)
-
-
-def write_json(path, value):
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
 def write_text(path, text):
@@ -120,7 +118,11 @@ def read_vocabulary(folder):
         return read_tokenizer_json(folder / "tokenizer.json")
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
         vocabulary = read_json(folder / "vocab.json")
-        lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        try:
+            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
+        except ValueError as why:
+            raise UserError(f"{folder / 'merges.txt'}: cannot be read ({why}) — download it "
+                            f"again") from None
         merges = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
         return vocabulary, merges
     for file in ("tokenizer.model", "vocab.json", "merges.txt", "spiece.model", "vocab.txt"):

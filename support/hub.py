@@ -3,6 +3,8 @@
 It honours huggingface_hub's environment: HF_ENDPOINT (a mirror), HF_TOKEN, HF_HUB_OFFLINE, proxies.
 """
 import hashlib
+import os
+import shutil
 import threading
 from dataclasses import dataclass
 
@@ -25,6 +27,9 @@ def import_hub():
         raise UserError("huggingface_hub is missing, which downloads — run: pip install -r "
                         "requirements-extras.txt, or give files on this disk with "
                         "--from") from None
+    except ValueError as error:  # it reads the environment
+        raise UserError(f"huggingface_hub cannot be imported ({first_line_of(error)}) — correct "
+                        f"the variables HF_…") from None
     return huggingface_hub
 
 
@@ -32,8 +37,8 @@ def list_files(repo, folder=None):
     """(the commit of a dataset's main branch, its files in `folder`, by name). Raises UserError if
     the hub cannot be reached or refuses."""
     hub = import_hub()
-    api = hub.HfApi()
     try:
+        api = hub.HfApi()
         commit = api.dataset_info(repo).sha
         tree = api.list_repo_tree(repo, folder, recursive=True, revision=commit,
                                   repo_type="dataset")
@@ -117,6 +122,10 @@ class Downloads:
             raise self.results[i]
         return self.results[i]
 
+    def take(self, i, target):
+        """Put file i there."""
+        os.replace(self.get(i), target)
+
     def done_before(self, i):
         """Delete the files before file i."""
         for earlier in range(i):
@@ -140,6 +149,9 @@ class LocalFiles:
 
     def get(self, i):
         return self.paths[i]
+
+    def take(self, i, target):
+        shutil.copyfile(self.paths[i], target)  # no link: the user's file may change
 
     def done_before(self, i):
         pass

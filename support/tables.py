@@ -40,6 +40,8 @@ def open_parquet(path, column):
         # Without pre_buffer, and with a buffer, a row group is read page by page.
         file = pyarrow.parquet.ParquetFile(path, pre_buffer=False, buffer_size=1 << 20)
         schema = file.schema_arrow
+    except PermissionError:
+        raise
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a whole parquet file ({first_line_of(error)}) — download or "
                         f"copy it again") from None
@@ -124,8 +126,8 @@ def read_json_array(path, column, start):
         if not isinstance(rows, list):
             raise ValueError("not an array")
     except ValueError as why:
-        raise UserError(f"{path}: not a JSON array ({first_line_of(why)}) — convert it to JSON "
-                        f"lines") from None
+        raise UserError(f"{path}: not a JSON array ({first_line_of(why)}) — fix it, or, if it is "
+                        f"JSON lines, rename it to .jsonl") from None
     for first in range(start, len(rows), ROWS_AT_ONCE):
         part = rows[first:first + ROWS_AT_ONCE]
         values = [value_of(row, f"{path}, row {first + i}", column) for i, row in enumerate(part)]

@@ -518,6 +518,11 @@ REFUSED = {
     "another kind": (tokenizer_json(model={"type": "Unigram", "vocab": []}), "type 'Unigram'"),
     "other merges": (other_merges, "its merges are others"),
     "one more token": (more_tokens, "'<pad>' has id 1000, in GPT-2's none"),
+    "a run of ours": (config(model_type=None), "model_type is None, not 'llama'"),
+    "two kinds of names": (lambda f: (f / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": {"a": 1, "b": "c", "d": []}})), "names the file 1"),
+    "a huge epsilon": (config(rms_norm_eps=10**400), "of another type: norm_eps"),
+    "a truth as a number": (config(rms_norm_eps=True), "of another type: norm_eps"),
     "few rows": (config(vocab_size=999), "vocab_size 999 in config.json is less than"),
     "no tokenizer": (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "vocab.json",
                                                            "merges.txt")],
@@ -557,7 +562,7 @@ def test_nothing_is_overwritten(exported, folder, tmp_path, capsys):
     """Catches: an export into a folder of the user's, an import into a run that was trained."""
     run, _ = exported
     assert convert("export", run, folder) == 2
-    assert "exists — delete it, or choose another folder" in messages(capsys)[-1]
+    assert "exists — choose another folder" in messages(capsys)[-1]
     shutil.copytree(run, tmp_path / "trained")
     assert convert("import", folder, tmp_path / "trained") == 2
     assert "already holds something else" in messages(capsys)[-1]
@@ -684,10 +689,16 @@ def test_card_tells_how_it_was_made(whole, tmp_path):
     card = (tmp_path / "hf/README.md").read_text()
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     losses = {row["step"]: row["val_loss"] for row in rows if row["event"] == "eval"}
-    assert f"| val_loss | {losses[8]} |" in card
+    assert f"| loss on held-out text, nats/token | {losses[8]:.4f} |" in card
     assert "| steps | 8 |" in card
     assert re.search(r"\| lr \| 0.01 \|", card)
-    assert str(losses[20]) not in card  # control
+    assert f"{losses[20]:.4f}" not in card  # control
+    assert convert("export", whole, tmp_path / "unscored", "--step", 15) == 0
+    assert "loss on held-out" not in (tmp_path / "unscored/README.md").read_text()
+    assert convert("import", tmp_path / "hf", tmp_path / "back") == 0
+    assert convert("export", tmp_path / "back", tmp_path / "again") == 0
+    card = (tmp_path / "again/README.md").read_text()
+    assert "Imported by vesper from hf" in card and "license" not in card
 
 
 QUESTIONS = [

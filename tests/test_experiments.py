@@ -112,6 +112,7 @@ done
 """
 
 
+@pytest.mark.slow
 def test_commands_are_valid(tmp_path, whole, monkeypatch):
     """Catches: a command of reproduce.sh whose flags train.py or sft.py do not have (any more)."""
     shutil.copy(ROOT / "reproduce.sh", tmp_path)

@@ -5,8 +5,10 @@ import itertools
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -292,15 +294,66 @@ def test_kill_and_go_on(tmp_path, capsys):
     assert names_in(tmp_path) == [".out.preparing", "in"]
     capsys.readouterr()
     message = fails(capsys, *argv[:-3], 3000, *argv[-2:])
-    assert "unfinished preparation with other files or settings" in message
+    assert "unfinished preparation with other max_tokens" in message
+    story = tmp_path / "in/story.txt"
+    story.write_text("A story. " * 999)
+    assert "holds a preparation that was stopped" in fails(capsys, "text", story, "--out", out)
     assert prepare(*argv) == 0
     assert "going on after " in capsys.readouterr().out
     assert contents(out) == whole
+    assert prepare("text", story, "--out", tmp_path / "other") == 0  # control
     progress = tmp_path / ".out.preparing/progress.json"
     assert killed_before(30, argv).returncode == -9
-    progress.write_text(progress.read_text()[:50])
-    assert "progress.json is damaged" in fails(capsys, *argv)
+    good = progress.read_text()
+    for bad in (good[:50], good.replace('"position": [', '"position": [99,'), "[]", "{}",
+                good.replace('"bytes": ', '"bytes": -')):
+        progress.write_text(bad)
+        assert "progress.json is damaged" in fails(capsys, *argv)
+    progress.write_text(good)
+    (progress.parent / "val_0000.npy").write_bytes(b"")
+    assert "delete" in fails(capsys, *argv)
     assert contents(out) == whole  # the old one is still there
+
+
+def test_interrupt_ends_all_processes(tmp_path):
+    """Catches: a Ctrl-C that is swallowed, prints tracebacks of the workers, or leaves them. (Row
+    35.)"""
+    path = write_parquet(tmp_path / "in/a.parquet", [f"{i} {LONG[:50_000]}" for i in range(2000)])
+    command = [sys.executable, "-c", "import prepare_data as p, sys; p.LARGE = 0\n"
+               "if __name__ == '__main__': sys.exit(p.main(sys.argv[1:]))",
+               "fineweb-edu", "--from", str(path), "--max_tokens", "24000000", "--out"]
+    for seconds in (0.8, 1.2, 1.6):
+        process = subprocess.Popen([*command, str(tmp_path / f"out{seconds}")], cwd=ROOT,
+                                   stderr=subprocess.PIPE, text=True, start_new_session=True)
+        time.sleep(seconds)
+        os.killpg(process.pid, signal.SIGINT)
+        _, stderr = process.communicate(timeout=20)  # it ends when no process holds the pipe
+        assert process.returncode == 130
+        assert "Traceback" not in stderr
+        assert not (tmp_path / f"out{seconds}").exists()
+
+
+def test_files_of_the_user_stay(tmp_path, capsys):
+    """Catches: a source that deletes or overwrites what the user has in the folder."""
+    mine = tmp_path / "mine"
+    (mine / ".downloads").mkdir(parents=True)
+    (mine / "alpaca.jsonl").write_text(json.dumps({"instruction": "a", "output": "b"}) + "\n")
+    before = (mine / "alpaca.jsonl").read_text()
+    message = fails(capsys, "alpaca", "--from", mine / "alpaca.jsonl", "--out", mine)
+    assert "which prepare_data.py did not write" in message
+    assert names_in(mine) == [".downloads", "alpaca.jsonl"]
+    assert (mine / "alpaca.jsonl").read_text() == before
+    for _ in range(2):  # control: our own is replaced
+        assert prepare("alpaca", "--from", mine / "alpaca.jsonl", "--out", tmp_path / "out") == 0
+    write_token_files(tmp_path / "in")
+    assert prepare("fineweb-edu", "--from", tmp_path / "in", "--out", tmp_path / "tokens") == 0
+    whole = contents(tmp_path / "tokens")
+    for file in (tmp_path / "in").iterdir():
+        file.write_bytes(b"")  # in place: a hard link would change too
+    assert contents(tmp_path / "tokens") == whole
+    shutil.copytree(tmp_path / "tokens", tmp_path / "again")
+    assert "two files have the name" in fails(capsys, "fineweb-edu", "--from", tmp_path / "tokens",
+                                              tmp_path / "again", "--out", tmp_path / "both")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -412,7 +465,7 @@ def test_download_becomes_tokens(tmp_path, serve):
                              "val_0000.npy"]
 
 
-@pytest.mark.parametrize("fault", ["cut", "altered"])
+@pytest.mark.parametrize("fault", [pytest.param("cut", marks=pytest.mark.slow), "altered"])
 def test_cut_or_altered_download_is_not_used(tmp_path, serve, fault):
     """Catches: half a file, or another one, that is taken for whole; a rerun that cannot recover.
     (Row 34.)"""
@@ -490,7 +543,7 @@ def test_hellaswag_is_what_evaluate_reads(tmp_path, serve, capsys):
     process = from_hub(hub, "hellaswag", "--out", tmp_path / "hub", tmp_path=tmp_path)
     assert process.returncode == 0, process.stderr
     assert (tmp_path / "hub/hellaswag.jsonl").read_text() == expected
-    assert names_in(tmp_path / "hub") == ["hellaswag.jsonl"]
+    assert names_in(tmp_path / "hub") == ["hellaswag.jsonl", "meta.json"]
     for change in ({"label": ""}, {"label": "4"}, {"endings": None}, {"ctx_a": 3}):
         (tmp_path / "bad.jsonl").write_text(json.dumps({**QUESTION, **change}) + "\n")
         assert "bad.jsonl, row 0: not a question" in fails(
