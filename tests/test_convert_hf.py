@@ -693,7 +693,12 @@ def test_card_tells_how_it_was_made(whole, tmp_path):
     assert "| steps | 8 |" in card
     assert re.search(r"\| lr \| 0.01 \|", card)
     assert f"{losses[20]:.4f}" not in card  # control
-    assert convert("export", whole, tmp_path / "unscored", "--step", 15) == 0
+    copied = Path(shutil.copytree(whole, tmp_path / "copied"))
+    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    others = [line for line in lines if '"eval", "step": 16' not in line]
+    assert len(others) == len(lines) - 1
+    (copied / "metrics.jsonl").write_text("".join(others))
+    assert convert("export", copied, tmp_path / "unscored", "--step", 16) == 0
     assert "loss on held-out" not in (tmp_path / "unscored/README.md").read_text()
     assert convert("import", tmp_path / "hf", tmp_path / "back") == 0
     assert convert("export", tmp_path / "back", tmp_path / "again") == 0
