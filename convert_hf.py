@@ -29,6 +29,7 @@ from support.chat import jinja_template, system_of
 from support.files import new_folder, write_json
 from support.flags import Parser, number
 from support.hf_tokenizer import read_json
+from support.model_card import ADAPTERS, model_card
 from support.runs import (AT_END, UserError, first_line_of, hold, is_argument, parse_json,
                           script, settings_of)
 
@@ -189,7 +190,8 @@ def export(run, out, step, dtype):
         if settings.get("system") is not None:
             template = jinja_template(settings["system"])
         hf_tokenizer.write_tokenizer(folder, tokenizer, config.max_seq_len, template)
-        card = model_card(run, step, n, config, dtype, settings)
+        card = model_card(run.resolve().name, step, n, config, dtype, settings,
+                          source_of(settings), evaluation_at(run, step))
         (folder / "README.md").write_text(card, encoding="utf-8")
         readable_by_all(folder)
     print(f"{out}: step {step:,} of {run}, {n:,} parameters in {dtype}. Next:\n"
@@ -230,42 +232,36 @@ def padding_share(tensors, config, tokens):
 def write_weights(folder, tensors, vocab_size, dtype):
     """Write the tensors, in files of at most SHARD_BYTES, taking them out of the dict one by one;
     returns the number of parameters. The embedding and the output layer lose their padded rows."""
-    shards = [{}]
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            tensors[name] = tensors[name][:vocab_size]
+    parameters = sum(tensor.numel() for tensor in tensors.values())
+    groups = [[]]  # of each file, the names of its tensors
     size = 0
-    total = 0
-    files = {}  # name of a tensor: number of its file
-    parameters = 0
-    for name in tqdm(list(tensors), desc="converting", unit=" tensors"):
-        tensor = tensors.pop(name)
-        if name in ("model.embed_tokens.weight", "lm_head.weight"):
-            tensor = tensor[:vocab_size]
-        tensor = tensor.to(dtype).contiguous()
-        if size + tensor.nbytes > SHARD_BYTES and shards[-1]:
-            write_shard(folder, shards)
-            shards.append({})
+    for name, tensor in tensors.items():
+        nbytes = tensor.numel() * dtype.itemsize
+        if size + nbytes > SHARD_BYTES and groups[-1]:
+            groups.append([])
             size = 0
-        shards[-1][name] = tensor
-        files[name] = len(shards)
-        size += tensor.nbytes
-        total += tensor.nbytes
-        parameters += tensor.numel()
-    write_shard(folder, shards)
-    if len(shards) == 1:
-        (folder / "1").rename(folder / "model.safetensors")
-        return parameters
-    names = {i: f"model-{i:05d}-of-{len(shards):05d}.safetensors" for i in set(files.values())}
-    for i, name in names.items():
-        (folder / str(i)).rename(folder / name)
-    write_json(folder / "model.safetensors.index.json", {
-        "metadata": {"total_size": total, "total_parameters": parameters},
-        "weight_map": {name: names[i] for name, i in files.items()}})
+        groups[-1].append(name)
+        size += nbytes
+    weight_map = {}  # name of a tensor: its file
+    with tqdm(total=len(tensors), desc="converting", unit=" tensors") as bar:
+        for i, names in enumerate(groups, 1):
+            file = "model.safetensors"
+            if len(groups) > 1:
+                file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
+            converted = {}
+            for name in names:
+                converted[name] = tensors.pop(name).to(dtype).contiguous()
+                weight_map[name] = file
+                bar.update()
+            save(converted, folder / file)
+    if len(groups) > 1:
+        sizes = {"total_size": parameters * dtype.itemsize, "total_parameters": parameters}
+        write_json(folder / "model.safetensors.index.json",
+                   {"metadata": sizes, "weight_map": weight_map})
     return parameters
-
-
-def write_shard(folder, shards):
-    """Write the last of the shards, under its number for now, and forget its tensors."""
-    save(shards[-1], folder / str(len(shards)))
-    shards[-1] = None
 
 
 def save(tensors, file):
@@ -282,99 +278,6 @@ def readable_by_all(folder):
     """safetensors writes files that only their owner can read."""
     for file in folder.iterdir():
         file.chmod(0o644)
-
-
-TEXTS = {  # what the sources of prepare_data.py are
-    "pydocs": "the docstrings of Python's standard library and of the packages that it needs",
-    "fineweb-edu": "FineWeb-Edu",
-}
-SAY = """
-```python
-from transformers import pipeline
-generate = pipeline("text-generation", "FOLDER")
-print(generate("The function", max_new_tokens=40, do_sample=False)[0]["generated_text"])
-```
-"""
-ASK = """
-```python
-from transformers import pipeline
-generate = pipeline("text-generation", "FOLDER")
-question = [{"role": "user", "content": "What is a list?"}]
-answer = generate(question, max_new_tokens=60, do_sample=False)[0]["generated_text"][-1]
-print(answer["content"])
-```
-"""
-TUNE = """
-To train it further: load it in float32 (`dtype=torch.float32`), and mask the labels of padding by
-the attention mask. The padding token is end-of-text, so to mask it by its id, as some collators do,
-unlearns to stop.
-"""
-
-
-def model_card(run, step, parameters, config, dtype, settings):
-    """README.md of the folder: what it is and how it was made, from the run's settings and log."""
-    source = source_of(settings)
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if "imported_from" not in settings:
-        head.append("license: mit")
-    if source in TEXTS:
-        head.append("language: en")
-    if source == "fineweb-edu":
-        head += ["datasets:", "- HuggingFaceFW/fineweb-edu"]
-    facts = [("parameters", f"{parameters:,}, here in {dtype}"),
-             ("layers, width", f"{config.n_layers}, {config.dim}"),
-             ("query heads, key/value heads", f"{config.n_heads}, {config.n_kv_heads}"),
-             ("window; trained in windows of", f"{config.max_seq_len}, {settings['seq_len']}"),
-             ("tokenizer", f"GPT-2's, its first {config.vocab_size:,} ids"),
-             ("text", TEXTS.get(source, source)),
-             ("steps", f"{step:,}")]
-    for name in ("batch_tokens", "lr", "schedule", "lora"):
-        if settings.get(name) is not None:
-            facts.append((name, settings[name]))
-    if settings.get("base") is not None:
-        facts.append(("tuned from", Path(settings["base"]).resolve().name))
-    score = evaluation_at(run, step)
-    for key, text in (("tokens", "tokens read"), ("val_loss", "loss on held-out text, nats/token"),
-                      ("val_bpb", "the same in bits/byte"),
-                      ("heldout_loss", "loss on held-out answers, nats/token")):
-        if score.get(key) is not None:
-            facts.append((text, f"{score[key]:,.4f}".removesuffix(".0000")))
-    origin = ("A LLaMA trained from scratch with vesper, after arXiv 2412.13335. MIT is the "
-              "licence of the code that made it; the texts that it has read have their own.")
-    if "imported_from" in settings:
-        origin = (f"Imported by vesper from {Path(settings['imported_from']).name}, which see for "
-                  f"how it was made and for its licence.")
-    lines = [f"# {run.resolve().name}", "", origin, "",
-             "| | |", "|---|---|", *[f"| {name} | {value} |" for name, value in facts], ""]
-    if settings.get("system") is None:
-        lines += ["It continues text; it was not tuned to answer.", SAY]
-    else:
-        lines += ["It was tuned to answer, in the template of Vicuna 1.1.", ASK]
-    return "\n".join([*head, "---", "", *lines, TUNE.lstrip()])
-
-
-ADAPTERS = """\
----
-library_name: peft
-pipeline_tag: text-generation
----
-
-# {name}
-
-LoRA adapters, trained with vesper, for the model {base}, which is needed as a folder too.
-
-```python
-from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-model = AutoModelForCausalLM.from_pretrained("FOLDER OF THE BASE")
-model = PeftModel.from_pretrained(model, "FOLDER")
-tokenizer = AutoTokenizer.from_pretrained("FOLDER")
-question = [{{"role": "user", "content": "What is a list?"}}]
-ids = tokenizer.apply_chat_template(question, return_tensors="pt", return_dict=True)
-out = model.generate(**ids, max_new_tokens=60, do_sample=False)
-print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:]))
-```
-"""
 
 
 def source_of(settings):
@@ -593,7 +496,7 @@ def files_of(folder):
         named = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
         for name in named:
             is_name = isinstance(name, str) and is_argument(name) and Path(name).name == name
-            if not is_name:
+            if not is_name or not name.endswith(".safetensors"):
                 raise UserError(f"{index}: names the file {name!r}, which is not one in this "
                                 f"folder — download it again")
         names = sorted(set(named))

@@ -139,6 +139,41 @@ def test_later_evaluations_are_added(whole, tmp_path):
     assert "“p” goes on with (seed 0):" in plot_dynamics.trajectory([run])
 
 
+def results_of_lm_eval(folder, **tasks):
+    """A result file in the form of lm-eval 0.4: of each task its acc, and acc_norm = acc + 0.1."""
+    folder.mkdir(parents=True)
+    scores = {name: {"alias": name, "acc,none": acc, "acc_stderr,none": 0.01,
+                     "acc_norm,none": acc + 0.1, "acc_norm_stderr,none": 0.02}
+              for name, acc in tasks.items()}
+    (folder / "results_2026-01-01T00-00-00.json").write_text(json.dumps({
+        "results": scores, "n-samples": {name: {"original": 9, "effective": 8} for name in tasks}}))
+
+
+def test_results_of_lm_eval_are_drawn(whole, tmp_path, capsys):
+    """Catches: a benchmark trajectory that is not drawn, or at another step; a broken file that
+    stops the drawing."""
+    copied = Path(shutil.copytree(whole, tmp_path / "r"))
+    for step in (4, 8, 16):
+        results_of_lm_eval(copied / f"lm_eval/step_{step}/hf__tiny", piqa=step / 100, sciq=0.5)
+    run = read_run(copied)
+    assert "piqa (lm-eval, 8 questions)" in run.benchmarks
+    page = Page([run], "log")
+    steps, values = curve(page, "Benchmarks", "piqa")
+    assert list(np.array(steps) / run.batch_tokens) == [4, 8, 16]
+    assert np.allclose(values, [0.14, 0.18, 0.26])
+    assert panel(Page([read_run(whole)], "log"), "Benchmarks") is None  # control
+    bad = {"no_step/results_a.json": "{}", "step_9/results_a.json": "{", "step_9/results_b.json":
+           '{"results": [1]}', "step_9/results_c.json": '{"results": {"a": null}}'}
+    for name, text in bad.items():
+        (copied / "lm_eval" / name).parent.mkdir(exist_ok=True)
+        (copied / "lm_eval" / name).write_text(text)
+    (copied / "lm_eval/step_9/results_d.json").mkdir()
+    capsys.readouterr()
+    assert draw(copied, "--out", tmp_path / "figures") == 0
+    assert len(messages(capsys)) == 5
+    assert list(read_run(copied).benchmarks) == list(run.benchmarks)
+
+
 def test_new_event_is_drawn_by_one_line_in_panels(whole, tmp_path, monkeypatch):
     """Catches: a reader that drops keys it does not know, so that a new curve needs more edits."""
     measured = [{"event": "measured", "step": step, "norm.0": 1.5, "norm.1": step / 7}
