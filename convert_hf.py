@@ -95,7 +95,7 @@ REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attent
 # What Hugging Face assumes where config.json is silent.
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
             "tie_word_embeddings": False}
-# What our network does, and so what must be there, or nothing. None: nothing.
+# What our network does. A field may be absent; another value is refused. None: there must be none.
 EXPECTED = {"hidden_act": "silu", "attention_bias": False,
             "mlp_bias": False, "quantization_config": None, "sliding_window": None}
 
@@ -170,7 +170,7 @@ def checked_config(sizes, file):
 
 def export(run, out, step, dtype):
     """Write the newest checkpoint of `run`, or that of `step`, as a Hugging Face folder. Adapters
-    are merged. No second copy of the weights is made in memory, up to one file of them."""
+    are merged. At most one file's weights are in memory twice."""
     import_safetensors()
     settings = settings_of(run)
     with new_folder(out) as folder:
@@ -191,7 +191,7 @@ def export(run, out, step, dtype):
             template = jinja_template(settings["system"])
         hf_tokenizer.write_tokenizer(folder, tokenizer, config.max_seq_len, template)
         card = model_card(run.resolve().name, step, n, config, dtype, settings,
-                          source_of(settings), evaluation_at(run, step))
+                          origin_of(settings), source_of(settings), evaluation_at(run, step))
         (folder / "README.md").write_text(card, encoding="utf-8")
         readable_by_all(folder)
     print(f"{out}: step {step:,} of {run}, {n:,} parameters in {dtype}. Next:\n"
@@ -205,7 +205,7 @@ def report_padding(tensors, config, tokenizer, settings):
     rows = config.padded_vocab_size - config.vocab_size
     if rows == 0:
         return
-    text = "how probable they are was not measured: the data folder is not there"
+    text = "how probable they are was not measured: there is no data to do it"
     try:
         data = DataFolder(settings["data"])
         window = min(256, config.max_seq_len)
@@ -214,7 +214,7 @@ def report_padding(tensors, config, tokenizer, settings):
             share = padding_share(tensors, config, torch.from_numpy(tokens[:, :-1]))
             text = (f"they had {share:.1e} of the probability, so the loss of the export is "
                     f"{-math.log1p(-share):.1e} nats lower")
-    except (UserError, OSError, TypeError):
+    except (UserError, OSError, TypeError, KeyError):
         pass
     print(f"{rows} rows of padding are left out; {text}")
 
@@ -278,6 +278,20 @@ def readable_by_all(folder):
     """safetensors writes files that only their owner can read."""
     for file in folder.iterdir():
         file.chmod(0o644)
+
+
+def origin_of(settings):
+    """The folder that the weights, or those that they were trained from, were imported from; None
+    if they were made here."""
+    while "imported_from" not in settings:
+        base = settings.get("base") or settings.get("init_from")
+        if base is None:
+            return None
+        try:
+            settings = settings_of(base)
+        except UserError:  # the base is gone
+            return None
+    return settings["imported_from"]
 
 
 def source_of(settings):
@@ -377,7 +391,8 @@ def import_folder(folder, run, step):
     except UserError as why:
         advice = "make room, and run the same command again"
         raise UserError(f"{str(why).split(' — ')[0]} — {advice}", why.code) from None
-    print(f"{run}: step {step:,}, {sum(t.numel() for t in tensors.values()):,} weights. Next:\n"
+    shapes = {tensor.data_ptr(): tensor.numel() for tensor in tensors.values()}  # tied ones once
+    print(f"{run}: step {step:,}, {sum(shapes.values()):,} parameters. Next:\n"
           f"  python sample.py {run} --prompt \"The function\"\n"
           f"  python evaluate.py {run} --data DIR   # in windows of {config.max_seq_len} tokens, "
           f"or --seq_len")

@@ -130,7 +130,8 @@ def read_lm_eval(folder):
                 for acc, key in (("acc", "stderr"), ("acc_norm", "stderr_norm")):
                     event[acc] = scores.get(f"{acc},none")
                     event[key] = scores.get(f"{acc}_stderr,none")
-                events.append(event)
+                if event["acc"] is not None:
+                    events.append(event)
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as why:
             print(f"warning: {file} left out: not a result file of lm-eval under a folder "
                   f"step_NNN ({why!r})", file=sys.stderr)

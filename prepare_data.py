@@ -31,6 +31,7 @@ import time
 from collections import Counter, deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -121,19 +122,15 @@ def encode_all(batches, tokenizer, parallel):
             with interrupts_held_back():  # a new process inherits this: a Ctrl-C is for this one
                 running.append((items, workers.submit(encode_in_worker, pieces)))
             if len(running) > most:
-                yield finished(*running.popleft())
-        while running:
-            yield finished(*running.popleft())
-    finally:
-        workers.shutdown(cancel_futures=True)
-
-
-def finished(items, future):
-    try:
-        return items, future.result()
+                items, future = running.popleft()
+                yield items, future.result()
+        for items, future in running:
+            yield items, future.result()
     except BrokenExecutor:
         raise UserError("a process that encodes was killed, perhaps for lack of memory — close "
                         "other programs, and run the same command again") from None
+    finally:
+        workers.shutdown(cancel_futures=True)
 
 
 def batched(pieces, size=PIECE_SIZE // 4):
@@ -263,13 +260,13 @@ def write_meta(folder, tokenizer, train, val, source):
     (folder / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
-OURS = re.compile(r"(meta|instruct)\.json|(cloze|hellaswag|alpaca)\.jsonl|"
+OURS = re.compile(r"(meta|instruct|progress)\.json|(cloze|hellaswag|alpaca)\.jsonl|"
                   r"(train|val)_\d{4}\.npy")
 
 
-def check_replaceable(out):
-    """Raise UserError if `out` holds anything that this script did not write: the folder will be
-    replaced, and files of others must not be lost."""
+def check_replaceable(out, name):
+    """Raise UserError if `out` holds anything that this script did not write, or wrote from another
+    source than `name`: the folder will be replaced."""
     if not out.exists():
         return
     if not out.is_dir():
@@ -282,6 +279,18 @@ def check_replaceable(out):
     if foreign:
         raise UserError(f"{out} holds {foreign[0]}, which prepare_data.py did not write — choose "
                         f"another --out")
+    present = source_in(out / "meta.json")
+    if names and present != name:
+        raise UserError(f"{out} holds what was prepared from {present} — choose another --out, or "
+                        f"delete it")
+
+
+def source_in(meta):
+    """The name of the source in a meta.json."""
+    try:
+        return parse_json(meta.read_bytes())["source"]["name"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return "an unknown source"
 
 
 def listed_in(meta):
@@ -303,7 +312,7 @@ def prepare_pydocs(out, vocab_size=DEFAULT_VOCAB_SIZE, quality="prose", val_qual
     and instructions are prose. "prose": sentences. "raw": the docstrings with their code, tables
     and markup. "shuffled": every sentence is moved to a random place in its split."""
     tokenizer = Tokenizer(vocab_size)  # first, so that an error comes before the work
-    with new_folder(Path(out), check_replaceable) as folder:
+    with new_folder(Path(out), partial(check_replaceable, name="pydocs")) as folder:
         versions = dependencies()
         absent = [package for package, version in versions.items() if version is None]
         if absent:
@@ -360,7 +369,7 @@ def prepare_text(paths, out, vocab_size=DEFAULT_VOCAB_SIZE, separator=None):
     passages = PassageCounter(documents.total)
     names = [file.name for file in files]
     source = {"name": "text", "files": names, "separator": separator}
-    with new_folder(Path(out), check_replaceable) as folder:
+    with new_folder(Path(out), partial(check_replaceable, name="text")) as folder:
         write_shards(folder, passages.watch(pieces), tokenizer, source, documents.total)
     passages.report()
 
@@ -380,7 +389,7 @@ def prepare_fineweb(out, vocab_size, sample, max_tokens, paths, tokenized):
     What is done stays there if it is stopped, and the same command goes on from the last whole
     shard."""
     tokenizer = Tokenizer(vocab_size)
-    with new_folder(Path(out), check_replaceable, keep=True) as folder:
+    with new_folder(Path(out), partial(check_replaceable, name="fineweb-edu"), keep=True) as folder:
         downloads = folder / "downloads"
         if paths:
             files = hub.LocalFiles(files_of_rows(paths))
@@ -390,10 +399,10 @@ def prepare_fineweb(out, vocab_size, sample, max_tokens, paths, tokenized):
         settings = {"source": source, "files": files.rows, "vocab_size": vocab_size,
                     "max_tokens": max_tokens}
         if has_suffix(Path(files.names[0]), TOKEN_FILES):
+            check_whole_vocabulary(vocab_size)
             copy_shards(folder, tokenizer, settings, files)
         else:
             encode_files(folder, tokenizer, settings, files)
-        delete(folder / PROGRESS)
         delete(downloads)
 
 
@@ -508,8 +517,6 @@ def encode_files(folder, tokenizer, settings, files):
     bar = tqdm(initial=total, desc="encoding", unit=" tokens", unit_scale=True)
     with bar, closing(batches):
         for items, encoded in batches:
-            if total == wanted:
-                break
             ids = np.concatenate(encoded)
             while stored < len(ids) and total < wanted:
                 writer = writers["train" if writers["val"].done["shards"] else "val"]
@@ -522,10 +529,14 @@ def encode_files(folder, tokenizer, settings, files):
                     save_progress(folder, settings, position, writers)
                     files.done_before(position[0])
             stored = 0
-            last_file, _, share = items[-1]
+            if total >= wanted:
+                break
+            file, _, share = items[-1]
             show_progress(bar, total, wanted, share)
-            if share > 0.02 and total / share < wanted:
-                files.expect(last_file + 1)
+            # Is the next file needed? Expected are as many tokens up to its beginning:
+            expected = total / share * (file + 1) / len(files.names)
+            if share * len(files.names) - file > 0.05 and expected < wanted:
+                files.expect(file + 1)
     finish_files(folder, tokenizer, settings["source"], writers)
 
 
@@ -594,22 +605,23 @@ def copy_shards(folder, tokenizer, settings, files):
     ready = [shard["file"] for split in done.values() for shard in split["shards"]]
     # Those for validation first, so that --max_tokens does not leave them out.
     order = sorted(range(len(names)), key=lambda i: not is_of_split(Path(names[i]), "val"))
+    for name in names:  # before anything is copied
+        if not is_of_split(Path(name), "train") and not is_of_split(Path(name), "val"):
+            raise UserError(f"{name}: its name has neither the word \"train\" nor \"val\" — "
+                            f"rename it")
     for i in tqdm(order, desc="copying", unit=" files"):
         target = folder / Path(names[i]).name
         enough = tokens_in(done["val"]) + tokens_in(done["train"]) >= wanted
         split = "val" if is_of_split(target, "val") else "train"
         if target.name in ready or enough and done[split]["shards"]:
             continue
-        if not is_of_split(target, split):
-            raise UserError(f"{names[i]}: its name has neither the word \"train\" nor \"val\" — "
-                            f"rename it")
         shard = open_shard(files.get(i))
         check_ids(shard, tokenizer.vocab_size)
         check_meaning(shard, tokenizer)
         files.take(i, target)
         record(done[split], open_shard(target), tokenizer)
         sync(target)
-        note_progress(folder, settings, [i + 1, 0, 0], done)
+        note_progress(folder, settings, [0, 0, 0], done)  # the position is that of texts
     for split, found in done.items():
         if not found["shards"]:
             raise UserError(f"no file for {split} among {', '.join(names[:3])} … — their names "
@@ -623,7 +635,7 @@ def copy_shards(folder, tokenizer, settings, files):
 
 def prepare_hellaswag(out, paths):
     """Write the validation questions of HellaSwag (Zellers et al. 2019, arXiv 1905.07830)."""
-    with new_folder(out, check_replaceable) as folder:
+    with new_folder(out, partial(check_replaceable, name="hellaswag")) as folder:
         rows = rows_of(folder, paths, "Rowan/hellaswag", "validation")
         write_rows(folder / "hellaswag.jsonl", (question_of(row, place) for place, row in rows))
 
@@ -650,7 +662,7 @@ def question_of(row, place):
 def prepare_alpaca(out, paths):
     """Write the instructions of alpaca-cleaned, or others in its form. Rows that cannot be trained
     on, without an answer for example, are left out and counted."""
-    with new_folder(out, check_replaceable) as folder:
+    with new_folder(out, partial(check_replaceable, name="alpaca")) as folder:
         rows = rows_of(folder, paths, "yahma/alpaca-cleaned", "")
         write_rows(folder / "alpaca.jsonl", usable(rows))
 
@@ -663,6 +675,8 @@ def usable(rows):
                if name in row}
         try:
             chat.messages_of(row)
+            if not isinstance(row.get("split"), str | None):
+                raise ValueError('"split" must be a string')
             yield row
         except ValueError as why:
             bad.append(f"{place}: {why}")
@@ -770,6 +784,11 @@ def parse(argv):
     return args
 
 
+def check_whole_vocabulary(vocab_size):
+    if vocab_size != GPT2_VOCAB_SIZE:
+        raise UserError("these are tokens of GPT-2's whole vocabulary — leave out --vocab_size")
+
+
 def check_fineweb(args):
     """Raise UserError for flags that do not go together."""
     if args.tokenized and args.paths:
@@ -777,9 +796,8 @@ def check_fineweb(args):
                         "by their suffix")
     if args.tokenized and args.sample != "10BT":
         raise UserError("--tokenized is there for --sample 10BT only")
-    of_tokens = [path for path in args.paths or [] if has_suffix(path, TOKEN_FILES)]
-    if args.vocab_size != GPT2_VOCAB_SIZE and (args.tokenized or of_tokens):
-        raise UserError("these are tokens of GPT-2's whole vocabulary — leave out --vocab_size")
+    if args.tokenized:
+        check_whole_vocabulary(args.vocab_size)
 
 
 NEXT = {  # what to do with the result

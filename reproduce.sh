@@ -278,31 +278,31 @@ experiment_8() {
 # The trajectory of the paper's own model, from the ten checkpoints that it released: each one is
 # downloaded, imported, scored on FineWeb-Edu and HellaSwag, sampled, and deleted. Needs the network,
 # requirements-extras.txt, 15 GB of disk and 9 GB of memory; a GPU makes it hours faster. After a
-# stop it goes on with the checkpoint that is not scored yet.
+# stop it goes on with the checkpoint that is not scored yet. The text is the beginning of the
+# sample 10BT, in our shards; what the paper's curve was measured on is not known.
 #
 #     bash reproduce.sh released 2.7k 43.5k               # only these
 #     RELEASED=folders/step- bash reproduce.sh released   # from folders/step-2.7k and so on, no hub
 #     EVALUATE="--dtype bf16" OURS="runs/1.7b" bash reproduce.sh released
 released() {
-  local folder name run=runs/released step data=data/fineweb-edu hub=hf/released
+  local folder name run=runs/released step data=data/fineweb-edu-10M
   local questions=data/hellaswag/hellaswag.jsonl
   [ $# -gt 0 ] || set -- 2.7k 3.3k 5.1k 7.5k 15.7k 20k 23.9k 35k 40.5k 43.5k
-  # The first 10 million tokens of the sample; in the shards for the training they are the same.
   [ -d $data ] || "$python" prepare_data.py fineweb-edu --max_tokens 200000000 --out $data
   [ -f $questions ] || "$python" prepare_data.py hellaswag
   for name; do
     step=$(awk -v thousands="${name%k}" 'BEGIN { printf "%.0f", 1000 * thousands }')
-    grep -qs "\"sample\", \"step\": $step," $run/evaluations.jsonl && continue
+    [ "$(grep -cs "\"sample\", \"step\": $step," $run/evaluations.jsonl)" = 2 ] && continue
     echo "== step $step"
     folder=${RELEASED:-}$name
     if [ -z "${RELEASED:-}" ]; then
-      folder=$hub
-      "$(dirname "$(command -v "$python")")/hf" download \
-        "McGill-DMaS/DMaS-LLaMa-Lite-step-$name" --local-dir $hub
+      folder=hf/released-$name
+      "$python" -c "import sys, huggingface_hub as hub; hub.snapshot_download(*sys.argv[1:2],
+        local_dir=sys.argv[2])" "McGill-DMaS/DMaS-LLaMa-Lite-step-$name" "$folder"
     fi
     rm -rf $run/checkpoints
     "$python" convert_hf.py import "$folder" $run --step "$step"
-    rm -rf $hub
+    [ -n "${RELEASED:-}" ] || rm -rf "$folder"
     "$python" evaluate.py $run --step "$step" --data $data --benchmark $questions --style token \
       ${EVALUATE:-}
     "$python" sample.py $run --trajectory --prompt "The capital of France is" \

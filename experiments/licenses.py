@@ -6,6 +6,7 @@ required packages, as validation text.
 import importlib.metadata
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import common  # so that python finds the files at the root
@@ -63,7 +64,7 @@ def main(argv=None):
         raise UserError("the installed packages have no licence files — install them with pip")
     pieces = [("train", texts[0], True)]  # a data folder has both splits; nobody trains on this
     pieces += [("val", text, True) for text in texts[1:]]
-    with new_folder(args.folder, check_replaceable) as folder:
+    with new_folder(args.folder, partial(check_replaceable, name="licenses")) as folder:
         write_shards(folder, pieces, Tokenizer(DEFAULT_VOCAB_SIZE), {"name": "licenses"},
                      total=sum(map(len, texts)))
 

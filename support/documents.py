@@ -109,9 +109,9 @@ class PassageCounter:
     """Counts the passages of the validation text that stand in the training text too. Whole
     documents never do; but of two versions of a text one may be on each side.
 
-    A passage is eight words from one on that ends with h, p, x, 0 or 8 (or a sign whose code is
-    divisible by 8). So the same passages are taken from a text and from its other version, however
-    their lines are broken."""
+    A passage is eight words; it starts at a word that ends with h, p, x, 0 or 8 (or a sign whose
+    code is divisible by 8). So the same passages are taken from a text and from its other version,
+    however their lines are broken."""
     WORDS = 8
 
     def __init__(self, total):

@@ -33,7 +33,7 @@ def new_folder(out, check=None, keep=False):
         raise UserError(f"{out} exists — choose another folder")
     folder = out.with_name(f".{out.name}.preparing")
     older = out.with_name(f".{out.name}.replaced")
-    in_use = f"{out} is being prepared by another process — wait for it, or choose another --out"
+    in_use = f"{out} is being prepared by another process — wait for it, or choose another folder"
     folder.mkdir(parents=True, exist_ok=True)
     locked = lock(folder, in_use)
     # The process that held the lock before may have renamed or deleted this folder by now.
@@ -56,6 +56,7 @@ def new_folder(out, check=None, keep=False):
             sync(file)
         sync(folder)
         replace(out, folder, older)
+        delete(out / PROGRESS)  # not before: a kill in between would begin again
         sync(out.parent)
         delete(older)
     except BaseException:

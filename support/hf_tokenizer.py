@@ -136,11 +136,13 @@ def read_tokenizer_json(file):
     found = read_json(file)
     try:
         model = found["model"]
-        wanted = {"type": "BPE", "dropout": None, "continuing_subword_prefix": None,
-                  "end_of_word_suffix": None, "byte_fallback": None, "ignore_merges": None}
-        for name, value in wanted.items():
-            if (model.get(name) or None) != value:
-                raise UserError(f"{file}: its model has {name} {model.get(name)!r}, which GPT-2's "
+        if model.get("type", "BPE") != "BPE":  # GPT-2's own file does not tell it
+            raise UserError(f"{file}: its model has the type {model['type']!r}, GPT-2's is BPE — "
+                            f"import a model that uses GPT-2's tokenizer")
+        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
+                     "byte_fallback", "ignore_merges"):
+            if model.get(name):
+                raise UserError(f"{file}: its model has {name} {model[name]!r}, which GPT-2's "
                                 f"tokenizer has not — import a model that uses GPT-2's")
         if found.get("normalizer") is not None:
             raise UserError(f"{file}: it has a normalizer, which GPT-2's tokenizer has not — "

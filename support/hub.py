@@ -1,4 +1,5 @@
-"""hub.py — files of a dataset on the Hugging Face hub, fetched and verified.
+"""hub.py — files of a dataset, on the Hugging Face hub, where they are fetched and verified, or on
+this disk.
 
 It honours huggingface_hub's environment: HF_ENDPOINT (a mirror), HF_TOKEN, HF_HUB_OFFLINE, proxies.
 """
@@ -80,11 +81,11 @@ def is_whole(path, file):
 
 
 def explained(error, what):
-    """The UserError for a failed download. Nothing that was downloaded is lost."""
+    """The UserError for a failed download."""
     endpoint = import_hub().constants.ENDPOINT
     return UserError(f"{what} cannot be downloaded from {endpoint} ({type(error).__name__}: "
                      f"{first_line_of(error)}) — check the network, HF_ENDPOINT and HF_TOKEN, and "
-                     f"run the same command again: it goes on from here")
+                     f"run the same command again")
 
 
 class Downloads:

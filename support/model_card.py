@@ -23,8 +23,8 @@ print(answer["content"])
 """
 TUNE = """
 To train it further: load it in float32 (`dtype=torch.float32`), and mask the labels of padding by
-the attention mask. The padding token is end-of-text, so to mask it by its id, as some collators do,
-unlearns to stop.
+the attention mask. The padding token is end-of-text: a collator that masks it by its id also masks
+the end of every answer, and the model then forgets how to stop.
 """
 ADAPTERS = """\
 ---
@@ -50,11 +50,12 @@ print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:]))
 """
 
 
-def model_card(name, step, parameters, config, dtype, settings, source, score):
+def model_card(name, step, parameters, config, dtype, settings, origin, source, score):
     """README.md of an exported folder: what it is and how it was made. settings: of the run.
-    source: the name of its training text. score: its evaluation at this step, or {}."""
+    origin: the folder that it was imported from, or None. source: the name of its training text.
+    score: its evaluation at this step, or {}."""
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if "imported_from" not in settings:
+    if origin is None:
         head.append("license: mit")
     if source in TEXTS:
         head.append("language: en")
@@ -63,10 +64,12 @@ def model_card(name, step, parameters, config, dtype, settings, source, score):
     facts = [("parameters", f"{parameters:,}, here in {dtype}"),
              ("layers, width", f"{config.n_layers}, {config.dim}"),
              ("query heads, key/value heads", f"{config.n_heads}, {config.n_kv_heads}"),
-             ("window; trained in windows of", f"{config.max_seq_len}, {settings['seq_len']}"),
+             ("window, in tokens", config.max_seq_len),
              ("tokenizer", f"GPT-2's, its first {config.vocab_size:,} ids"),
              ("text", TEXTS.get(source, source)),
              ("steps", f"{step:,}")]
+    if origin is None:
+        facts.append(("trained in windows of", settings["seq_len"]))
     for key in ("batch_tokens", "lr", "schedule", "lora"):
         if settings.get(key) is not None:
             facts.append((key, settings[key]))
@@ -77,12 +80,12 @@ def model_card(name, step, parameters, config, dtype, settings, source, score):
                       ("heldout_loss", "loss on held-out answers, nats/token")):
         if score.get(key) is not None:
             facts.append((text, f"{score[key]:,.4f}".removesuffix(".0000")))
-    origin = ("A LLaMA trained from scratch with vesper, after arXiv 2412.13335. MIT is the "
-              "licence of the code that made it; the texts that it has read have their own.")
-    if "imported_from" in settings:
-        origin = (f"Imported by vesper from {Path(settings['imported_from']).name}, which see for "
-                  f"how it was made and for its licence.")
-    lines = [f"# {name}", "", origin, "",
+    about = ("A LLaMA trained from scratch with vesper, after arXiv 2412.13335. MIT is the "
+             "licence of the code that made it; the texts that it has read have their own.")
+    if origin is not None:
+        about = (f"Its weights, or those that it was trained from, were imported by vesper from "
+                 f"{Path(origin).name}: see there how they were made, and under which licence.")
+    lines = [f"# {name}", "", about, "",
              "| | |", "|---|---|", *[f"| {fact} | {value} |" for fact, value in facts], ""]
     if settings.get("system") is None:
         lines += ["It continues text; it was not tuned to answer.", SAY]

@@ -339,10 +339,18 @@ VARIANTS = {
     "no head_dim": lambda f: edit(f / "config.json", head_dim=None),
     "empty scaling": lambda f: edit(f / "config.json", rope_scaling={"rope_type": "default"}),
     "vocab.json": lambda f: (f / "tokenizer.json").unlink(),
+    "no type": lambda f: without_type(f / "tokenizer.json"),
     "merges as text": lambda f: merges_as_text(f / "tokenizer.json"),
     "old frequencies": lambda f: edit_weights(f, lambda t: t.update(
         {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(8)})),
 }
+
+
+def without_type(file):
+    """As in GPT-2's own file."""
+    value = json.loads(file.read_text())
+    del value["model"]["type"]
+    file.write_text(json.dumps(value))
 
 
 def merges_as_text(file):
@@ -515,7 +523,7 @@ REFUSED = {
                                                      "add_prefix_space": True}),
                        "its pre_tokenizer is not GPT-2's"),
     "a normalizer": (tokenizer_json(normalizer={"type": "NFC"}), "it has a normalizer"),
-    "another kind": (tokenizer_json(model={"type": "Unigram", "vocab": []}), "type 'Unigram'"),
+    "another kind": (tokenizer_json(model={"type": "Unigram", "vocab": []}), "the type 'Unigram'"),
     "other merges": (other_merges, "its merges are others"),
     "one more token": (more_tokens, "'<pad>' has id 1000, in GPT-2's none"),
     "a run of ours": (config(model_type=None), "model_type is None, not 'llama'"),
@@ -703,7 +711,7 @@ def test_card_tells_how_it_was_made(whole, tmp_path):
     assert convert("import", tmp_path / "hf", tmp_path / "back") == 0
     assert convert("export", tmp_path / "back", tmp_path / "again") == 0
     card = (tmp_path / "again/README.md").read_text()
-    assert "Imported by vesper from hf" in card and "license" not in card
+    assert "were imported by vesper from hf:" in card and "license" not in card
 
 
 QUESTIONS = [
@@ -781,7 +789,7 @@ def test_released_trajectory_with_stand_ins(tmp_path):
     texts.write_text("".join(json.dumps({"text": f"Text {i} is here."}) + "\n" for i in range(999)))
     questions = tmp_path / "questions.jsonl"
     write_questions(questions)
-    for argv in (["fineweb-edu", "--from", texts, "--out", copied / "data/fineweb-edu"],
+    for argv in (["fineweb-edu", "--from", texts, "--out", copied / "data/fineweb-edu-10M"],
                  ["hellaswag", "--from", questions, "--out", copied / "data/hellaswag"]):
         assert call(prepare_data.main, *argv) == 0
     env = {**os.environ, "PYTHON": sys.executable, "RELEASED": "folders/step-"}

@@ -275,9 +275,11 @@ def test_kill_leaves_the_same_shards(tmp_path, kind):
             break
         assert process.returncode == -9, process.stderr
         kills += 1
-        if not out.exists():  # the last operation comes after the rename
+        if not out.exists():
             assert prepare(*argv) == 0
-        assert contents(out) == whole
+        found = contents(out)
+        found.pop("progress.json", None)  # of a kill just after the rename
+        assert found == whole
         shutil.rmtree(out)
     assert kills >= 5  # control
 
