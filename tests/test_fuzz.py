@@ -26,11 +26,11 @@ import torch
 import checkpoint
 import evaluate
 import plot_dynamics
-import prepare_data
 import sft
 from conftest import INSTRUCTIONS, QUESTIONS, exit_code, rows, run, write_lines
 from data import DataFolder, Tokenizer
-from support import chat, durable, files, lora, runs, shards, textfiles
+from support import chat, durable, lora, runs, shards, textfiles
+from support.files import write_json
 from support.runs import UserError
 
 pytestmark = pytest.mark.slow
@@ -324,7 +324,7 @@ def states(data, tmp_path, capsys):
         shutil.copytree(original, folder)
         files = {each: durable.write_file(folder / place / each, obj)
                  for each, obj in {**contents, name: mutated}.items()}
-        files.write_json(folder / place / "meta.json", {"step": 3, "files": files})
+        write_json(folder / place / "meta.json", {"step": 3, "files": files})
         code = run(data, folder, "--resume", "--stop_at", 4, base=["--threads", 1, "--no-compile"])
         message = capsys.readouterr().err.strip()
         if code in (2, 3):
@@ -635,7 +635,7 @@ def test_mutated_base_json_is_refused_or_right(tmp_path):
     """Catches: a traceback, or a base that is not verified. (Row 54.)"""
     recorded = durable.write_file(tmp_path / "base.pt", {"config": {}, "model": {}})
     base = {"base.pt": recorded}
-    files.write_json(tmp_path / "base.json", base)
+    write_json(tmp_path / "base.json", base)
     assert lora.base_file(tmp_path) == tmp_path / "base.pt"  # control
 
     def trial(draw):
