@@ -283,15 +283,15 @@ def readable_by_all(folder):
 def origin_of(settings):
     """The folder that the weights, or those that they were trained from, were imported from; None
     if they were made here."""
-    while "imported_from" not in settings:
+    for _ in range(100):  # folders that were trained over can name each other in a circle
         base = settings.get("base") or settings.get("init_from")
-        if base is None:
-            return None
+        if "imported_from" in settings or base is None:
+            break
         try:
             settings = settings_of(base)
-        except UserError:  # the base is gone
-            return None
-    return settings["imported_from"]
+        except (UserError, TypeError):  # the base is gone
+            break
+    return settings.get("imported_from")
 
 
 def source_of(settings):

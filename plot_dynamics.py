@@ -413,6 +413,8 @@ class Page:
                 keys.add(key)
                 if self.alone:
                     self.curve(axes, run, curve, place, label)
+                elif event == "benchmarks":  # each is a thing of its own
+                    self.curve(axes, run, curve, len(axes.lines), self.label(run, curve))
                 elif place == len(drawn) - 1:
                     self.curve(axes, run, curve, run_number, self.label(run, curve))
                 else:

@@ -529,11 +529,11 @@ def encode_files(folder, tokenizer, settings, files):
                     save_progress(folder, settings, position, writers)
                     files.done_before(position[0])
             stored = 0
-            if total >= wanted:
-                break
             file, _, share = items[-1]
             show_progress(bar, total, wanted, share)
-            # Is the next file needed? Expected are as many tokens up to its beginning:
+            if total >= wanted:
+                break
+            # How many tokens are expected before the next file begins: will it be needed?
             expected = total / share * (file + 1) / len(files.names)
             if share * len(files.names) - file > 0.05 and expected < wanted:
                 files.expect(file + 1)

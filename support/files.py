@@ -60,7 +60,7 @@ def new_folder(out, check=None, keep=False):
         sync(out.parent)
         delete(older)
     except BaseException:
-        if not keep or not any(folder.iterdir()):
+        if not keep or not any(folder.glob("*")):  # nothing to go on with
             delete(folder)
         raise
     finally:

@@ -21,7 +21,7 @@ from conftest import exit_code
 from data import DataFolder, Tokenizer
 from hub_server import Hub
 from support import chat, tables
-from test_prepare_data import contents, fails, names_in
+from test_prepare_data import KILLED, contents, fails, names_in
 
 ROOT = Path(prepare_data.__file__).parent
 TOKENIZER = Tokenizer()
@@ -220,31 +220,6 @@ def test_bad_arguments_are_refused_in_one_line(tmp_path, capsys):
 
 # -------------------------------------------------------------------------------------------------
 # Kills
-
-# A child process that kills itself before the n-th operation on files.
-KILLED = """
-import os, sys
-from pathlib import Path
-import numpy as np
-import prepare_data
-
-left = int(sys.argv[1])
-
-def counted(function):
-    def wrapped(*args, **kwargs):
-        global left
-        left -= 1
-        if left == 0:
-            os.kill(os.getpid(), 9)
-        return function(*args, **kwargs)
-    return wrapped
-
-for module, name in ((np, "save"), (os, "fsync"), (os, "replace"), (os, "link"), (Path, "rename"),
-                     (Path, "write_text")):
-    setattr(module, name, counted(getattr(module, name)))
-sys.exit(prepare_data.main(sys.argv[2:]))
-"""
-
 
 def killed_before(n, argv):
     command = [sys.executable, "-c", KILLED, str(n), *map(str, argv)]

@@ -162,6 +162,10 @@ def test_results_of_lm_eval_are_drawn(whole, tmp_path, capsys):
     assert list(np.array(steps) / run.batch_tokens) == [4, 8, 16]
     assert np.allclose(values, [0.14, 0.18, 0.26])
     assert panel(Page([read_run(whole)], "log"), "Benchmarks") is None  # control
+    two = Page([run, read_run(whole)], "log")  # beside another run they can still be told apart
+    labels = [line.get_label() for line in panel(two, "Benchmarks").lines]
+    assert [label.split(" ")[1] for label in labels[:3]] == ["cloze", "piqa", "sciq"]
+    assert len({line.get_color() for line in panel(two, "Benchmarks").lines}) == len(labels)
     bad = {"no_step/results_a.json": "{}", "step_9/results_a.json": "{", "step_9/results_b.json":
            '{"results": [1]}', "step_9/results_c.json": '{"results": {"a": null}}'}
     for name, text in bad.items():

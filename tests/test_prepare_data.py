@@ -855,11 +855,10 @@ def counted(function):
         return function(*args, **kwargs)
     return wrapped
 
-np.save = counted(np.save)
-os.fsync = counted(os.fsync)
-Path.rename = counted(Path.rename)
-Path.write_text = counted(Path.write_text)
-prepare_data.main(sys.argv[2:])
+for module, name in ((np, "save"), (os, "fsync"), (os, "replace"), (os, "link"), (Path, "rename"),
+                     (Path, "write_text")):
+    setattr(module, name, counted(getattr(module, name)))
+sys.exit(prepare_data.main(sys.argv[2:]))
 """
 
 
