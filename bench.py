@@ -12,6 +12,7 @@ The result is a table for a README.
     python bench.py --mode decode            # greedy generation, 1 and 32 sequences at a time
     python bench.py --mode growth            # ours in growing sizes, with a figure
     python bench.py --only ours              # does not need transformers
+    python -m bench plan 1.7b    # computed: which micro-batch fits which GPU, hours for 20B tokens
 """
 import argparse
 import copy
@@ -28,12 +29,13 @@ import torch
 from tqdm import tqdm
 
 from model import PRESETS, Llama, ModelConfig, flops_per_token
+from support import fast
 from support.devices import can_compile, choose_device, choose_dtype, refuse_processes
 from support.flags import Parser, count, number
 from support.growth import TOKENS as GROWTH_TOKENS
 from support.growth import measure_growth
 from support.measure import in_fresh_process, matmul_rate, read_bandwidth, report, seconds_of
-from support.memory import peak_of_step
+from support.plan import peak_of_step, plan
 from support.runs import UserError, script
 from support.theirs import in_transformers, their_loss, their_text
 from train import make_optimizer, read_settings
@@ -53,12 +55,10 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.1}
 # The networks. All of them hold the same Parameter objects: one AdamW serves all, and weights,
 # gradients and moments are in memory once.
 
-def with_compiled_parts(llama):
-    """A second network with the same parameters, compiled in place as in train.py."""
+def with_fast_parts(llama, parts):
+    """A second network with the same parameters and these parts of support/fast.py."""
     memo = {id(parameter): parameter for parameter in llama.parameters()}  # these are not copied
-    llama = copy.deepcopy(llama, memo)
-    llama.compile_parts()
-    return llama
+    return fast.use(copy.deepcopy(llama, memo), parts)
 
 
 def our_loss(llama, inputs, targets):
@@ -75,8 +75,8 @@ def our_text(llama, prompt, n):
 # What is measured: {mode: {name: from our network to the function that is timed}}.
 IMPLEMENTATIONS = {
     "train": {
-        "ours": lambda llama: partial(our_loss, llama),
-        "ours-compiled": lambda llama: partial(our_loss, with_compiled_parts(llama)),
+        "ours": lambda llama: partial(our_loss, with_fast_parts(llama, ("attention", "loss"))),
+        "ours-compiled": lambda llama: partial(our_loss, with_fast_parts(llama, fast.PARTS)),
         "transformers": lambda llama: partial(their_loss, in_transformers(llama)),
         "transformers-compiled":
             lambda llama: partial(their_loss, torch.compile(in_transformers(llama))),
@@ -374,7 +374,8 @@ def read_arguments(argv):
     preset_parser.add_argument("--preset", choices=PRESETS, help="take the sizes of this preset")
     preset = preset_parser.parse_known_args(argv)[0].preset
     sizes = PRESETS.get(preset, DEFAULT)
-    parser = Parser(description="Our speed and memory beside those of transformers' LLaMA.",
+    parser = Parser(description="Our speed and memory beside those of transformers' LLaMA. Or: "
+                    "bench.py plan PRESET, what a training will need, computed.",
                     parents=[preset_parser])
     add = parser.add_argument
     add("--mode", choices=(*IMPLEMENTATIONS, "growth"), default="train", help="a training step, "
@@ -446,6 +447,13 @@ def make_network(args):
 @script  # a mistake that the user can fix ends in one line
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["plan"]:
+        parser = Parser(prog="bench.py plan", description="What a training will need, computed.")
+        parser.add_argument("preset", nargs="?", default="1.7b", choices=PRESETS)
+        config = PRESETS[parser.parse_args(argv[1:]).preset]
+        for line in plan(Llama, config, flops_per_token(config, config.max_seq_len)):
+            print(line, flush=True)
+        return
     args = read_arguments(argv)
     refuse_processes()
     device = choose_device(args.device)

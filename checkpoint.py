@@ -21,6 +21,7 @@ from torch.overrides import TorchFunctionMode
 from data import Tokenizer
 from model import Llama, ModelConfig
 from support import durable, lora, sharding
+from support.devices import remark
 from support.runs import UserError, holds_steps, refuse_hugging_face
 
 # -------------------------------------------------------------------------------------------------
@@ -138,7 +139,7 @@ def restore_optimizer(state, model, optimizer):
     optimizer.load_state_dict(theirs)
 
 
-OTHER_STATE = "use the code that wrote it, or delete this checkpoint to go on from the one before"
+OTHER_STATE = "use the code that wrote it"
 
 
 def check_tensors(what, saved, expected):
@@ -251,22 +252,29 @@ LARGEST = {"n_layers": 10_000}  # an absurd number of layers would take for ever
 
 
 def read_config(saved):
-    """The ModelConfig with the saved sizes. Raises UserError if they are not those of one."""
-    default = asdict(ModelConfig())
-    differ = [str(name) for name in saved if name not in default]
-    for name, value in default.items():
-        found = saved.get(name)
-        too_large = isinstance(found, int) and found > LARGEST.get(name, 2**24)
-        if type(found) is not type(value) or too_large:
-            differ.append(name)
+    """The ModelConfig with the saved sizes. A field that is newer than the checkpoint has its
+    default. Raises UserError if a size is unknown or cannot be used."""
+    known = asdict(ModelConfig())
+    newer = {name: value for name, value in known.items() if name not in saved}
+    unknown = [str(name) for name in saved if name not in known]
     try:
-        if differ:
-            raise ValueError(f"missing, unknown, too large or of another type: "
-                             f"{', '.join(differ)}")
-        return ModelConfig(**saved)
-    except ValueError as why:
+        if unknown:
+            raise ValueError(f"{', '.join(unknown)}: unknown here")
+        config = ModelConfig(**saved)
+        for name, value in saved.items():
+            if isinstance(value, int) and value > LARGEST.get(name, 2**24):
+                raise ValueError(f"{name} {value!r:.40} is too large")
+    except (TypeError, ValueError, OverflowError) as why:
         raise UserError(f"the checkpoint's model config cannot be used ({why}) — "
                         f"{OTHER_STATE}") from None
+    if newer:
+        remark(f"the checkpoint's config does not have {as_text(newer)}: the default is used")
+    return config
+
+
+def as_text(values):
+    """{name: value} in a line."""
+    return ", ".join(f"{name} {value!r}" for name, value in values.items())
 
 
 def load_weights(run, step=None):

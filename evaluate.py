@@ -350,7 +350,7 @@ class Observer:
         prompt = self.args.sample_prompt
         try:
             sample = continue_prompt(self.model, self.tokenizer, prompt, self.autocast)
-        except UserError as error:  # NaN: the next update fails, and its message has the numbers
+        except FloatingPointError as error:  # the next update fails too, and says more
             log.say(f"  no sample: {error}")
             return
         log.event("sample", step, **sample)

@@ -144,6 +144,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import checkpoint
 import train
 from model import PRESETS, Llama, ModelConfig
+from support import fast
 from support.devices import choose_device
 
 device, OUT, name = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
@@ -231,7 +232,7 @@ def network():
     def gradients(place, dtype, compiled):
         moved = copy.deepcopy(model).to(place)
         if compiled:
-            moved.compile_parts()
+            fast.use(moved, fast.PARTS)
         with torch.autocast(place, dtype=dtype, enabled=dtype != torch.float32):
             _, loss = moved(tokens[:, :-1].to(place), tokens[:, 1:].to(place))
         loss.backward()

@@ -5,25 +5,27 @@ fast when it generates; at the end a table about it. At the first reading take e
 None: training has none. "The paper" is arXiv 2412.13335. Modules carry the names that Hugging Face
 gives them, so our state_dict is also theirs.
 
-    python model.py 1.7b      # a network as a table: parameters, FLOPs, memory; here the paper's
-    python model.py 1.7b --plan    # which micro-batch fits which GPU, and how long 20B tokens take
+This file says what is computed, and every run computes what it says. What computes the same faster
+is in support/fast.py, which compares itself with this text first: change a line here, and it takes
+effect everywhere.
+
+    python model.py 1.7b      # a network as a table: parameters, FLOPs, cache; here the paper's
 """
+import argparse
 import math
 import sys
-from dataclasses import dataclass, replace
+from dataclasses import MISSING, dataclass, fields, replace
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support.chunked_loss import chunked_cross_entropy
-from support.flags import Parser, count
-from support.runs import UserError, script
-
 
 @dataclass
 class ModelConfig:
-    """Sizes of a LLaMA. Raises ValueError, in one sentence, if they contradict each other."""
+    """Sizes of a LLaMA. A new field needs a default, which older checkpoints then have. Raises
+    ValueError, in one sentence, if a value has another type than the default, or if sizes
+    contradict each other."""
     dim: int = 256
     n_layers: int = 4
     n_heads: int = 4
@@ -38,6 +40,14 @@ class ModelConfig:
     tie_embeddings: bool = False   # use the embedding matrix as the output layer too
 
     def __post_init__(self):
+        for field in fields(self):
+            value = getattr(self, field.name)
+            kind = type(field.default)
+            if kind is float and type(value) is int:
+                setattr(self, field.name, float(value))
+            elif field.default not in (None, MISSING) and type(value) is not kind:
+                raise ValueError(f"{field.name} {value!r:.40} is not of type {kind.__name__}, as "
+                                 f"its default {field.default!r} is")
         if self.padded_vocab_size is None:
             self.padded_vocab_size = math.ceil(self.vocab_size / 128) * 128
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "intermediate_size",
@@ -122,50 +132,29 @@ def apply_rope(x, cos, sin):
     return (x * cos + rotated * sin).type_as(x)
 
 
-def causal_mask(size):
+def causal_mask(size, device=None):
     """What is added to the scores: (size, size). A query, one row, sees the keys up to its own
     position: they get 0. Those after it get −∞, and so the weight exp(−∞) = 0: [0 −∞ −∞]
                                                                                 [0  0 −∞]
                                                                                 [0  0  0]"""
-    return torch.full((size, size), -math.inf).triu(1)
+    return torch.full((size, size), -math.inf, device=device).triu(1)
 
 
 def attention(q, k, v, mask):
     """softmax(q kᵀ / √head_dim + mask) v (Vaswani et al. 2017, arXiv 1706.03762, eq. 1).
     q (B, n_heads, T, head_dim); k and v (B, n_kv_heads, S, head_dim); mask (T, S). Returns the
-    shape of q. This is the formula; for short windows on a CPU it is also the fastest way."""
-    B, n_heads, T, head_dim = q.shape
-    _, n_kv_heads, S, _ = k.shape
+    shape of q."""
     # Each key/value head serves a group of neighbouring query heads: 4 query heads use 2 key heads
     # as [K1 K1 K2 K2]. In the order [K1 K2 K1 K2] training would work just as well, but nobody
-    # else's weights would fit. The queries of a group are stacked and meet their keys in one
-    # product.
-    group = n_heads // n_kv_heads
-    q = q.reshape(B * n_kv_heads, group * T, head_dim)
-    k = k.reshape(B * n_kv_heads, S, head_dim)
-    v = v.reshape(B * n_kv_heads, S, head_dim)
-    mask = mask.repeat(group, 1).type_as(q)                    # (group · T, S)
-    scores = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=1 / math.sqrt(head_dim))
-    weights = scores.softmax(-1)                               # (…, group · T, S); rows sum to 1
-    y = weights @ v                                            # (…, group · T, head_dim)
-    return y.view(B, n_heads, T, head_dim)
-
-
-def fused_attention(q, k, v):
-    """The same by PyTorch's fused kernels, which never hold all of the scores: for long windows,
-    and on a GPU."""
-    T = q.shape[2]
-    S = k.shape[2]
-    if T == S:  # no past
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-    if T == 1:  # a single new token sees everything
-        return F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
-    # is_causal would take the first query for position 0, and hide the past from the new tokens.
-    mask = causal_mask(S)[S - T:].to(q)  # device and dtype of q
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-
-
-SHORT = 512  # keys; at 512 the formula is still a little faster on a CPU, at 1,024 it is slower
+    # else's weights would fit.
+    group = q.shape[1] // k.shape[1]
+    k = k.repeat_interleave(group, dim=1)         # (B, n_heads, S, head_dim)
+    v = v.repeat_interleave(group, dim=1)         # (B, n_heads, S, head_dim)
+    scores = q @ k.transpose(-2, -1)              # (B, n_heads, T, S)
+    scores = scores / math.sqrt(q.shape[-1])
+    scores = scores.float() + mask                # softmax is computed in fp32
+    weights = scores.softmax(-1).type_as(v)       # (B, n_heads, T, S); rows sum to 1
+    return weights @ v                            # (B, n_heads, T, head_dim)
 
 
 class Attention(nn.Module):
@@ -176,6 +165,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer = layer  # its index: the cache stores keys and values per layer
+        self.attend = attention  # support/fast.py may put the same in its place, computed faster
         self.head_dim = config.head_dim
         kv_dim = config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
@@ -196,12 +186,9 @@ class Attention(nn.Module):
         k = apply_rope(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)  # (B, n_kv_heads, S, head_dim)
-        if k.shape[2] <= SHORT and k.device.type == "cpu":
-            y = attention(q, k, v, mask)           # (B, n_heads, T, head_dim)
-        else:
-            y = fused_attention(q, k, v)           # the same
-        y = y.transpose(1, 2).flatten(2)           # (B, T, n_heads · head_dim)
-        return self.o_proj(y)                      # (B, T, dim)
+        y = self.attend(q, k, v, mask)    # (B, n_heads, T, head_dim)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, n_heads · head_dim)
+        return self.o_proj(y)             # (B, T, dim)
 
 
 class SwiGLU(nn.Module):
@@ -246,11 +233,9 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = RMSNorm(config.dim, config.norm_eps)
         cos, sin = rope_table(config.head_dim, config.max_seq_len, config.rope_theta)
-        mask = causal_mask(min(config.max_seq_len, SHORT))  # longer windows do not read it
         # They follow from the config, so they are not part of the state_dict.
         self.register_buffer("rope_cos", cos, persistent=False)
         self.register_buffer("rope_sin", sin, persistent=False)
-        self.register_buffer("mask", mask, persistent=False)
 
     def forward(self, tokens, cache=None):
         past = 0 if cache is None else cache.length
@@ -259,8 +244,8 @@ class Decoder(nn.Module):
             raise ValueError(f"{end} tokens are more than max_seq_len {self.config.max_seq_len}")
         cos = self.rope_cos[past:end]  # (T, head_dim)
         sin = self.rope_sin[past:end]
-        mask = self.mask[past:end, :end]  # (T, S)
-        x = self.embed_tokens(tokens)     # (B, T, dim)
+        mask = causal_mask(end, tokens.device)[past:]  # (T, S)
+        x = self.embed_tokens(tokens)  # (B, T, dim)
         for block in self.layers:
             x = block(x, cos, sin, mask, cache)
         if cache is not None:
@@ -268,8 +253,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-IGNORE = -100        # a target that does not count: padding and questions in sft.py
-MOST_LOGITS = 2**26  # in memory at once, 0.27 GB; 8 · 1024 · 50,304 are 1.6 GB, their gradient too
+IGNORE = -100  # a target that does not count: padding and questions in sft.py
 
 
 class Llama(nn.Module):
@@ -279,7 +263,6 @@ class Llama(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.compiled = False  # see `compile_parts`
         self.model = Decoder(config)
         self.lm_head = nn.Linear(config.dim, config.padded_vocab_size, bias=False)
         if config.tie_embeddings:
@@ -288,42 +271,32 @@ class Llama(nn.Module):
             if isinstance(module, (nn.Linear, nn.Embedding)):
                 nn.init.normal_(module.weight, mean=0.0, std=0.02)
 
-    def compile_parts(self):
-        """Let torch.compile translate what a training step spends its time in: the blocks (once,
-        for they are alike) and the loss. What happens between two matrix products then is one pass
-        over memory instead of several. In place: the state_dict keeps its names."""
-        for block in self.model.layers:
-            block.compile()
-        self.compiled = True
-
     def logits(self, hidden):
         """The output layer: hidden (…, dim) → logits (…, padded_vocab_size), cast to fp32."""
         return self.lm_head(hidden).float()
+
+    def loss(self, hidden, targets):
+        """What training makes small: the sum of −ln p(target), in nats, over the targets that count
+        (not IGNORE). hidden (N, dim), targets (N,)."""
+        return F.cross_entropy(self.logits(hidden), targets, ignore_index=IGNORE, reduction="sum")
 
     def forward(self, tokens, targets=None, *, cache=None, reduction="mean"):
         """tokens (B, T) → (logits, None); with targets (B, T) → (None, loss).
 
         Logits are (B, T, padded_vocab_size). With targets they are not returned: in
-        training they are too large to be kept. The loss, in nats, is the mean or the sum over the
-        targets that count (not IGNORE); if none does, it is 0. With a KVCache the tokens follow
-        those in it. Raises ValueError beyond max_seq_len tokens."""
+        training they are too large to be kept. The loss is the sum over the targets that count, or
+        their mean; if none does, it is 0. With a KVCache the tokens follow those in it. Raises
+        ValueError beyond max_seq_len tokens."""
         hidden = self.model(tokens, cache)  # (B, T, dim)
         if targets is None:
             return self.logits(hidden), None
-        hidden = hidden.flatten(0, 1)       # (B · T, dim)
-        targets = targets.flatten()         # (B · T,)
-        many = len(targets) * self.config.padded_vocab_size > MOST_LOGITS
-        if many or self.compiled:  # the same number, from the logits of a few rows at a time
-            loss = chunked_cross_entropy(hidden, self.lm_head.weight, targets, IGNORE,
-                                         self.compiled)
-        else:
-            logits = self.logits(hidden)    # (B · T, padded_vocab_size)
-            loss = F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
+        targets = targets.flatten()                         # (B · T,)
+        loss = self.loss(hidden.flatten(0, 1), targets)
         if reduction == "mean":
             loss = loss / (targets != IGNORE).sum().clamp(min=1)  # min: no division by 0
         return None, loss
 
-    @torch.no_grad()  # holds in each step of a Python generator, and not between them
+    @torch.no_grad()  # while the generator computes; between its steps your own mode holds
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eot=None,
                  generator=None):
         """Continue tokens (B, T ≥ 1). A Python generator: it yields the next ids (B,), one position
@@ -389,11 +362,10 @@ def sample_ids(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     temperature 0 takes the likeliest id. Otherwise ids are drawn from
     softmax(logits / temperature): with top_k, among the k likeliest; with top_p, among the
     likeliest that together reach this probability of the whole, whatever top_k is (nucleus
-    sampling, Holtzman et al. 2020, arXiv 1904.09751, §3.1). Raises UserError if a logit is NaN or
-    infinite."""
+    sampling, Holtzman et al. 2020, arXiv 1904.09751, §3.1). Raises FloatingPointError if a logit
+    is NaN or infinite."""
     if not torch.isfinite(logits).all():
-        raise UserError("the model's output is NaN or infinite: its training has diverged — use an "
-                        "earlier --step, or try a lower --lr in another --run", code=3)
+        raise FloatingPointError("the model's output is NaN or infinite")
     if temperature == 0:
         return logits.argmax(-1)
     sorted_logits, ids = (logits / temperature).sort(-1, descending=True)
@@ -402,7 +374,7 @@ def sample_ids(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     if top_k is not None:
         probs[:, top_k:] = 0
     if top_p is not None:
-        # The total probability of all likelier ids. It is 0 for the first, which so always stays.
+        # The total probability of all likelier ids. For the first it is 0, so the first stays.
         before = probs.cumsum(-1) - probs
         probs[before >= top_p] = 0
     # multinomial does not need probabilities that sum to 1.
@@ -447,25 +419,17 @@ def kv_bytes_per_token(config, bytes_per_number=2):
     return keys_and_values * bytes_per_number
 
 
-@script  # a mistake that the user can fix ends in one line
 def main(argv=None):
-    from support.memory import bytes_kept_by_a_block  # only this table needs it
-    parser = Parser(description="A preset as a table: parameters, FLOPs, memory.")
+    parser = argparse.ArgumentParser(description="A preset as a table: parameters, FLOPs, cache.",
+                                     usage=argparse.SUPPRESS)  # so that an error is one line
     parser.add_argument("preset", nargs="?", default="tiny", choices=PRESETS)
-    parser.add_argument("--micro_batch", type=count, default=8, help="sequences per forward")
-    parser.add_argument("--plan", action="store_true", help="instead: which micro-batch fits which "
-                        "GPU, and the hours for 20B tokens")
-    args = parser.parse_args(argv)
-    config = PRESETS[args.preset]
+    preset = parser.parse_args(argv).preset
+    config = PRESETS[preset]
     T = config.max_seq_len
-    if args.plan:
-        from support.plan import plan
-        print(plan(Llama, config, flops_per_token(config, T)))
-        return
     with torch.device("meta"):  # shapes without memory
         counts = parameter_counts(Llama(config))
     total = sum(counts.values())
-    print(f"{args.preset}: dim {config.dim}, {config.n_layers} layers, {config.n_heads} heads of "
+    print(f"{preset}: dim {config.dim}, {config.n_layers} layers, {config.n_heads} heads of "
           f"{config.head_dim}, {config.n_kv_heads} key/value heads, intermediate "
           f"{config.intermediate_size}, vocabulary {config.vocab_size:,} padded to "
           f"{config.padded_vocab_size:,}, window {T}")
@@ -476,14 +440,6 @@ def main(argv=None):
     ungrouped = kv_bytes_per_token(replace(config, n_kv_heads=config.n_heads))
     print(f"KV cache in bf16: {kv:,} bytes per token; grouped queries save "
           f"{1 - kv / ungrouped:.0%} of {ungrouped:,}")
-    # One real block is enough to count what all of them keep; so the rest is made small.
-    small = Llama(replace(config, n_layers=1, vocab_size=1, padded_vocab_size=None))
-    one_block = bytes_kept_by_a_block(small, args.micro_batch * T)
-    inputs = args.micro_batch * T * config.dim * 4 * config.n_layers  # of all blocks, in fp32
-    print(f"training memory, computed, micro-batch {args.micro_batch} x {T}, bf16 autocast, not "
-          f"compiled:\n  {16 * total / 1e9:.3f} GB for weights, gradients and two moments, 4 bytes "
-          f"each\n  {config.n_layers * one_block / 1e9:.3f} GB of activations in the blocks; "
-          f"{(inputs + one_block) / 1e9:.3f} GB with activation checkpointing")
 
 
 if __name__ == "__main__":

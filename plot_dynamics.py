@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from support.flags import Parser, count
-from support.runs import UserError, parse_json, script
+from support.runs import UserError, parse_json, script, shown
 
 # -------------------------------------------------------------------------------------------------
 # What the page shows. A panel is (title, y label, curves), a curve is (event, key, label): it shows
@@ -289,8 +289,8 @@ def find_marks(events):
             continue
         if event["event"] == "resume":
             kind = "resume"
-            changed = [name for name in env if env[name] != new_env.get(name)]
-            notes = [f"{name} {env[name]} → {new_env.get(name)}" for name in changed]
+            changed = [name for name in env if env[name] != new_env.get(name, env[name])]
+            notes = [f"{name} {shown(env[name])} → {shown(new_env[name])}" for name in changed]
             if not event.get("restored_optimizer", True):
                 kind = "optimizer"
                 notes.append("without optimizer state")

@@ -29,7 +29,7 @@ from data import DataFolder, Tokenizer
 from evaluate import (ROWS, evaluating, log_benchmark, open_benchmark, text_statistics,
                       tokens_per_forward)
 from model import Llama
-from support import chat, flags, lora, sharding
+from support import chat, fast, flags, lora, sharding
 from support.chat import IGNORE, Batches, Examples
 from support.devices import (StopSignals, any_process, check_equal, choose_dtype, complete_rows,
                              end_processes, environment, from_rank_0, peak_memory, processes,
@@ -39,7 +39,8 @@ from support.memory import checkpoint_activations
 from support.runs import (Log, UserError, claim, due, is_finished, is_tuned, newest_run, script,
                           settings_of, start_over)
 from train import (ONCE, add_settings, check_resume, finish, finish_settings, has_diverged,
-                   introduce_resume, lr_at, make_optimizer, rewarming, rms_of_change)
+                   introduce_parts, introduce_resume, lr_at, make_optimizer, rewarming,
+                   rms_of_change)
 
 # What a preset of the base changes. A flag on the command line wins over it.
 BY_PRESET = {"tiny": dict(lr=1e-3, epochs=1.0, batch_size=32, eval_every=0, sample_every=0)}
@@ -84,6 +85,7 @@ def main(argv=None):
     batches = Batches(examples, args.batch_size, args.seed)
     if args.max_steps is None:
         args.max_steps = max(1, round(args.epochs * batches.per_epoch))
+    lr_at(0, args)  # a schedule without a formula ends here
     optimizer = make_optimizer(model, args, device)
     dtype = choose_dtype(args.dtype, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -105,7 +107,8 @@ def main(argv=None):
         log_length = state["log_bytes"]
         resumed_at = step
     check_resume(run, state, args)
-    check_equal({**vars(args), "rows in the file": fingerprint})
+    code = fast.hashes("model.py", "train.py", "sft.py")
+    check_equal({**vars(args), **code, "rows in the file": fingerprint})
     # A run at its last step may still lack its last evaluations: the log says if it is finished.
     finished = from_rank_0(is_main and step == args.max_steps and is_finished(run))
     if finished:
@@ -113,6 +116,11 @@ def main(argv=None):
             print(f"{run} is finished: {step} steps — next: python sample.py {run} --chat")
         return end_processes(0)
 
+    # The formulas of model.py, or what computes the same faster. Not compiled: the micro-batches
+    # differ in length, and blocks would be compiled anew for each.
+    parts, remarks = [], []
+    if args.fast:
+        parts, remarks = fast.use_what_agrees(model, args.micro_batch, window, autocast)
     network = model  # what the loop calls; `model` keeps the plain names
     if world > 1:
         devices = [device] if device.type == "cuda" else None
@@ -123,18 +131,20 @@ def main(argv=None):
 
     # ---- Log. Everything is checked by now: only here is an earlier run deleted.
     settings = {name: value for name, value in vars(args).items() if name not in ONCE}
-    env = environment(device, dtype, world, args.micro_batch, compiled=False)
+    env = environment(device, dtype, world, args.micro_batch, parts, code)
     if is_main:
         if state is None:
             start_over(run)
         if state is None and args.lora is not None:
             lora.keep_base(run, args.base, args.step, weights)
         write_json(run / "config.json", settings)
-    log = Log(run if is_main else None, log_length, step, tokens_seen, args.max_steps)
+    log = Log(run if is_main else None, log_length, args.max_steps)
     log.start(step, state, settings, env, args.reset_optimizer)
     if state is None:
         log_instructions(log, step, args, examples, held_out, bad, batches, observer.shown)
     log.say(introduce(args, model, examples, held_out, bad, batches, world, dtype, device))
+    for line in introduce_parts(parts, remarks):
+        log.say(line)
     if state is not None:
         log.say(introduce_resume(args, state, env))
     del state, weights  # their memory is needed
@@ -414,6 +424,9 @@ HELD_OUT = 0.02
 DEFAULTS = dict(lr=2e-5, warmup_steps=20, weight_decay=0.0, sample_every=250, keep_every=0,
                 epochs=3.0, lora_alpha=16.0)
 
+# What comes from the base's settings.
+INHERITED = ("preset", "data", "fingerprint", "seq_len", "benchmark", "benchmark_items")
+
 EXPERIMENT = ("base", "step", "held_out", "system", "max_length", "lora", "lora_alpha", "epochs",
               "batch_size", "seed", "lr", "min_lr", "warmup_steps", "schedule", "weight_decay",
               "beta1", "beta2", "grad_clip")
@@ -451,7 +464,9 @@ def read_settings(argv, saved=None):
     if args.epochs is not None and args.max_steps is not None and saved is None:
         raise UserError("--epochs and --max_steps both say when to end — give one of them")
     parser.set_defaults(**DEFAULTS)
-    parser.set_defaults(**settings_of_base(args))
+    parser.set_defaults(**dict.fromkeys(INHERITED))
+    if saved is None:
+        parser.set_defaults(**settings_of_base(args))
     return finish_settings(parser, argv, saved, EXPERIMENT)
 
 
@@ -463,8 +478,7 @@ def settings_of_base(args):
     else:
         base = args.base or os.path.relpath(newest_run(pretrained=True))
         known = settings_of(base)
-    inherited = ("preset", "data", "fingerprint", "seq_len", "benchmark", "benchmark_items")
-    defaults = {"base": base, **{name: known.get(name) for name in inherited}}
+    defaults = {"base": base, **{name: known.get(name) for name in INHERITED}}
     defaults.update(BY_PRESET.get(known.get("preset"), {}))
     if args.lora is not None:  # adapters start at zero and are few: they can take larger steps
         defaults["lr"] = 10 * defaults.get("lr", DEFAULTS["lr"])

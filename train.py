@@ -26,14 +26,14 @@ import checkpoint
 from data import DataFolder, Windows
 from evaluate import Observer
 from model import PRESETS, Llama, ModelConfig, flops_per_token, kv_bytes_per_token
-from support import flags, sharding
+from support import fast, flags, sharding
 from support.devices import (StopSignals, any_process, can_compile, check_equal, choose_dtype,
                              end_processes, environment, from_rank_0, peak_memory, peak_rate,
-                             start_processes, sum_over_processes, to_device, use_machine,
+                             remark, start_processes, sum_over_processes, to_device, use_machine,
                              wait_for_rank_0)
 from support.files import write_json
 from support.memory import checkpoint_activations
-from support.runs import Log, UserError, claim, due, is_finished, script, start_over
+from support.runs import Log, UserError, claim, due, is_finished, script, shown, start_over
 
 EMBEDDED = "data/pydocs"  # text that every computer with Python has; prepared when it is missing
 
@@ -51,7 +51,7 @@ BY_PRESET = {
 }
 
 
-# The sizes of the network that a flag can change.
+# The fields of ModelConfig that a flag can change.
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "intermediate_size")
 
 COMPILE_FROM = 500  # steps; compiling takes 10 to 20 s, which a shorter run does not earn back
@@ -70,16 +70,18 @@ def lr_at(step, settings):
     --max_steps 7600 raises the rate from the final 1.0e-4 back to 1.0e-3."""
     warmup = settings.warmup_steps
     end = settings.max_steps
-    if step < warmup:
-        return settings.lr * (step + 1) / warmup
-    progress = min(1.0, (step - warmup) / max(1, end - warmup))  # from 0 after the warm-up to 1
+    progress = min(1.0, max(0, step - warmup) / max(1, end - warmup))  # 0 to 1, after the warm-up
     if settings.schedule == "cosine":
         height = 0.5 * (1 + math.cos(math.pi * progress))        # from 1 to 0
     elif settings.schedule == "linear":
         height = 1 - progress
-    else:  # wsd; a long warm-up leaves less than 20 % for the decay
+    elif settings.schedule == "wsd":  # a long warm-up leaves less than 20 % for the decay
         decay_steps = max(1, min(0.2 * end, end - warmup))
         height = min(1.0, (end - step) / decay_steps)
+    else:
+        raise UserError(f"--schedule {settings.schedule} has no branch in lr_at, train.py — add it")
+    if step < warmup:
+        return settings.lr * (step + 1) / warmup
     return settings.min_lr + (settings.lr - settings.min_lr) * height
 
 
@@ -138,6 +140,8 @@ def main(argv=None):
     if args.fsdp:
         sharding.check(world, dtype)
 
+    lr_at(0, args)  # a schedule without a formula ends here
+
     # ---- Data, model, optimizer, precision
     accumulation = accumulation_steps(args, world)
     data, fingerprint = open_data(args, state, is_main)
@@ -180,7 +184,8 @@ def main(argv=None):
         checkpoint.check_config(weights["config"], model.config)
         checkpoint.restore_weights(weights, model)
     check_resume(run, state, args)
-    check_equal({**vars(args), "data in the folder": fingerprint})
+    code = fast.hashes("model.py", "train.py")
+    check_equal({**vars(args), **code, "data in the folder": fingerprint})
     # A run at its last step may still lack its last evaluations: the log says if it is finished.
     finished = from_rank_0(is_main and step == args.max_steps and is_finished(run))
     if finished:
@@ -188,13 +193,18 @@ def main(argv=None):
             print(f"{run} is finished: {step} steps — next: python sample.py {run}")
         return end_processes(0)
 
-    compiled = args.max_steps >= COMPILE_FROM if args.compile is None else args.compile
-    compiled = compiled and not any_process(not can_compile(device), device)
-    if compiled:
-        model.compile_parts()
+    # The formulas of model.py, or what computes the same faster.
+    parts, remarks = [], []
+    if args.fast:
+        compiled = args.max_steps >= COMPILE_FROM if args.compile is None else args.compile
+        compiled = compiled and not any_process(not can_compile(device), device)
+        if compiled and is_main:
+            print("compiling: some seconds, or up to a minute for the first time", flush=True)
+        parts, remarks = fast.use_what_agrees(model, args.micro_batch, args.seq_len, autocast,
+                                              compiled, args.activation_checkpointing)
     network = model  # what the loop calls; `model` keeps the plain names
     if world > 1 and not args.fsdp:
-        if compiled:
+        if "blocks" in parts:
             torch._dynamo.config.optimize_ddp = False  # else it cuts the blocks at DDP's buckets
         devices = [device] if device.type == "cuda" else None
         network = DistributedDataParallel(
@@ -204,16 +214,15 @@ def main(argv=None):
 
     # ---- Log. Everything is checked by now: only here is an earlier run deleted.
     settings = {name: value for name, value in vars(args).items() if name not in ONCE}
-    env = environment(device, dtype, world, args.micro_batch, compiled)
+    env = environment(device, dtype, world, args.micro_batch, parts, code)
     flops = flops_per_token(model.config, args.seq_len)
     if is_main:
         if state is None:
             start_over(run)
         write_json(run / "config.json", {**settings, "fingerprint": fingerprint})
-    log = Log(run if is_main else None, log_length, step, tokens_seen, args.max_steps,
-              peak_rate(env, flops))
+    log = Log(run if is_main else None, log_length, args.max_steps, peak_rate(env, flops))
     log.start(step, state, settings, env, args.reset_optimizer)
-    log.say(introduce(args, model, world, accumulation, dtype, device, compiled))
+    log.say(introduce(args, model, world, accumulation, dtype, device, parts, remarks))
     if state is not None:
         log.say(introduce_resume(args, state, env))
     del state  # its memory is needed
@@ -346,8 +355,8 @@ def make_model(args, state, vocab_size, device):
                             f"{config.vocab_size} — restore the data, or choose another --run")
         tokens = state["step"] * args.batch_tokens
         if config.max_seq_len < args.seq_len or state["tokens"] != tokens:
-            raise UserError("the checkpoint's sizes contradict its settings — restore it, or "
-                            "delete it to go on from the one before")
+            raise UserError(f"the checkpoint's sizes contradict its settings — "
+                            f"{checkpoint.OTHER_STATE}")
         with checkpoint.NoInit():
             model = Llama(config)
         return model.to(device)
@@ -431,6 +440,8 @@ def add_settings(parser):
     add("--dtype", choices=("auto", "fp32", "bf16", "fp16"), default="auto",
         help="of matrix products; weights are always fp32")
     add("--deterministic", action=yes_or_no, default=False, help="bitwise on CUDA too; slower")
+    add("--fast", action=yes_or_no, default=True, help="use what support/fast.py computes "
+        "faster, after comparing it with model.py; --no-fast implies --no-compile")
     add("--threads", type=flags.number(int, 1, 1024), help="CPU threads")
     add("--micro_batch", type=flags.count, default=8,
         help="sequences per forward of one process; changes memory and speed, nothing else")
@@ -497,21 +508,35 @@ def read_settings(argv, saved=None):
         f"loss; if not given, in runs of {COMPILE_FROM} steps and more")
     add = parser.add_argument_group("sizes of the network, other than the preset's").add_argument
     for name in SIZES:
-        add(f"--{name}", type=flags.count)
-    parser.set_defaults(**BY_PRESET[preset])
+        kind = type(getattr(PRESETS[preset], name))
+        if kind is bool:
+            add(f"--{name}", action=argparse.BooleanOptionalAction)
+        else:
+            add(f"--{name}", type=flags.count if kind is int else kind)
+    if saved is None:
+        parser.set_defaults(**BY_PRESET[preset])
     return finish_settings(parser, argv, saved, EXPERIMENT)
 
 
 def finish_settings(parser, argv, saved, experiment):
-    """Parse; on a resume the saved settings are the defaults, and `experiment` must not differ."""
+    """Parse; on a resume the saved settings are the defaults, and `experiment` must not differ.
+
+    A flag that is newer than the run has its own default, which `saved` gets too: what a preset
+    gives today is not what the run had."""
     if saved is not None:
-        expected = set(vars(parser.parse_args([]))) - set(ONCE)
-        if set(saved) != expected:
-            other = sorted(set(saved) ^ expected)  # in one of them only
+        known = vars(parser.parse_args([]))
+        unknown = sorted(saved.keys() - known.keys())
+        if unknown:
             raise UserError(f"this run was made by another script or by another version of this "
-                            f"code (it differs in the settings {', '.join(other[:5])}) — continue "
-                            f"it with that one, or start a new run from its weights: train.py "
-                            f"--init_from")
+                            f"code, with settings that are unknown here ({', '.join(unknown[:5])}) "
+                            f"— continue it with that one, or start a new run from its weights: "
+                            f"train.py --init_from")
+        newer = {name: value for name, value in known.items()
+                 if name not in saved and name not in ONCE}
+        if newer:
+            remark(f"the run does not have the settings {checkpoint.as_text(newer)}: the default "
+                   f"is used")
+        saved.update(newer)
         parser.set_saved(saved)
     args = parser.parse_args(argv)
     if args.resume and args.overwrite:
@@ -536,7 +561,7 @@ def finish_settings(parser, argv, saved, experiment):
 # -------------------------------------------------------------------------------------------------
 # What it prints
 
-def introduce(args, model, world, accumulation, dtype, device, compiled):
+def introduce(args, model, world, accumulation, dtype, device, parts, remarks):
     """What is about to happen: the model, the arithmetic of a batch, the first loss to expect."""
     config = model.config
     parameters = sum(p.numel() for p in model.parameters())
@@ -544,7 +569,6 @@ def introduce(args, model, world, accumulation, dtype, device, compiled):
     ungrouped = kv_bytes_per_token(replace(config, n_kv_heads=config.n_heads))
     gigaflops = flops_per_token(config, args.seq_len) / 1e9
     uniform = math.log(config.padded_vocab_size)
-    compiling = "; the first step is slow: it is compiled" if compiled else ""
     # The forward is a third of the arithmetic of a training step.
     steps_per_evaluation = args.eval_tokens / 3 / args.batch_tokens
     return "\n".join([
@@ -556,19 +580,34 @@ def introduce(args, model, world, accumulation, dtype, device, compiled):
         f"{args.max_steps:,} steps",
         f"eval    {args.eval_tokens:,} tokens each time (--eval_every {args.eval_every}), which is "
         f"the arithmetic of {steps_per_evaluation:.1f} training steps",
-        f"device  {device}, {str(dtype).removeprefix('torch.')}, {gigaflops:.3f} GFLOP/token"
-        f"{compiling}",
+        f"device  {device}, {str(dtype).removeprefix('torch.')}, {gigaflops:.3f} GFLOP/token",
+        *introduce_parts(parts, remarks),
         f"expect  a first loss near ln {config.padded_vocab_size:,} = {uniform:.2f}: any next "
         f"token equally likely"])
+
+
+def introduce_parts(parts, remarks):
+    """Lines: what support/fast.py computes in the place of model.py, and what not and why."""
+    yield f"fast    {', '.join(parts) or 'nothing: all is computed as model.py says'}"
+    for remark in remarks:
+        yield f"        {remark}"
+
+
+UNKNOWN = "(not recorded)"  # in a run of older code
 
 
 def introduce_resume(args, state, env):
     """Where the run continues, and what differs from when it was saved."""
     step = state["step"]
-    before = {**state["config"], **state["env"]}
-    now = {**vars(args), **env}
-    changed = [f"{name} {value} → {now[name]}" for name, value in before.items()
-               if name in now and value != now[name]]
+    before = {**state["config"], "fast": UNKNOWN, **state["env"]}
+    changed = []
+    for name, value in {**vars(args), **env}.items():
+        old = before.get(name, UNKNOWN)
+        if name in ONCE or old == value:
+            continue
+        is_code = name.endswith(".py")
+        changed.append(f"{name} (edited)" if is_code and old != UNKNOWN else
+                       f"{name} {shown(old)} → {shown(value)}")
     lr_before = lr_at(step, argparse.Namespace(**state["config"]))
     optimizer = "without" if args.reset_optimizer else "with"
     rewarmed = ""

@@ -20,7 +20,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-import model as network
 from checkpoint import load_model
 from data import DataFolder
 from support.durable import checkpoints
@@ -74,18 +73,21 @@ def sequences_like(ids, folder, n=16, period=32, copies=4):
 def score(model, tokens, period=32):
     """The losses on the first and the second copy, and the score of each head."""
     seen = []  # the attention weights of each layer, (B, n_heads, T, T)
-    plain = network.attention
+    layers = [block.self_attn for block in model.model.layers]
+    plain = layers[0].attend
 
     def watched(q, k, v, mask):
         k_of_head = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
         scores = q @ k_of_head.transpose(2, 3) / math.sqrt(q.shape[-1]) + mask
         seen.append(scores.softmax(-1))
         return plain(q, k, v, mask)
-    network.attention = watched
+    for layer in layers:
+        layer.attend = watched
     try:
         logits, _ = model(tokens[:, :-1])
     finally:
-        network.attention = plain
+        for layer in layers:
+            layer.attend = plain
     losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
     T = losses.shape[1]
     at = torch.arange(period, T)     # each has stood one period earlier

@@ -86,12 +86,13 @@ def can_compile(device):
     return True
 
 
-def environment(device, dtype, world, micro_batch, compiled):
-    """What the speed of a run and its last bits depend on: the "env" of its log."""
+def environment(device, dtype, world, micro_batch, fast, code):
+    """What the speed of a run and its last bits depend on: the "env" of its log. fast: the parts of
+    support/fast.py in use; code: {file: hash of its text}."""
     env = {"torch": str(torch.__version__), "python": platform.python_version(),
            "device": platform.machine(), "device_count": world, "world_size": world,
            "micro_batch": micro_batch, "dtype": str(dtype).removeprefix("torch."),
-           "compile": compiled, "threads": torch.get_num_threads()}
+           "fast": fast, "threads": torch.get_num_threads(), **code}
     if device.type == "cuda":
         env["device"] = torch.cuda.get_device_name(device)
         env["cuda"] = torch.version.cuda
@@ -309,6 +310,14 @@ def processes():
     if dist.is_initialized():
         return dist.get_rank(), dist.get_world_size()
     return 0, 1
+
+
+@functools.cache  # so it is said once
+def remark(text):
+    """Print a line on stderr, on rank 0 only."""
+    rank, _ = processes()
+    if rank == 0:
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def from_rank_0(value=None):

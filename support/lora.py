@@ -47,8 +47,9 @@ def add_adapters(model, rank, alpha):
     model.requires_grad_(False)
     for block in model.model.layers:
         for part in (block.self_attn, block.mlp):
-            for name, linear in list(part.named_children()):
-                setattr(part, name, LoRALinear(linear, rank, alpha))
+            for name, child in list(part.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(part, name, LoRALinear(child, rank, alpha))
 
 
 def is_lora(weights):

@@ -1,11 +1,17 @@
-"""plan.py — what a training will need, computed before it runs: `python model.py 1.7b --plan`.
+"""plan.py — what a training will need, computed before it runs: `python -m bench plan 1.7b`.
 
-Memory is counted by running the code with tensors that have no memory (support/memory.py); a test
-compares it with the peak of a real process. Time is arithmetic about an assumed utilization.
+Memory is counted by running the code with tensors that have no memory; a test compares it with the
+peak of a real process. Time is arithmetic about an assumed utilization.
 """
-import torch
+import weakref
+from dataclasses import replace
 
-from support.memory import peak_of_step, peak_when_sharded
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from support import fast
+from support.memory import checkpoint_activations
 from support.runs import due
 
 GPUS = (24, 48, 80, 141)  # GB: RTX 4090, A6000, A100 or H100, H200
@@ -24,12 +30,12 @@ DISK = 0.44e9             # bytes per second that are hashed and written, as REA
 
 
 def plan(Llama, config, flops_per_token):
-    """The plan for a network as text: which micro-batch fits, and the hours for 20B tokens."""
+    """Lines of the plan for a network: which micro-batch fits, and the hours for 20B tokens."""
     with torch.device("meta"):  # shapes without memory
         llama = Llama(config)
     parameters = sum(p.numel() for p in llama.parameters())
-    return "\n".join([*memory_table(Llama, config, llama),
-                      *time_table(parameters, flops_per_token)])
+    yield from memory_table(Llama, config, llama)
+    yield from time_table(parameters, flops_per_token)
 
 
 def memory_table(Llama, config, llama):
@@ -93,3 +99,75 @@ def hours(parameters, flops_per_token, gpus):
     evaluation = evaluations * EVAL_TOKENS / (3 * per_second)    # the forward is a third
     saving = saves * 12 * parameters / DISK                      # weights and two moments
     return training / 3600, evaluation / 3600, saving / 3600
+
+
+# -------------------------------------------------------------------------------------------------
+# The peak of a step
+
+def peak_of_step(Llama, config, micro_batch, recompute=False):
+    """The most bytes that a training step holds at once: weights, gradients, two moments, and in
+    the forward and backward of a micro-batch the activations, bf16 copies of the weights and the
+    buffers of the loss. Under bf16 autocast, not compiled, with more than one micro-batch a step
+    (so that gradients are there before the first activation). recompute: with activation
+    checkpointing.
+
+    All layers are alike, so 2 and 3 of them tell the peak of any number."""
+    two, three = [counted_peak(Llama, replace(config, n_layers=layers), micro_batch, recompute)
+                  for layers in (2, 3)]
+    return two + (three - two) * (config.n_layers - 2)
+
+
+def peak_when_sharded(peak, llama, processes):
+    """The same in each of so many processes with --fsdp, from the peak in one. Weights and moments
+    are divided. Gradients are divided in the last micro-batch of a step only, when they are
+    exchanged. Embedding, norm and output layer stay gathered; of the blocks, two at a time."""
+    total = sum(p.numel() for p in llama.parameters())
+    block = sum(p.numel() for p in llama.model.layers[0].parameters())
+    gathered = total - (len(llama.model.layers) - 2) * block
+    return peak - 16 * total + 12 * total / processes + 4 * total + 4 * gathered
+
+
+def counted_peak(Llama, config, micro_batch, recompute):
+    """The peak found by running the code of two micro-batches with tensors that have a size and no
+    memory."""
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second
+    with FakeTensorMode(), Peak() as counter:
+        llama = fast.use(Llama(config), ("attention", "loss"))
+        if recompute:
+            checkpoint_activations(llama)
+        moments = [torch.zeros_like(p) for p in (*llama.parameters(), *llama.parameters())]
+        tokens = torch.zeros(micro_batch, config.max_seq_len, dtype=torch.long)
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16):
+                _, loss = llama(tokens, tokens, reduction="sum")
+            (loss / 2).backward()
+        del moments
+    return counter.peak
+
+
+class Peak(TorchDispatchMode):
+    """Within it, counts the bytes of all new tensors that are alive, each storage once."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = {}  # of storages alive
+        self.now = 0
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor):
+                self.add(tensor.untyped_storage())
+        return result
+
+    def add(self, storage):
+        key = storage._cdata  # its address
+        if key not in self.sizes:
+            self.sizes[key] = storage.nbytes()
+            self.now += storage.nbytes()
+            self.peak = max(self.peak, self.now)
+            weakref.finalize(storage, self.remove, key)
+
+    def remove(self, key):
+        self.now -= self.sizes.pop(key)

@@ -71,6 +71,9 @@ def explain(error):
                    "--max_length) or a smaller model")
     if "BackendCompilerFailed" in class_names(error):
         return 2, f"torch.compile failed ({first_line_of(error)}) — give --no-compile"
+    if isinstance(error, FloatingPointError):  # of sample_ids
+        return 3, (f"{error}: its training has diverged — use an earlier --step, or try a lower "
+                   f"--lr in another --run")
     if is_lost_process(error):
         return 2, (f"another process has ended ({first_line_of(error)}) — see its message, then "
                    f"run again with --resume")
@@ -276,12 +279,11 @@ def refuse_hugging_face(run):
 class Log:
     """metrics.jsonl and the screen. Without a run folder it is silent, as on every rank but 0."""
 
-    def __init__(self, run, length, step, tokens, max_steps, peak_rate=None):
-        """Open the log and cut it back to `length`, what it was when the state was saved, which is
-        that of `step`, after `tokens`.
+    def __init__(self, run, length, max_steps, peak_rate=None):
+        """Open the log and cut it back to `length`, what it was when the state was saved.
 
         peak_rate: tokens per second if all of the hardware's FLOPs were used, where it is known.
-        Raises UserError if the log is shorter than `length`, or was edited."""
+        Raises UserError if the log is shorter than `length`, or if no line ends there."""
         self.file = None
         self.max_steps = max_steps
         self.peak_rate = peak_rate
@@ -293,7 +295,7 @@ class Log:
         self.file = open(run / "metrics.jsonl", "a+b", buffering=0)
         self.file.seek(0)
         kept = self.file.read(min(length, os.fstat(self.file.fileno()).st_size))
-        if len(kept) != length or not ends_at(kept, step, tokens):
+        if len(kept) != length or not kept.endswith(b"\n" if length else b""):
             raise UserError(f"{self.file.name} was changed since the state to resume was saved — "
                             f"restore it, or start over with --overwrite")
         self.file.truncate(length)
@@ -398,17 +400,11 @@ def json_line(row):
     return json.dumps(plain).encode() + b"\n"
 
 
-def ends_at(log, step, tokens):
-    """Whether the bytes of a log are whole lines, of which the last is of this step and tells no
-    other number of tokens; at step 0 the log may be empty."""
-    if not log:
-        return step == 0
-    try:
-        row = parse_json(log.splitlines()[-1])
-        fits = row["step"] == step and row.get("tokens", tokens) == tokens
-    except (ValueError, KeyError, TypeError, AttributeError):
-        fits = False
-    return fits and log.endswith(b"\n")
+def shown(value):
+    """A setting as text; a list without its brackets."""
+    if isinstance(value, list):
+        return " + ".join(map(str, value)) or "nothing"
+    return str(value)
 
 
 def beginning(run):

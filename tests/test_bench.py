@@ -14,7 +14,7 @@ import bench
 from conftest import ROOT, exit_code, messages
 from model import Llama, flops_per_token
 from support import cpu, growth, measure
-from support.memory import peak_of_step
+from support.plan import peak_of_step
 from support.runs import UserError
 
 TINY = ("--dim 32 --n_layers 1 --n_heads 2 --n_kv_heads 1 --intermediate_size 48 --vocab_size 100 "

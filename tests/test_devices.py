@@ -143,11 +143,11 @@ def test_log_tells_gpu_and_memory(monkeypatch, tmp_path):
     added = {"cuda", "cudnn_attention"}
     for name, keys, memory in (("cuda", added, 123), ("cpu", set(), None)):
         device = torch.device(name)
-        env = devices.environment(device, torch.bfloat16, 1, 8, compiled=False)
+        env = devices.environment(device, torch.bfloat16, 1, 8, ["loss"], {"model.py": "0"})
         assert env.keys() & added == keys
         assert (env["device"] == "NVIDIA H200") == (name == "cuda")
         (tmp_path / name).mkdir()
-        log = Log(tmp_path / name, 0, 0, 0, max_steps=1)
+        log = Log(tmp_path / name, 0, max_steps=1)
         log.train(1, 128, 3.0, 0.1, 1.0, 0.5, 128, skipped=False,
                   memory=devices.peak_memory(device))
         logged = [row for row in rows(tmp_path / name, keys=("step",))]

@@ -171,7 +171,7 @@ def test_readme_tells_of_the_logged_gpu():
 # Promises, exercises, layout
 
 def test_readme_tells_of_the_computed_plan():
-    """Catches: hours in README that `python model.py 1.7b --plan` does not print."""
+    """Catches: hours in README that `python -m bench plan 1.7b` does not print."""
     config = PRESETS["1.7b"]
     hours = [sum(plan.hours(1_716_144_128, flops_per_token(config, 1024), gpus)) for gpus in (1, 8)]
     assert missing([f"| {hours[0]:.1f}, {hours[1]:.1f} |"]) == []

@@ -26,7 +26,7 @@ import checkpoint
 import evaluate
 import sample
 import train
-from conftest import CHILD, FLAGS, ROOT, evals, exit_code, messages, rows, run, same, state
+from conftest import CHILD, FLAGS, ROOT, TEST, evals, exit_code, messages, rows, run, same, state
 from support import devices, durable, runs
 from support.runs import UserError
 
@@ -560,25 +560,41 @@ def test_state_of_another_step_is_refused(data, copy, capsys):
     assert "holds the state of step 15" in message
 
 
-def add_setting(state):
-    state["config"]["dropout"] = 0.1
-
-
-def lose_setting(state):
-    del state["config"]["beta2"]
-
-
-@pytest.mark.parametrize("spoil, name", [(add_setting, "dropout"), (lose_setting, "beta2")])
-def test_settings_of_another_version_are_refused(data, copy, saved, capsys, spoil, name):
-    """Catches: a run that goes on with a setting forgotten, or with a default in its place."""
-    spoil(saved)
+def test_setting_that_is_unknown_is_refused(data, copy, saved, capsys):
+    """Catches: a run that goes on with a setting forgotten."""
+    saved["config"]["dropout"] = 0.1
     checkpoint.save(copy, saved, keep_last=2, keep_every=0)
     log = (copy / "metrics.jsonl").read_bytes()
     assert run(data, copy, "--resume") == 2
     message, = messages(capsys)
     assert "another version of this code" in message
-    assert name in message
+    assert "dropout" in message
     assert (copy / "metrics.jsonl").read_bytes() == log
+
+
+def test_setting_that_is_newer_has_its_default(data, copy, saved, capsys, monkeypatch, whole):
+    """Catches: runs that a new flag makes unusable; the default of a preset, which is not what the
+    code did before the flag."""
+    monkeypatch.setitem(train.BY_PRESET["test"], "beta2", 0.5)
+    assert saved["config"].pop("beta2") == 0.95
+    checkpoint.save(copy, saved, keep_last=2, keep_every=0)
+    assert run(data, copy, "--resume") == 0
+    note = "note: the run does not have the settings beta2 0.95: the default is used"
+    assert note in messages(capsys)
+    assert same(copy, whole)
+    assert train.read_settings(["--preset", "test"]).beta2 == 0.5  # control
+
+
+def test_config_that_is_older_has_the_defaults(saved, capsys):
+    """Catches: checkpoints that a new field of ModelConfig makes unusable, or a field that is
+    forgotten."""
+    sizes = saved["model_config"]
+    assert sizes.pop("rope_theta") == 500_000.0
+    assert checkpoint.read_config(sizes) == TEST
+    assert messages(capsys) == [
+        "note: the checkpoint's config does not have rope_theta 500000.0: the default is used"]
+    with pytest.raises(UserError, match="activation: unknown here"):
+        checkpoint.read_config({**sizes, "activation": "gelu"})
 
 
 # -------------------------------------------------------------------------------------------------

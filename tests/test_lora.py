@@ -48,6 +48,18 @@ def test_fresh_adapters_change_nothing():
     assert not torch.allclose(model(TOKENS)[0], before)  # control
 
 
+def test_adapters_are_for_linear_layers():
+    """Catches: a part of a block that a reader has added, taken for a linear layer."""
+    model = small()
+    for block in model.model.layers:
+        block.mlp.drop = torch.nn.Dropout(0.1)
+        block.self_attn.norm = torch.nn.RMSNorm(16)
+    lora.add_adapters(model, 4, 16)
+    adapted = [m for m in model.modules() if isinstance(m, lora.LoRALinear)]
+    assert len(adapted) == 2 * 7
+    assert type(model.model.layers[0].mlp.drop) is torch.nn.Dropout
+
+
 def test_only_adapters_are_trained():
     """Catches: a layer without adapters, a weight that is not frozen, a parameter's other name."""
     model = small()

@@ -1,4 +1,4 @@
-"""support/memory.py and support/plan.py: what is computed about memory and time is what happens."""
+"""support/plan.py: what is computed about memory and time is what happens."""
 import json
 import os
 import socket
@@ -11,7 +11,7 @@ import torch
 import train
 from conftest import ROOT
 from model import Llama, ModelConfig, flops_per_token
-from support import memory, plan
+from support import plan
 
 SMALL = dict(dim=64, n_heads=4, n_kv_heads=2, intermediate_size=96, vocab_size=512, max_seq_len=32)
 
@@ -20,15 +20,15 @@ SMALL = dict(dim=64, n_heads=4, n_kv_heads=2, intermediate_size=96, vocab_size=5
 def test_two_sizes_tell_the_peak_of_any_number_of_layers(recompute):
     """Catches: a peak that is extrapolated to another network."""
     config = ModelConfig(n_layers=7, **SMALL)
-    counted = memory.counted_peak(Llama, config, 2, recompute)
-    assert memory.peak_of_step(Llama, config, 2, recompute) == pytest.approx(counted, rel=1e-3)
-    other = memory.peak_of_step(Llama, ModelConfig(n_layers=8, **SMALL), 2, recompute)
+    counted = plan.counted_peak(Llama, config, 2, recompute)
+    assert plan.peak_of_step(Llama, config, 2, recompute) == pytest.approx(counted, rel=1e-3)
+    other = plan.peak_of_step(Llama, ModelConfig(n_layers=8, **SMALL), 2, recompute)
     assert other != pytest.approx(counted, rel=0.02)  # control
 
 
 def test_counter_sees_what_is_freed():
     """Catches: a peak that is the sum of everything, or in which views count."""
-    with memory.Peak() as counter:
+    with plan.Peak() as counter:
         for _ in range(3):
             numbers = torch.zeros(1000)  # 4,000 bytes
             half = numbers[:500]
@@ -46,7 +46,7 @@ sys.path.insert(0, {str(ROOT)!r})
 import torch
 import torch.distributed as dist
 from model import Llama, ModelConfig
-from support import memory, sharding
+from support import fast, memory, sharding
 
 def status(name):
     for line in open("/proc/self/status"):
@@ -54,7 +54,7 @@ def status(name):
             return int(line.split()[1]) * 1024
 
 def train(config, micro_batch, recompute, fsdp):
-    llama = Llama(config)
+    llama = fast.use(Llama(config), ("attention", "loss"))
     if recompute:
         memory.checkpoint_activations(llama)
     if fsdp:
@@ -119,8 +119,8 @@ LARGE_VOCABULARY = ModelConfig(dim=384, n_layers=8, n_heads=6, n_kv_heads=6,
 def test_computed_memory_is_that_of_a_process(config, recompute, fsdp):
     """Catches: a plan that promises a micro-batch which does not fit."""
     def computed(recompute, fsdp):
-        peak = memory.peak_of_step(Llama, config, 8, recompute)
-        return memory.peak_when_sharded(peak, Llama(config), 2) if fsdp else peak
+        peak = plan.peak_of_step(Llama, config, 8, recompute)
+        return plan.peak_when_sharded(peak, Llama(config), 2) if fsdp else peak
 
     measured = measured_peak(config, 8, recompute, fsdp)
     found = computed(recompute, fsdp)

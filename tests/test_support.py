@@ -198,19 +198,19 @@ def log_rows(run):
 
 def test_log_is_cut_to_what_the_state_knows(tmp_path):
     """Catches: steps that stand in the log twice, or a line that a kill left half written."""
-    log = Log(tmp_path, 0, 0, 0, max_steps=9)
+    log = Log(tmp_path, 0, max_steps=9)
     log.event("a", 1)
     length = log.length()
     log.event("b", 2)
     log.file.write(b'{"ev')
-    again = Log(tmp_path, length, 1, 8, max_steps=9)
+    again = Log(tmp_path, length, max_steps=9)
     again.event("c", 2, loss=float("nan"), rates=[float("inf"), 1.5])
     rows = log_rows(tmp_path)
     assert rows[1] == {"event": "c", "step": 2, "loss": None, "rates": [None, 1.5]}
     assert len(rows) == 2
     for wrong in (length - 1, 10**6):
         with pytest.raises(UserError, match="was changed since"):
-            Log(tmp_path, wrong, 1, 8, max_steps=9)
+            Log(tmp_path, wrong, max_steps=9)
     assert log_rows(tmp_path) == rows  # control: a refused log stays as it is
 
 
@@ -222,7 +222,7 @@ def test_full_disk_stops_the_log(tmp_path, monkeypatch):
         def write(self, line):
             return len(line) // 2
 
-    log = Log(tmp_path, 0, 0, 0, max_steps=9)
+    log = Log(tmp_path, 0, max_steps=9)
     log.event("a", 1)  # control
     log.file = Full()
     with pytest.raises(UserError, match="not written at step 2") as error:
@@ -232,7 +232,7 @@ def test_full_disk_stops_the_log(tmp_path, monkeypatch):
 
 def test_other_processes_log_nothing(capsys):
     """Catches: every line once for each process."""
-    log = Log(None, 0, 0, 0, max_steps=9)
+    log = Log(None, 0, max_steps=9)
     log.event("a", 1)
     log.train(1, 8, 2.0, 0.1, 1.0, seconds=1, tokens_in_step=8, skipped=False)
     log.say("text")
@@ -242,7 +242,7 @@ def test_other_processes_log_nothing(capsys):
 def test_train_row_has_speed_and_utilization(tmp_path, capsys):
     """Catches: milliseconds that are seconds, utilization of another peak, a skipped update that
     looks like any other."""
-    log = Log(tmp_path, 0, 0, 0, max_steps=9, peak_rate=64.0)
+    log = Log(tmp_path, 0, max_steps=9, peak_rate=64.0)
     log.train(1, 8, 2.0, 0.1, 1.0, seconds=0.5, tokens_in_step=8, skipped=False)
     log.train(2, 16, 2.0, 0.1, 1.0, seconds=0.5, tokens_in_step=8, skipped=True)
     first, second = log_rows(tmp_path)

@@ -507,11 +507,12 @@ def test_activation_checkpointing_changes_no_bit(data, whole, tmp_path, block_fo
     does nothing."""
     folder = tmp_path / "r"
     flag = "activation_checkpointing"
-    assert run(data, folder, f"--{flag}", "--stop_at", 10) == 75
+    assert run(data, folder, f"--{flag}", "--no-fast", "--stop_at", 10) == 75
     assert len(block_forwards) == 10 * 2 * 2 * 2  # steps, micro-batches, blocks, forward + backward
-    assert run(data, folder, "--resume", f"--no-{flag}") == 0
+    assert run(data, folder, "--resume", f"--no-{flag}") == 0  # still --no-fast
     assert len(block_forwards) == 10 * 2 * 2 * 2 + 10 * 2 * 2  # control
-    assert same(folder, whole)
+    assert run(data, tmp_path / "plain", "--no-fast") == 0
+    assert same(folder, tmp_path / "plain")
 
 
 def test_activation_checkpointing_repeats_dropout(data, tmp_path, dropout, monkeypatch):
@@ -581,6 +582,17 @@ def test_lr_has_no_jump(schedule, warmup):
     decay_steps = max(1, min(20, 100 - warmup))  # of wsd, the shortest
     steepest = 0.9 * math.pi / 2 / decay_steps   # of a cosine that is as short
     assert changes.max() <= max(rise, steepest) + 1e-9
+
+
+def test_schedule_without_a_formula_is_an_error(data, tmp_path, capsys, monkeypatch):
+    """Catches: a new name among the schedules that trains as another one, or ends a run late."""
+    for step in (0, 50):
+        with pytest.raises(UserError, match="--schedule sqrt has no branch in lr_at"):
+            lr_at(step, schedule="sqrt")
+    monkeypatch.setitem(train.BY_PRESET, "test", {"schedule": "sqrt"})
+    assert run(data, tmp_path / "r") == 2
+    assert "has no branch in lr_at, train.py" in messages(capsys)[-1]
+    assert not (tmp_path / "r" / "metrics.jsonl").exists()
 
 
 def test_lr_of_a_longer_run_is_as_documented():
@@ -683,7 +695,7 @@ def test_loss_scale_below_1_ends_the_run(data, tmp_path, capsys, start_scale):
 
 def test_remaining_time_is_that_of_the_fastest_steps(tmp_path, capsys):
     """Catches: a forecast from the first steps, which are slow, or from a mean with them."""
-    log = runs.Log(tmp_path, 0, 0, 0, max_steps=1020)
+    log = runs.Log(tmp_path, 0, max_steps=1020)
     for step in range(1, 21):
         seconds = 60.0 if step <= 15 else 0.6
         log.train(step, 128 * step, 3.0, 0.1, 1.0, seconds, 128, skipped=False)
@@ -695,7 +707,7 @@ def test_remaining_time_is_that_of_the_fastest_steps(tmp_path, capsys):
 
 def test_first_last_and_skipped_steps_are_printed(tmp_path, capsys):
     """Catches: a screen that stays empty at first, or that scrolls with every step."""
-    log = runs.Log(tmp_path, 0, 0, 0, max_steps=30)
+    log = runs.Log(tmp_path, 0, max_steps=30)
     for step in range(1, 31):
         log.train(step, 128 * step, 3.0, 0.1, 1.0, 0.01, 128, skipped=step == 9)
     printed = re.findall(r"^step +(\d+)/30 ", capsys.readouterr().out, re.MULTILINE)
@@ -721,7 +733,7 @@ def test_slow_steps_are_reported_once(tmp_path, capsys):
     """Catches: a machine that another program slows down, and nobody knows why; a remark about one
     slow step, or in every line. (Row 49.)"""
     def remarks(durations):
-        log = runs.Log(tmp_path, 0, 0, 0, max_steps=1000)
+        log = runs.Log(tmp_path, 0, max_steps=1000)
         for step, seconds in enumerate(durations, 1):
             log.train(step, 128 * step, 3.0, 0.1, 1.0, seconds, 128, skipped=False)
         return re.findall("times as long as the fastest.*", capsys.readouterr().out)
@@ -740,16 +752,17 @@ def test_slow_steps_are_reported_once(tmp_path, capsys):
     (["--max_steps", 499], False),                 # too short to earn it back
     (["--max_steps", 500, "--no-compile"], False),
     (["--max_steps", 20, "--compile"], True),
+    (["--max_steps", 500, "--no-fast"], False),
 ])
 def test_long_runs_are_compiled(data, tmp_path, monkeypatch, flags, expected):
     """Catches: a default run at half its speed, a short one that spends its time compiling."""
     compiled = []
     monkeypatch.setattr(train, "can_compile", lambda device: True)
-    monkeypatch.setattr(Llama, "compile_parts", lambda llama: compiled.append(llama))
+    monkeypatch.setattr(Block, "compile", lambda block: compiled.append(block))
     assert run(data, tmp_path / "r", *flags, "--stop_at", 1) == 75
     assert bool(compiled) == expected
     (env,), = rows(tmp_path / "r", "start", ("env",))
-    assert env["compile"] == expected
+    assert ("blocks" in env["fast"]) == expected
 
 
 def test_run_goes_on_without_a_compiler(data, whole, tmp_path, capsys, monkeypatch):
@@ -760,7 +773,7 @@ def test_run_goes_on_without_a_compiler(data, whole, tmp_path, capsys, monkeypat
     assert run(data, tmp_path / "r", "--compile") == 0
     assert "no compiler found" in capsys.readouterr().err
     (env,), = rows(tmp_path / "r", "start", ("env",))
-    assert env["compile"] is False
+    assert env["fast"] == ["attention", "loss"]
     assert rows(tmp_path / "r") == rows(whole)
 
 
