@@ -21,10 +21,11 @@ import torch
 from tqdm import tqdm
 
 import checkpoint
+import model
 from data import GPT2_VOCAB_SIZE, DataFolder, Tokenizer, Windows
 from evaluate import evaluating
 from model import Llama, ModelConfig
-from support import durable, hf_tokenizer, lora
+from support import durable, fast, hf_tokenizer, lora
 from support.chat import jinja_template, system_of
 from support.files import new_folder, write_json
 from support.flags import Parser, number
@@ -118,9 +119,6 @@ def from_hf_config(theirs, file):
     known.update({name: value for name, value in theirs.items() if value is not None})
     known["rope_theta"] = rope_theta_of(theirs, file)
     sizes = {ours: known[name] for ours, name in NAMES.items()}
-    for name in ("norm_eps", "rope_theta"):
-        if type(sizes[name]) is int and abs(sizes[name]) < 10**9:
-            sizes[name] = float(sizes[name])
     sizes["padded_vocab_size"] = theirs["vocab_size"]
     sizes["vocab_size"] = theirs["vocab_size"]
     config = checked_config(sizes, file)
@@ -166,9 +164,80 @@ def checked_config(sizes, file):
 
 
 # -------------------------------------------------------------------------------------------------
+# A folder says "Llama", and others compute what a Llama computes. So the network has to be one.
+
+# The texts of model.py that compute what LlamaForCausalLM does, without comments and docstrings.
+# (After a change that computes the same, the test that fails shows the new hash.)
+LLAMA = {
+    "RMSNorm": "466f64868f00", "rope_table": "2ce28319e80c",
+    "apply_rope": "3211e61e0794", "causal_mask": "a50242de4f46",
+    "attention": "d61d2846c435", "Attention": "f6bf70e11764",
+    "SwiGLU": "77b98f32f3de", "Block": "251c31a89cee",
+    "Decoder": "57e2ac7a961e", "Llama.logits": "8d83de847b0a",
+    "Llama.forward": "16b142d99e2e",
+}
+
+
+def check_is_llama(tensors, config, anyway):
+    """Raise UserError if tensors {name: tensor} are not those of a Llama, or if a part of model.py
+    has another text, so that it may compute something else. anyway: say it only, and take out the
+    tensors that a Llama does not have."""
+    shapes = shapes_of(config)
+    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    missing = [name for name in shapes if found.get(name) != shapes[name]]
+    if missing:
+        raise UserError(f"not a Llama: its weights lack {', '.join(missing[:3])} of the shape that "
+                        f"the config tells — there is no such folder for this network")
+    unknown = [name for name in found if name not in shapes]
+    edited = [name for name, text in LLAMA.items() if fast.hash_of(part_of_model(name)) != text]
+    what = [f"{name} is not a tensor of one" for name in unknown[:3]]
+    what += [f"{name} in model.py has another text" for name in edited]
+    if what and not anyway:
+        raise UserError(f"not a plain Llama: {', '.join(what)} — others would compute something "
+                        f"else with these weights; if you know that they would not, give --anyway")
+    if what:
+        print(f"note: exported as a Llama all the same: {', '.join(what)}")
+    for name in unknown:
+        del tensors[name]
+
+
+def part_of_model(name):
+    """The function or class of model.py of this name; "Llama.logits" is one of a class."""
+    found = model
+    for part in name.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def shapes_of(config):
+    """{name: shape} of the tensors of a LlamaForCausalLM."""
+    dim = config.dim
+    kv_dim = config.n_kv_heads * config.head_dim
+    wide = config.intermediate_size
+    in_layer = {
+        "self_attn.q_proj": (dim, dim),
+        "self_attn.k_proj": (kv_dim, dim),
+        "self_attn.v_proj": (kv_dim, dim),
+        "self_attn.o_proj": (dim, dim),
+        "mlp.gate_proj": (wide, dim),
+        "mlp.up_proj": (wide, dim),
+        "mlp.down_proj": (dim, wide),
+        "input_layernorm": (dim,),
+        "post_attention_layernorm": (dim,),
+    }
+    shapes = {"model.embed_tokens.weight": (config.padded_vocab_size, dim)}
+    for layer in range(config.n_layers):
+        for part, shape in in_layer.items():
+            shapes[f"model.layers.{layer}.{part}.weight"] = shape
+    shapes["model.norm.weight"] = (dim,)
+    shapes["lm_head.weight"] = (config.padded_vocab_size, dim)
+    return shapes
+
+
+# -------------------------------------------------------------------------------------------------
 # Export
 
-def export(run, out, step, dtype):
+def export(run, out, step, dtype, anyway):
     """Write the newest checkpoint of `run`, or that of `step`, as a Hugging Face folder. Adapters
     are merged. At most one file's weights are in memory twice."""
     import_safetensors()
@@ -178,6 +247,7 @@ def export(run, out, step, dtype):
         config = checkpoint.read_config(weights["config"])
         tokenizer = Tokenizer(config.vocab_size)
         tensors = weights.pop("model")
+        check_is_llama(tensors, config, anyway)
         report_padding(tensors, config, tokenizer, settings)
         if config.tie_embeddings:
             del tensors["lm_head.weight"]  # it is the embedding
@@ -222,10 +292,10 @@ def report_padding(tensors, config, tokenizer, settings):
 def padding_share(tensors, config, tokens):
     """The mean probability of the padded ids after tokens (1, T)."""
     with checkpoint.NoInit():
-        model = Llama(config)
-    model.load_state_dict(tensors, assign=True)  # no copy
-    with evaluating(model, torch.autocast("cpu", enabled=False)):
-        logits, _ = model(tokens)
+        llama = Llama(config)
+    llama.load_state_dict(tensors, assign=True)  # no copy
+    with evaluating(llama, torch.autocast("cpu", enabled=False)):
+        logits, _ = llama(tokens)
     return logits.softmax(-1)[..., config.vocab_size:].sum(-1).mean().item()
 
 
@@ -320,7 +390,7 @@ def evaluation_at(run, step):
     return found
 
 
-def export_adapters(run, out, step):
+def export_adapters(run, out, step, anyway):
     """Write the adapters of a LoRA run as a folder for peft. Raises UserError for another run."""
     import_safetensors()
     settings = settings_of(run)
@@ -331,6 +401,8 @@ def export_adapters(run, out, step):
     config = checkpoint.read_config(adapters["config"])
     if not lora.is_lora(adapters["model"]):
         raise UserError(f"{run} holds whole weights, no adapters — leave out --adapters")
+    base = checkpoint.load_parts(lora.base_file(run), checkpoint.WEIGHTS)
+    check_is_llama(base["model"], config, anyway)
     ours = adapters["model"]
     layers = [name.removesuffix(".lora_A") for name in ours if name.endswith(".lora_A")]
     rank = ours[f"{layers[0]}.lora_A"].shape[0]  # the same for all of them, and so is the scale
@@ -561,6 +633,8 @@ def main(argv=None):
                      help="of the weights in the files; float32 is exact, and twice as large")
     out.add_argument("--adapters", action="store_true",
                      help="of a LoRA run: the adapters alone, for peft; without it they are merged")
+    out.add_argument("--anyway", action="store_true",
+                     help="also if model.py was edited, so that it may not be a Llama any more")
     back = commands.add_parser("import", help="make a run of a Hugging Face folder")
     back.add_argument("folder", type=Path, metavar="DIR", help="folder of a Llama that uses "
                       "GPT-2's tokenizer")
@@ -571,9 +645,9 @@ def main(argv=None):
     if args.command == "import":
         import_folder(args.folder, args.run, args.step)
     elif args.adapters:
-        export_adapters(args.run, args.folder, args.step)
+        export_adapters(args.run, args.folder, args.step, args.anyway)
     else:
-        export(args.run, args.folder, args.step, args.dtype)
+        export(args.run, args.folder, args.step, args.dtype, args.anyway)
 
 
 if __name__ == "__main__":

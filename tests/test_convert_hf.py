@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 import checkpoint
 import convert_hf
 import evaluate
+import model
 import parity
 import plot_dynamics
 import prepare_data
@@ -495,8 +496,8 @@ REFUSED = {
     "two thetas": (config(rope_theta=10_000.0), "two values of rope_theta"),
     "head_dim": (config(head_dim=32), "head_dim is 32"),
     "no layers": (config(num_hidden_layers=None), "num_hidden_layers is missing"),
-    "a text as a size": (config(hidden_size="64"), "of another type: dim"),
-    "absurd size": (config(num_hidden_layers=10**9), "too large or of another type: n_layers"),
+    "a text as a size": (config(hidden_size="64"), "dim '64' is not of type int"),
+    "absurd size": (config(num_hidden_layers=10**9), "n_layers 1000000000 is too large"),
     "one head too many": (config(num_attention_heads=5), "not divisible by n_heads 5"),
     "another size": (config(intermediate_size=100), "has the shape (64, 96)"),
     "more layers": (config(num_hidden_layers=3), "9 tensors are missing (model.layers.2.input"),
@@ -529,8 +530,8 @@ REFUSED = {
     "a run of ours": (config(model_type=None), "model_type is None, not 'llama'"),
     "two kinds of names": (lambda f: (f / "model.safetensors.index.json").write_text(
         json.dumps({"weight_map": {"a": 1, "b": "c", "d": []}})), "names the file 1"),
-    "a huge epsilon": (config(rms_norm_eps=10**400), "of another type: norm_eps"),
-    "a truth as a number": (config(rms_norm_eps=True), "of another type: norm_eps"),
+    "a huge epsilon": (config(rms_norm_eps=10**400), "int too large to convert to float"),
+    "a truth as a number": (config(rms_norm_eps=True), "is not of type float"),
     "few rows": (config(vocab_size=999), "vocab_size 999 in config.json is less than"),
     "no tokenizer": (lambda f: [(f / n).unlink() for n in ("tokenizer.json", "vocab.json",
                                                            "merges.txt")],
@@ -581,6 +582,46 @@ def test_nothing_is_overwritten(exported, folder, tmp_path, capsys):
     edit(folder / "config.json", max_position_embeddings=24)
     assert convert("import", folder, tmp_path / "back", "--step", 4) == 2
     assert "of other sizes" in messages(capsys)[-1]
+
+
+def test_network_that_is_no_llama_is_refused(tmp_path, capsys, monkeypatch):
+    """Catches: a folder that says "Llama" and computes what an edited model.py does not."""
+    run = make_run(tmp_path / "run")
+
+    class SwiGLU(model.SwiGLU):
+        pass
+
+    monkeypatch.setattr(model, "SwiGLU", SwiGLU)
+    monkeypatch.setattr(model, "apply_rope", lambda x, cos, sin: x)
+    assert call(convert_hf.main, "export", run, tmp_path / "hf") == 2
+    message, = messages(capsys)
+    assert "apply_rope in model.py has another text, SwiGLU in model.py has another" in message
+    assert not (tmp_path / "hf").exists()
+    assert call(convert_hf.main, "export", run, tmp_path / "hf", "--anyway") == 0
+    assert "note: exported as a Llama all the same: apply_rope" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert call(convert_hf.main, "export", run, tmp_path / "again") == 0  # control
+
+
+@pytest.mark.parametrize("change", ["more", "less", "other"])
+def test_tensors_of_no_llama_are_refused(change, tmp_path, capsys):
+    """Catches: weights that the format does not know, left out without a word."""
+    run = make_run(tmp_path / "run")
+    weights, _ = checkpoint.load_weights(run)
+    name = "model.layers.1.mlp.up_proj.weight"
+    if change == "more":
+        name = "model.layers.1.self_attn.q_norm.weight"
+        weights["model"][name] = torch.ones(16)
+    if change == "less":
+        del weights["model"][name]
+    if change == "other":
+        weights["model"][name] = torch.ones(96, 65)
+    durable.write_checkpoint(run, 4, {"model.pt": weights})
+    assert call(convert_hf.main, "export", run, tmp_path / "hf") == 2
+    assert name in messages(capsys)[0]
+    assert call(convert_hf.main, "export", run, tmp_path / "hf", "--anyway") == (
+        0 if change == "more" else 2)
+    assert call(convert_hf.main, "export", run, tmp_path / "hf2", "--step", 3) == 0  # control
 
 
 def test_export_of_a_damaged_run_is_refused(exported, tmp_path, capsys):
