@@ -289,7 +289,7 @@ def find_marks(events):
             continue
         if event["event"] == "resume":
             kind = "resume"
-            changed = [name for name in env if env[name] != new_env.get(name, env[name])]
+            changed = [name for name in env if name in new_env and env[name] != new_env[name]]
             notes = [f"{name} {shown(env[name])} → {shown(new_env[name])}" for name in changed]
             if not event.get("restored_optimizer", True):
                 kind = "optimizer"

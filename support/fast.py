@@ -4,7 +4,7 @@ model.py is the specification. Three parts of it may be computed otherwise:
 
     attention   by PyTorch's fused kernels, or, in short windows on a CPU, in fewer operations
     loss        of some rows at a time, so that the logits are never all in memory
-    blocks      compiled, and with them the loss
+    blocks      compiled, and with them the kernel of the loss
 
 Your edits of model.py win. `attention` and the loss have a twin here. A twin knows the hash of the
 source that it stands for: if you edit the source, yours runs (of the loss still in chunks of rows,

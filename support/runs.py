@@ -294,8 +294,10 @@ class Log:
             return
         self.file = open(run / "metrics.jsonl", "a+b", buffering=0)
         self.file.seek(0)
-        kept = self.file.read(min(length, os.fstat(self.file.fileno()).st_size))
-        if len(kept) != length or not kept.endswith(b"\n" if length else b""):
+        size = os.fstat(self.file.fileno()).st_size
+        kept = self.file.read(min(length, size))
+        fits = kept.endswith(b"\n") if length > 0 else size == 0  # 0: a new run
+        if len(kept) != length or not fits:
             raise UserError(f"{self.file.name} was changed since the state to resume was saved — "
                             f"restore it, or start over with --overwrite")
         self.file.truncate(length)

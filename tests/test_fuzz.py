@@ -288,6 +288,7 @@ def test_checkpoint_with_a_mutated_meta_json_is_passed_over(tmp_path):
 # What nothing else in a state tells, so that the changed run is a run like any other:
 #   another finite value of a weight, a moment or the generator (or two of one shape swapped);
 #   another value of a setting that its flag can have (lr, seed …), and of norm_eps and rope_theta;
+#   a setting or a size that is missing: its default is used, and a line says so;
 #   seconds, env.
 STATE_VALUES = [value for value in VALUES if value != 10**4000]  # torch.save takes minutes for it
 STATE_VALUES += [torch.zeros(()), torch.ones(3), torch.ones(2, dtype=torch.int64), (1, 2), b"a"]
@@ -301,9 +302,13 @@ def plausible(tree, mutated, path=()):
         return checkpoint.describe("", {"": tree}) == checkpoint.describe("", {"": mutated})
     if isinstance(tree, dict) and isinstance(mutated, dict):
         same_keys = tree.keys() == mutated.keys()
-        return same_keys and all(plausible(tree[key], mutated[key], (*path, key)) for key in tree)
-    if path[:1] == ("config",):  # a flag without a value can have one
-        return type(tree) is type(mutated) or tree is None or mutated is None
+        if path == ("config",):
+            same_keys = tree.keys() >= mutated.keys()
+        return same_keys and all(plausible(tree[key], mutated[key], (*path, key))
+                                 for key in mutated)
+    if path[:1] == ("config",):  # a flag without a value can have one; 1 is 1.0 in a ModelConfig
+        is_number = type(tree) is float and type(mutated) is int
+        return type(tree) is type(mutated) or tree is None or mutated is None or is_number
     return type(tree) is type(mutated) and tree == mutated
 
 
@@ -406,11 +411,10 @@ def lines(whole):
 
 
 def test_log_to_resume_that_was_mutated_is_refused_or_cut(whole, tmp_path):
-    """Catches: a resume behind a log that is shorter, or that ends in half a line or at another
-    step. What was changed within the log, and not at its end, nothing tells. (Row 54.)"""
+    """Catches: a resume behind a log that is shorter, or that ends in half a line. What was changed
+    within the log nothing tells. (Row 54.)"""
     content = (whole / "metrics.jsonl").read_bytes()
     last = len(content.splitlines()[-1]) + 1  # bytes
-    step = json.loads(content.splitlines()[-1])["step"]
     file = tmp_path / "metrics.jsonl"
 
     def trial(draw):
@@ -424,13 +428,12 @@ def test_log_to_resume_that_was_mutated_is_refused_or_cut(whole, tmp_path):
         else:
             mutated = mutate_bytes(content, draw)
         file.write_bytes(mutated)
-        log = runs.Log(tmp_path, length, step, 0, 20)
+        log = runs.Log(tmp_path, length, 20)
         log.file.close()
         kept = file.read_bytes()
-        lines = kept.splitlines() or [b'{"step": null}']
-        return kept == mutated[:length] and json.loads(lines[-1])["step"] == step
+        return kept == mutated[:length] and kept.endswith(b"\n")
     file.write_bytes(content)
-    runs.Log(tmp_path, len(content), step, 0, 20).file.close()  # control
+    runs.Log(tmp_path, len(content), 20).file.close()  # control
     assert hold(draws(2500), trial)
 
 
