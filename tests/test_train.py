@@ -733,6 +733,7 @@ def test_slow_steps_are_reported_once(tmp_path, capsys):
     """Catches: a machine that another program slows down, and nobody knows why; a remark about one
     slow step, or in every line. (Row 49.)"""
     def remarks(durations):
+        (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
         log = runs.Log(tmp_path, 0, max_steps=1000)
         for step, seconds in enumerate(durations, 1):
             log.train(step, 128 * step, 3.0, 0.1, 1.0, seconds, 128, skipped=False)
