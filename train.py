@@ -199,7 +199,7 @@ def main(argv=None):
         compiled = args.max_steps >= COMPILE_FROM if args.compile is None else args.compile
         compiled = compiled and not any_process(not can_compile(device), device)
         if compiled and is_main:
-            print("compiling: some seconds, or up to a minute for the first time", flush=True)
+            print("compiling, which takes a while; --no-compile leaves it out", flush=True)
         parts, remarks = fast.use_what_agrees(model, args.micro_batch, args.seq_len, autocast,
                                               compiled, args.activation_checkpointing)
     network = model  # what the loop calls; `model` keeps the plain names

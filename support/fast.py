@@ -348,6 +348,7 @@ def choose(network, layer, compiled):
         remarks.append("loss: model.py was edited here, and it is not a sum over rows any more, so "
                        "it is computed as written, from all logits at once")
     is_random = layer.is_random()
+    layer.network.train(not is_random)  # else no two ways could be compared
     if compiled and is_random:
         remarks.append("blocks: two forwards of one differ (dropout?), so they are not compiled")
     if is_random or not compiled:
@@ -408,12 +409,10 @@ class Layer:
         return network.model(self.inputs[:B]).flatten(0, 1)
 
     def is_random(self):
-        """Whether two forwards differ. If so, they are compared in evaluation mode from now on."""
+        """Whether two forwards differ."""
         with torch.no_grad(), self.autocast:
             first = self.hidden(self.network, self.sequences)
-            is_random = not torch.equal(first, self.hidden(self.network, self.sequences))
-        self.network.train(not is_random)
-        return is_random
+            return not torch.equal(first, self.hidden(self.network, self.sequences))
 
     def results(self, network, B, autocast):
         """{"loss": …, name of a parameter: its gradient}, from the first B sequences."""
