@@ -156,7 +156,13 @@ def rope_theta_of(theirs, file):
     return found[0] if found else DEFAULTS["rope_theta"]
 
 
+LARGEST = {"n_layers": 10_000}  # an absurd number of layers would take for ever to make
+
+
 def checked_config(sizes, file):
+    for name, value in sizes.items():
+        if isinstance(value, int) and value > LARGEST.get(name, 2**24):
+            raise UserError(f"{file}: {name} {value!r:.40} is too large — import a plain Llama")
     try:
         return checkpoint.read_config(sizes)
     except UserError as why:
@@ -291,7 +297,7 @@ def report_padding(tensors, config, tokenizer, settings):
 
 def padding_share(tensors, config, tokens):
     """The mean probability of the padded ids after tokens (1, T)."""
-    with checkpoint.NoInit():
+    with fast.NoInit():
         llama = Llama(config)
     llama.load_state_dict(tensors, assign=True)  # no copy
     with evaluating(llama, torch.autocast("cpu", enabled=False)):
@@ -397,11 +403,11 @@ def export_adapters(run, out, step, anyway):
     folder = durable.find(run, step)
     if folder is None:
         raise UserError(f"{run}: no such run, or one without checkpoints — tune it first")
-    adapters = checkpoint.load_parts(folder / "model.pt", checkpoint.WEIGHTS)
+    adapters = durable.load_weights(folder / "model.pt")
     config = checkpoint.read_config(adapters["config"])
     if not lora.is_lora(adapters["model"]):
         raise UserError(f"{run} holds whole weights, no adapters — leave out --adapters")
-    base = checkpoint.load_parts(lora.base_file(run), checkpoint.WEIGHTS)
+    base = durable.load_weights(lora.base_file(run))
     check_is_llama(base["model"], config, anyway)
     ours = adapters["model"]
     layers = [name.removesuffix(".lora_A") for name in ours if name.endswith(".lora_A")]

@@ -1,5 +1,8 @@
-"""sft.py — instruction tuning: teach a pretrained model to answer. Read it beside train.py: the
-loop is the same, and what differs is the lesson (`diff train.py sft.py`).
+"""sft.py — instruction tuning: teach a pretrained model to answer.
+
+The loop is that of train.py. What this file brings to it is the lesson: rows of conversations
+instead of windows of text, targets that count only in answers, adapters (--lora), and an evaluation
+of answers.
 
     python sft.py                                   # the newest pretrained run, on its own manuals
     python sft.py runs/tiny --run runs/tiny-sft     # all weights
@@ -10,37 +13,29 @@ loop is the same, and what differs is the lesson (`diff train.py sft.py`).
 The paper (arXiv 2412.13335) tunes on alpaca-cleaned in the template of Vicuna 1.1. Signals, exit
 codes and --resume are those of train.py.
 """
-import itertools
-import math
 import os
 import sys
 import textwrap
 import time
+from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 from support import cpu  # before torch, which reads its settings once
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch.nn.parallel import DistributedDataParallel
 
 import checkpoint
 from data import DataFolder, Tokenizer
 from evaluate import (ROWS, evaluating, log_benchmark, open_benchmark, text_statistics,
                       tokens_per_forward)
 from model import Llama
-from support import chat, fast, flags, lora, sharding
+from support import chat, durable, fast, flags, lora
 from support.chat import IGNORE, Batches, Examples
-from support.devices import (StopSignals, any_process, check_equal, choose_dtype, complete_rows,
-                             end_processes, environment, from_rank_0, peak_memory, processes,
-                             start_processes, sum_over_processes, to_device, use_machine)
-from support.files import write_json
-from support.memory import checkpoint_activations
-from support.runs import (Log, UserError, claim, due, is_finished, is_tuned, newest_run, script,
-                          settings_of, start_over)
-from train import (ONCE, add_settings, check_resume, finish, finish_settings, has_diverged,
-                   introduce_parts, introduce_resume, lr_at, make_optimizer, rewarming,
-                   rms_of_change)
+from support.devices import check_equal, complete_rows, end_processes, processes, say
+from support.runs import (UserError, is_finished, is_tuned, newest_run, script, settings_of)
+from train import Batch, begin, finish, open_run, parse_settings, prepare, train
 
 # What a preset of the base changes. A flag on the command line wins over it.
 BY_PRESET = {"tiny": dict(lr=1e-3, epochs=1.0, batch_size=32, eval_every=0, sample_every=0)}
@@ -51,198 +46,60 @@ BY_PRESET = {"tiny": dict(lr=1e-3, epochs=1.0, batch_size=32, eval_every=0, samp
 
 @script
 def main(argv=None):
-    args = read_settings(argv)  # a mistake in a flag ends here, before anything is touched
-    rank, world, device = start_processes(args)
-    is_main = rank == 0
-    method = "sft" if args.lora is None else f"lora{args.lora}"
-    run = Path(args.run or f"runs/{Path(args.base).name}-{method}")
-    if run.resolve() == Path(args.base).resolve():
-        raise UserError(f"{run} is the run to start from — choose another --run for the tuned one")
-    folder = None  # of the checkpoint to resume
-    if is_main:
-        claim(run, args.resume, args.overwrite)
-        if args.resume:
-            folder = checkpoint.newest(run)
-    folder = from_rank_0(folder)
-    state = checkpoint.load(folder)  # restored below; None in a new run
-    if state is not None:
-        args = read_settings(argv, saved=state["config"])  # again, with the saved values
-    args.run = str(run)
-    device = use_machine(args, device, world)
-
-    # ---- Data, model, optimizer, precision
+    run, args, machine, state = open_run(argv, read_settings)
+    if is_finished(run, state, args.max_steps):
+        say(f"{run} is finished: {args.max_steps} steps — next: python sample.py {run} --chat")
+        return end_processes(0)
     weights = open_base(args, run, state)
-    model = make_model(args, weights, device)
-    if args.activation_checkpointing:
-        checkpoint_activations(model)
+    model = make_model(args, weights).to(machine.device)
     tokenizer = Tokenizer(model.config.vocab_size)
     window = args.max_length or model.config.max_seq_len
     if window > model.config.max_seq_len:
         raise UserError(f"--max_length {window} is more than the model's window of "
                         f"{model.config.max_seq_len} tokens")
-    opened = open_instructions(args, state, tokenizer, window, is_main)
-    examples, held_out, bad, fingerprint = opened
+    examples, held_out, bad, fingerprint = open_instructions(args, state, tokenizer, window)
     batches = Batches(examples, args.batch_size, args.seed)
     if args.max_steps is None:
         args.max_steps = max(1, round(args.epochs * batches.per_epoch))
-    lr_at(0, args)  # a schedule without a formula ends here
-    optimizer = make_optimizer(model, args, device)
-    dtype = choose_dtype(args.dtype, device)
-    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-    observer = AnswerObserver(model, tokenizer, held_out, args, autocast)
-
-    step = 0
-    tokens_seen = 0
-    seconds = 0.0      # of training, over all resumes
-    updates = 0        # those that the optimizer's moments have seen
-    log_length = 0     # what was logged after the checkpoint is cut off
-    resumed_at = None  # this step is saved already
-    if state is not None:
-        checkpoint.restore(state, model, optimizer, scaler, args.reset_optimizer)
-        step = state["step"]
-        tokens_seen = state["tokens"]
-        seconds = state["seconds"]
-        updates = 0 if args.reset_optimizer else state["updates"]
-        log_length = state["log_bytes"]
-        resumed_at = step
-    check_resume(run, state, args)
     code = fast.hashes("model.py", "train.py", "sft.py")
     check_equal({**vars(args), **code, "rows in the file": fingerprint})
-    # A run at its last step may still lack its last evaluations: the log says if it is finished.
-    finished = from_rank_0(is_main and step == args.max_steps and is_finished(run))
-    if finished:
-        if is_main:
-            print(f"{run} is finished: {step} steps — next: python sample.py {run} --chat")
-        return end_processes(0)
-
-    # The formulas of model.py, or what computes the same faster. Not compiled: the micro-batches
-    # differ in length, and blocks would be compiled anew for each.
-    parts, remarks = [], []
-    if args.fast:
-        parts, remarks = fast.use_what_agrees(model, args.micro_batch, window, autocast)
-    network = model  # what the loop calls; `model` keeps the plain names
-    if world > 1:
-        devices = [device] if device.type == "cuda" else None
-        network = DistributedDataParallel(
-            model, device_ids=devices,
-            gradient_as_bucket_view=True,  # else all gradients are in memory twice
-            broadcast_buffers=False)       # they are constants, the same in each process
-
-    # ---- Log. Everything is checked by now: only here is an earlier run deleted.
-    settings = {name: value for name, value in vars(args).items() if name not in ONCE}
-    env = environment(device, dtype, world, args.micro_batch, parts, code)
-    if is_main:
-        if state is None:
-            start_over(run)
-        if state is None and args.lora is not None:
-            lora.keep_base(run, args.base, args.step, weights)
-        write_json(run / "config.json", settings)
-    log = Log(run if is_main else None, log_length, args.max_steps)
-    log.start(step, state, settings, env, args.reset_optimizer)
+    # Not compiled: the micro-batches differ in length, and blocks would be compiled anew for each.
+    prepared = prepare(args, state, model, machine, window)
+    observer = AnswerObserver(model, tokenizer, held_out, args, prepared.autocast)
+    constants, log = begin(run, args, machine, state, prepared, code, fingerprint)
+    facts = describe(examples, held_out, bad, batches.useful(args.micro_batch))
+    if state is None and args.lora is not None and machine.is_main:
+        lora.keep_base(run, args.base, args.step, weights)
     if state is None:
-        log_instructions(log, step, args, examples, held_out, bad, batches, observer.shown)
-    log.say(introduce(args, model, examples, held_out, bad, batches, world, dtype, device))
-    for line in introduce_parts(parts, remarks):
-        log.say(line)
-    if state is not None:
-        log.say(introduce_resume(args, state, env))
+        questions = [{"question": messages[-2]["content"], "answer": messages[-1]["content"]}
+                     for messages in observer.shown]
+        log.event("instructions", 0, **facts, questions=questions)
+    log.say(introduce(args, model, facts, batches.per_epoch, machine.world))
     del state, weights  # their memory is needed
 
-    # ---- The loop
-    stop = StopSignals(log)
-    start_time = time.monotonic()
-    stopping = False
-    failure = None
-    skipped_in_a_row = 0
-    trained = [p for p in model.parameters() if p.requires_grad]
-    while True:
-        # Each round does what is due at `step`, then the update to `step` + 1. It ends here: when
-        # told to stop, after saving; at the last step, after evaluating. Saving comes first, so
-        # that whatever takes long or fails after it loses nothing. Evaluation draws no random
-        # numbers and sampling has its own, so doing them more often does not change the training.
-        stopping = stopping or step == args.stop_at
-        save_now = stopping or due(step, args.save_every, args.max_steps)
-        if save_now and is_main and step != resumed_at:
-            full = checkpoint.capture(model, optimizer, scaler, step=step, tokens=tokens_seen,
-                                      seconds=seconds, config=settings, env=env, data=fingerprint,
-                                      updates=updates, log_bytes=log.length())
-            checkpoint.save(run, full, args.keep_last, args.keep_every)
-            del full
-        if stopping:
-            break
-        if due(step, args.eval_every, args.max_steps):
-            observer.evaluate(step, log)
-        if due(step, args.sample_every, args.max_steps):  # each process the same; rank 0 logs it
-            observer.sample(step, log)
-        if step == args.max_steps:
-            break
-
-        # 1. Batch, 2. forward, 3. backward, for each micro-batch of this process.
-        start = time.monotonic()
-        lr = lr_at(step, args) * rewarming(updates, args)
+    def read_step(step):
+        # Rows differ in how many of their targets count. Their number in the whole batch is known
+        # before the first forward, so each token of an answer has the same weight, be it of a short
+        # answer or of a long one.
         rows = batches.of_step(step)
-        # Rows differ in how many of their targets count, so a mean of the micro-batches' means
-        # would give a token of a short answer more weight than one of a long answer. The number of
-        # targets of the whole step is known before the first forward.
-        targets_in_step = int(examples.targets[rows].sum())  # of all processes
-        accumulation = math.ceil(len(rows) / (args.micro_batch * world))
-        loss_sum = torch.zeros((), device=device)
-        for micro in range(accumulation):
-            first = (micro * world + rank) * args.micro_batch
+        micro_batches = []
+        together = args.micro_batch * machine.world  # rows in one forward of all processes
+        for start in range(0, len(rows), together):
+            first = start + machine.rank * args.micro_batch
             ours = rows[first:first + args.micro_batch]
             if len(ours) > 0:
                 inputs, targets = examples.read(ours)
             else:  # no row is left for this process, but DDP needs its forward: nothing counts
                 inputs, targets = examples.read(rows[:1])
                 targets[:] = IGNORE
-            inputs = to_device(inputs, device)    # (B, T)
-            targets = to_device(targets, device)  # (B, T)
-            if world > 1:  # exchange gradients once a step, in the last backward
-                sharding.exchange_in_backward(network, micro == accumulation - 1)
-            with autocast:
-                _, micro_loss = network(inputs, targets, reduction="sum")
-            scaler.scale(micro_loss * world / targets_in_step).backward()
-            loss_sum += micro_loss.detach()
+            micro_batches.append((inputs, targets))
+        return Batch(micro_batches, targets=int(examples.targets[rows].sum()),
+                     tokens=int(examples.lengths[rows].sum()))  # without padding
 
-        # 4. Clip. All processes first agree on the loss, and on whether one was told to stop: if
-        # only that one left the loop, the others would wait for it for ever.
-        loss = sum_over_processes(loss_sum).item() / targets_in_step
-        stopping = any_process(stop.requested, device)
-        scaler.unscale_(optimizer)  # without fp16 it does nothing
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
-        norm = norm.item()
-        overflow = scaler.is_enabled() and not math.isfinite(norm)  # the scaler skips this update
-        skipped_in_a_row = skipped_in_a_row + 1 if overflow else 0
-        if has_diverged(loss, norm, scaler, skipped_in_a_row):
-            failure = f"step {step + 1}: loss {loss}, gradient norm {norm}, lr {lr:.2e}"
-            stopping = True
-            continue  # without this update: the state before it is good, and is saved above
-
-        # 5. Learning rate, 6. update.
-        for group in optimizer.param_groups:
-            group["lr"] = lr
-        before = [p.detach().clone() for p in trained] if args.log_update_rms else None
-        scaler.step(optimizer)
-        scaler.update()
-        optimizer.zero_grad(set_to_none=True)
-        step += 1
-        updates += not overflow
-
-        # 7. Log. Tokens are those of the rows, without padding.
-        update_rms = rms_of_change(before, trained) if args.log_update_rms else None
-        tokens_in_step = int(examples.lengths[rows].sum())
-        tokens_seen += tokens_in_step
-        dt = time.monotonic() - start
-        seconds += dt
-        log.train(step, tokens_seen, loss, lr, norm, dt, tokens_in_step, skipped=overflow,
-                  memory=peak_memory(device), update_rms=update_rms)
-
-    # ---- The end
-    stop.restore()
+    stopped = train(run, args, machine, prepared, constants, read_step, observer, log)
     advice = [f"python sample.py {run} --chat", f"python evaluate.py {run}",
               f"open {run}/trajectory.md: base and tuned model side by side"]
-    return finish(log, run, step, time.monotonic() - start_time, stopping, failure, advice)
+    return finish(run, log, prepared.progress.step, stopped, advice)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -254,12 +111,11 @@ def open_base(args, run, state):
         weights, args.step = checkpoint.load_weights(args.base, args.step)
         return weights
     if args.lora is not None:
-        file = lora.base_file(run)  # the state has only the adapters
-        return checkpoint.load_parts(file, checkpoint.WEIGHTS)
+        return durable.load_weights(lora.base_file(run))  # the state has only the adapters
     return {"config": state["model_config"], "model": state["model"]}
 
 
-def open_instructions(args, state, tokenizer, window, is_main):
+def open_instructions(args, state, tokenizer, window):
     """(Examples to train on, Examples held out, number of bad rows, fingerprint of the file).
 
     Raises UserError if nothing is left to train on, or if the file of a resumed run has changed."""
@@ -280,13 +136,16 @@ def open_instructions(args, state, tokenizer, window, is_main):
                         f"choose another --run")
     chats, splits, bad = chat.read_instructions(file, args.skip_bad)
     training, held_out = chat.hold_out(chats, splits, args.held_out, args.seed)
-    if any(splits) and args.held_out != HELD_OUT and is_main:
-        print(f"{file}: its rows have a \"split\", so --held_out is not used")
+    if any(splits) and args.held_out != HELD_OUT:
+        say(f"{file}: its rows have a \"split\", so --held_out is not used")
     repeated = len(chats) - len(training) - len(held_out)
-    if repeated > 0 and is_main:
-        print(f"{file}: {repeated} rows repeat another one and are left out")
-    examples = Examples([chats[i] for i in training], tokenizer, args.system, window, is_main)
-    held_out = Examples([chats[i] for i in held_out], tokenizer, args.system, window, is_main)
+    if repeated > 0:
+        say(f"{file}: {repeated} rows repeat another one and are left out")
+    rank, _ = processes()
+    rows_of = partial(Examples, tokenizer=tokenizer, system=args.system, max_length=window,
+                      progress=rank == 0)
+    examples = rows_of([chats[i] for i in training])
+    held_out = rows_of([chats[i] for i in held_out])
     if len(examples) == 0:
         raise UserError(f"{file}: nothing left to train on: {len(training)} rows, {bad} bad ones, "
                         f"{len(chats) - len(training)} held out (by their \"split\", or by "
@@ -295,7 +154,7 @@ def open_instructions(args, state, tokenizer, window, is_main):
     return examples, held_out, bad, fingerprint
 
 
-def make_model(args, weights, device):
+def make_model(args, weights):
     """The network with the weights to start from; with --lora frozen, and adapters beside them."""
     config = checkpoint.read_config(weights["config"])
     if args.lora is not None and args.lora > config.dim:
@@ -306,7 +165,7 @@ def make_model(args, weights, device):
     checkpoint.restore_weights(weights, model)
     if args.lora is not None:
         lora.add_adapters(model, args.lora, args.lora_alpha)
-    return model.to(device)
+    return model
 
 
 # -------------------------------------------------------------------------------------------------
@@ -390,10 +249,11 @@ class AnswerObserver:
         Questions of the same number of tokens are answered together."""
         prompts = [chat.encode_chat(self.tokenizer, messages[:-1], self.system)[0]
                    for messages in chats]
-        order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
+        of_length = defaultdict(list)  # number of tokens: the places of such prompts
+        for place, prompt in enumerate(prompts):
+            of_length[len(prompt)].append(place)
         answers = {}
-        for length, group in itertools.groupby(order, key=lambda i: len(prompts[i])):
-            group = list(group)
+        for length, group in of_length.items():
             most = min(self.LONGEST, self.model.config.max_seq_len - length)
             tokens = torch.tensor([prompts[i] for i in group], device=self.device)
             with evaluating(self.model, self.autocast):
@@ -427,15 +287,11 @@ DEFAULTS = dict(lr=2e-5, warmup_steps=20, weight_decay=0.0, sample_every=250, ke
 # What comes from the base's settings.
 INHERITED = ("preset", "data", "fingerprint", "seq_len", "benchmark", "benchmark_items")
 
-EXPERIMENT = ("base", "step", "held_out", "system", "max_length", "lora", "lora_alpha", "epochs",
-              "batch_size", "seed", "lr", "min_lr", "warmup_steps", "schedule", "weight_decay",
-              "beta1", "beta2", "grad_clip")
-
 
 def read_settings(argv, saved=None):
     """The command line as a namespace, as in train.py; the preset is that of the base."""
     parser = flags.Parser(description=__doc__.split("\n")[0])
-    add_settings(parser)
+    length = flags.add_settings(parser)
     add = parser.add_argument_group("instruction tuning").add_argument
     add("base", nargs="?", metavar="RUN", type=os.path.relpath,
         help="run folder to start from; without it the newest that train.py made")
@@ -453,7 +309,8 @@ def read_settings(argv, saved=None):
         help="train adapters of this rank, not the weights")
     add("--lora_alpha", type=flags.positive,
         help="adapters are multiplied by this / rank (default: 16)")
-    add("--epochs", type=flags.positive, help="how often each row is read (default: 3; for tiny 1)")
+    length.add_argument("--epochs", type=flags.positive,
+                        help="how often each row is read (default: 3; for tiny 1)")
     add("--batch_size", type=flags.count, default=128,
         help="at most so many rows per step, over all processes")
     add("--eval_items", type=flags.count, default=512,
@@ -461,13 +318,17 @@ def read_settings(argv, saved=None):
     args = parser.parse_args(argv)
     if args.lora_alpha is not None and args.lora is None and saved is None:
         raise UserError("--lora_alpha is about adapters — give --lora too, or leave it out")
-    if args.epochs is not None and args.max_steps is not None and saved is None:
-        raise UserError("--epochs and --max_steps both say when to end — give one of them")
     parser.set_defaults(**DEFAULTS)
     parser.set_defaults(**dict.fromkeys(INHERITED))
     if saved is None:
         parser.set_defaults(**settings_of_base(args))
-    return finish_settings(parser, argv, saved, EXPERIMENT)
+    args = parse_settings(parser, argv, saved)
+    method = "sft" if args.lora is None else f"lora{args.lora}"
+    args.run = args.run or f"runs/{Path(args.base).name}-{method}"
+    if Path(args.run).resolve() == Path(args.base).resolve():
+        raise UserError(f"{args.run} is the run to start from — choose another --run for the tuned "
+                        f"one")
+    return args
 
 
 def settings_of_base(args):
@@ -488,35 +349,29 @@ def settings_of_base(args):
 # -------------------------------------------------------------------------------------------------
 # What it prints and logs at the start
 
-def introduce(args, model, examples, held_out, bad, batches, world, dtype, device):
+def describe(examples, held_out, bad, useful):
+    """What is tuned on, for the log and the screen. useful: the share of tokens that are not
+    padding."""
+    answer, share = chat.most_frequent_answer(examples.chats)
+    return {"rows": len(examples), "held_out": len(held_out), "cut": examples.cut,
+            "skipped": examples.skipped, "bad": bad, "useful": useful, "frequent_answer": answer,
+            "frequent_share": share, "counted": examples.targets.sum() / examples.lengths.sum()}
+
+
+def introduce(args, model, facts, per_epoch, world):
     """What is about to happen: what is trained, on which rows, in which batches."""
     every = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    method = "all weights" if args.lora is None else f"LoRA of rank {args.lora}"
-    answer, share = chat.most_frequent_answer(examples.chats)
-    useful = batches.useful(args.micro_batch)
-    counted = examples.targets.sum() / examples.lengths.sum()
     return "\n".join([
-        f"base    {args.base} step {args.step}: {trained:,} of {every:,} parameters are trained "
-        f"({method})",
-        f"rows    {len(examples):,} to train on ({examples.cut} cut at {examples.max_length} "
-        f"tokens, {examples.skipped} skipped whose question alone is longer, {bad} bad), "
-        f"{len(held_out):,} held out; most frequent answer ({share:.2%}): {one_line(answer)}",
+        f"base    {args.base} step {args.step}: {trained:,} of {every:,} parameters are trained",
+        f"rows    {facts['rows']:,} to train on ({facts['cut']} cut, {facts['skipped']} skipped "
+        f"whose question alone is too long, {facts['bad']} bad), {facts['held_out']:,} held out; "
+        f"most frequent answer ({facts['frequent_share']:.2%}): "
+        f"{one_line(facts['frequent_answer'])}",
         f"batch   up to {args.batch_size} rows/step in micro-batches of {args.micro_batch} on "
-        f"{world} process(es); {useful:.1%} of the tokens are not padding; {counted:.1%} of these "
-        f"belong to answers and count",
-        f"device  {device}, {str(dtype).removeprefix('torch.')}; {args.max_steps} steps, "
-        f"{batches.per_epoch} per epoch"])
-
-
-def log_instructions(log, step, args, examples, held_out, bad, batches, shown):
-    """What was tuned on, for the figures: numbers, the commonest answer, the questions shown."""
-    answer, share = chat.most_frequent_answer(examples.chats)
-    questions = [{"question": messages[-2]["content"], "answer": messages[-1]["content"]}
-                 for messages in shown]
-    log.event("instructions", step, rows=len(examples), held_out=len(held_out), cut=examples.cut,
-              skipped=examples.skipped, bad=bad, useful=batches.useful(args.micro_batch),
-              frequent_answer=answer, frequent_share=share, questions=questions)
+        f"{world} process(es); {facts['useful']:.1%} of the tokens are not padding; "
+        f"{facts['counted']:.1%} of these belong to answers and count; {args.max_steps} steps, "
+        f"{per_epoch} per epoch"])
 
 
 def one_line(text, most=120):

@@ -6,6 +6,7 @@ import signal
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -86,15 +87,16 @@ def can_compile(device):
     return True
 
 
-def environment(device, dtype, world, micro_batch, fast, code):
+def environment(machine, micro_batch, fast, code):
     """What the speed of a run and its last bits depend on: the "env" of its log. fast: the parts of
     support/fast.py in use; code: {file: hash of its text}."""
     env = {"torch": str(torch.__version__), "python": platform.python_version(),
-           "device": platform.machine(), "device_count": world, "world_size": world,
-           "micro_batch": micro_batch, "dtype": str(dtype).removeprefix("torch."),
-           "fast": fast, "threads": torch.get_num_threads(), **code}
-    if device.type == "cuda":
-        env["device"] = torch.cuda.get_device_name(device)
+           "device": platform.machine(), "device_count": machine.world,
+           "world_size": machine.world, "micro_batch": micro_batch,
+           "dtype": str(machine.dtype).removeprefix("torch."), "fast": fast,
+           "threads": torch.get_num_threads(), **code}
+    if machine.device.type == "cuda":
+        env["device"] = torch.cuda.get_device_name(machine.device)
         env["cuda"] = torch.version.cuda
         env["cudnn_attention"] = torch.backends.cuda.cudnn_sdp_enabled()
     return env
@@ -137,6 +139,19 @@ def peak_memory(device):
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return None
+
+
+def random_state():
+    """That of PyTorch's generators: {"cpu", "cuda"}, the second None without a GPU."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_random_state(state):
+    """The opposite of `random_state`."""
+    torch.set_rng_state(state["cpu"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -183,10 +198,25 @@ class StopSignals:
 # -------------------------------------------------------------------------------------------------
 # Processes: one, or as many as torchrun started
 
-def start_processes(args):
-    """Join the other processes, if there are any: (rank, world, device). Raises UserError."""
+@dataclass
+class Machine:
+    """Where the script runs: as process `rank` of `world`, on which device, with matrix products of
+    which dtype."""
+    rank: int
+    world: int
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def is_main(self):
+        """Whether this is the process that prints and writes."""
+        return self.rank == 0
+
+
+def start_processes(name):
+    """Join the other processes, if there are any; returns the torch.device. name: of the device
+    that was asked for, or None. Raises UserError."""
     rank, world, local_rank = ranks()
-    name = args.device
     on_gpus = torch.cuda.is_available() if name is None else name.startswith("cuda")
     if world > 1 and on_gpus:
         if local_rank >= torch.cuda.device_count():
@@ -198,19 +228,21 @@ def start_processes(args):
     if world > 1:
         join(rank, world, backend="nccl" if device.type == "cuda" else "gloo")
         watch_others()
-    return rank, world, device
+    return device
 
 
-def use_machine(args, device, world):
-    """Apply the settings of the machine, on a resume the saved ones; returns the device."""
+def use_machine(args, device):
+    """Apply the settings of the machine, on a resume the saved ones; returns the Machine. device:
+    on which the processes have joined."""
+    rank, world = processes()
     if args.threads:
         torch.set_num_threads(args.threads)
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.use_deterministic_algorithms(args.deterministic)
-    if world > 1:
-        return device  # on which they have joined
-    return choose_device(args.device)
+    if world == 1:
+        device = choose_device(args.device)
+    return Machine(rank, world, device, choose_dtype(args.dtype, device))
 
 
 def refuse_processes():
@@ -312,12 +344,17 @@ def processes():
     return 0, 1
 
 
+def say(text, file=None):
+    """Print a line, on rank 0 only."""
+    rank, _ = processes()
+    if rank == 0:
+        print(text, file=file, flush=True)
+
+
 @functools.cache  # so it is said once
 def remark(text):
     """Print a line on stderr, on rank 0 only."""
-    rank, _ = processes()
-    if rank == 0:
-        print(f"note: {text}", file=sys.stderr, flush=True)
+    say(f"note: {text}", sys.stderr)
 
 
 def from_rank_0(value=None):

@@ -6,18 +6,20 @@ commit. meta.json holds size and SHA-256 of its files, and a reader compares the
     runs/NAME/checkpoints/step_00000500/{model.pt, train_state.pt, meta.json}
 """
 import hashlib
+import json
 import os
 import pickle
 import re
 import shutil
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch.utils.serialization import config as serialization
 
 from support.files import sync, write_json
-from support.runs import UserError, due, is_out_of_memory, parse_json
+from support.runs import UserError, due, first_line_of, is_out_of_memory, parse_json
 
 
 class Damaged(Exception):
@@ -40,9 +42,8 @@ def write_checkpoint(run, step, contents):
         raise UserError(f"step {step}: NaN or infinity in {len(bad)} tensors "
                         f"({', '.join(bad[:3])}), not saved; the checkpoint before this one is the "
                         f"last good one — try a lower --lr in another --run", code=3)
-    folder = Path(run) / "checkpoints"
-    final = folder / f"step_{step:08d}"
-    temporary = folder / f".tmp_step_{step:08d}"
+    final = folder_of(run, step)
+    temporary = final.with_name(f".tmp_{final.name}")
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -51,7 +52,7 @@ def write_checkpoint(run, step, contents):
         if final.exists():
             remove(final)
         os.rename(temporary, final)
-        sync(folder)
+        sync(final.parent)
     except (OSError, RuntimeError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         needed = sum(tensor.nbytes for tensor in tensors.values())
@@ -61,15 +62,47 @@ def write_checkpoint(run, step, contents):
                         f"--resume", code=4) from error
 
 
-def named_tensors(tree, name=""):
-    """{path: tensor} of all tensors in nested dicts."""
-    if isinstance(tree, torch.Tensor):
+def leaves(tree, name=""):
+    """{path: value} of all values in nested dicts."""
+    if not isinstance(tree, dict):
         return {name: tree}
     found = {}
-    if isinstance(tree, dict):
-        for key, value in tree.items():
-            found.update(named_tensors(value, f"{name}.{key}" if name else str(key)))
+    for key, value in tree.items():
+        found.update(leaves(value, f"{name}.{key}" if name else str(key)))
     return found
+
+
+def named_tensors(tree):
+    """{path: tensor} of all tensors in nested dicts."""
+    return {name: value for name, value in leaves(tree).items() if isinstance(value, torch.Tensor)}
+
+
+def forms(tree):
+    """{path: shape and dtype} of the tensors in nested dicts; of other values their type."""
+    found = {}
+    for name, value in leaves(tree).items():
+        found[name] = type(value).__name__
+        if isinstance(value, torch.Tensor):
+            layout = "" if value.layout == torch.strided else f" {value.layout}"
+            found[name] = f"{tuple(value.shape)} {value.dtype}{layout}".replace("torch.", "")
+    return found
+
+
+def differences(first, second):
+    """The paths at which two nested dicts of tensors and other values are not equal."""
+    first = leaves(first)
+    second = leaves(second)
+    found = []
+    for name in first.keys() | second.keys():
+        a = first.get(name)
+        b = second.get(name)
+        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+            is_equal = torch.equal(a.cpu(), b.cpu()) and a.dtype == b.dtype
+        else:
+            is_equal = a == b
+        if not is_equal:
+            found.append(name)
+    return sorted(found)
 
 
 class HashedFile:
@@ -110,6 +143,11 @@ def write_file(path, obj):
 
 # -------------------------------------------------------------------------------------------------
 # Reading
+
+def folder_of(run, step):
+    """checkpoints/step_00000500 of `run`."""
+    return Path(run) / "checkpoints" / f"step_{step:08d}"
+
 
 def step_of(folder):
     """500 of checkpoints/step_00000500."""
@@ -168,6 +206,42 @@ def load_file(path):
             raise
         raise UserError(f"{path}: cannot be read ({error}) — use a checkpoint that train.py "
                         f"wrote") from None
+
+
+def load_weights(path):
+    """{"config": …, "model": {name: tensor}} in a model.pt. Raises UserError if it is something
+    else."""
+    contents = load_file(path)
+    with one_line_error(path):
+        config = dict(contents["config"])
+        model = dict(contents["model"])
+        if config.get("n_layers", 1) > len(model):  # it would take for ever to make so many
+            raise ValueError(f"{config['n_layers']} layers, {len(model)} tensors")
+        return {"config": config, "model": model}
+
+
+def load_rest(path):
+    """The dict in a train_state.pt. Raises UserError if its plain values are of other kinds than
+    those of a log."""
+    rest = load_file(path)
+    with one_line_error(path):
+        for name in ("step", "tokens", "updates", "log_bytes"):
+            rest[name] = int(rest[name])
+        json.dumps([{**rest["config"], **rest["env"]}, rest["data"], float(rest["seconds"])])
+    return rest
+
+
+@contextmanager
+def one_line_error(what):
+    """Within it, whatever error odd content leads to ends the script in one line. For a file with
+    the right hash, which only other code, or a hand, can have written."""
+    try:
+        yield
+    except Exception as error:
+        if isinstance(error, UserError) or is_out_of_memory(error):
+            raise
+        raise UserError(f"{what} cannot be used ({type(error).__name__}: {first_line_of(error)}) — "
+                        f"use the code that wrote it") from None
 
 
 def find(run, step=None, full=False):

@@ -30,7 +30,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
-from support.devices import any_process
+from support.devices import any_process, can_compile, say
 from support.memory import checkpoint_activations
 from support.runs import UserError, first_line_of, is_out_of_memory
 from support.sharding import is_sharded
@@ -200,6 +200,16 @@ def is_sum_over_rows(network):
         return False
 
 
+class NoInit(TorchFunctionMode):
+    """`with NoInit():` new layers keep whatever is in their memory. For a network whose weights
+    all come from a file: random numbers for 1.7 billion of them take 40 seconds."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__module__", None) == "torch.nn.init":
+            return None  # all of its functions work in place
+        return function(*args, **(kwargs or {}))
+
+
 class InDouble(TorchFunctionMode):
     """Within it `.float()`, by which model.py asks for precision, gives fp64."""
 
@@ -312,11 +322,15 @@ def use_what_agrees(network, B, T, autocast, compiled=False, recompute=False):
     """Use each part that agrees with the text of `network`, in place.
 
     B, T: sequences of a micro-batch, and their tokens. autocast: the precision of the training.
-    compiled: whether to try blocks. recompute: whether they use activation checkpointing. Returns
-    (names of the parts in use, remarks: why the others are not). Random numbers that others draw
+    compiled: whether to try blocks. recompute: whether they use activation checkpointing. Prints
+    and returns the parts in use, and prints why the others are not. Random numbers that others draw
     stay the same. All processes must call it, and use the same parts afterwards. Raises UserError
     on a GPU if a part does not agree: there the text may take several times as long."""
     device = next(network.parameters()).device
+    if compiled:
+        compiled = not any_process(not can_compile(device), device)
+    if compiled:
+        say("compiling, which takes a while; --no-compile leaves it out")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         try:
@@ -333,7 +347,10 @@ def use_what_agrees(network, B, T, autocast, compiled=False, recompute=False):
     if "loss" in agreed and is_sharded(next(network.parameters())):
         names = names_used_by_loss(layer.network)
     use(network, agreed, names)
-    return agreed, remarks
+    say(f"fast    {', '.join(agreed) or 'nothing: all is computed as in model.py'}")
+    for remark in remarks:
+        say(f"        {remark}")
+    return agreed
 
 
 def choose(network, layer, compiled):

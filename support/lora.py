@@ -57,6 +57,14 @@ def is_lora(weights):
     return any(str(name).endswith(".lora_A") for name in weights)
 
 
+def merged(run, adapters):
+    """The weights {"config", "model"} of a LoRA run: its base with its adapters added. Raises
+    UserError."""
+    base = durable.load_weights(base_file(run))
+    merge(base["model"], adapters)
+    return base
+
+
 def merge(base, adapters):
     """Add scale · B A to the weights {name: tensor} of the base, in place. Raises UserError if
     they do not belong together."""
@@ -89,24 +97,18 @@ def keep_base(run, base, step, weights):
     model.pt, or a copy. Where that file does not hold them (the base is itself a LoRA run, or it
     was trained over meanwhile) they are written."""
     file = run / "base.pt"
-    folder = Path(base) / "checkpoints" / f"step_{step:08d}"
+    folder = durable.folder_of(base, step)
     try:
         recorded = durable.read_meta(folder)["files"]["model.pt"]
         link_or_copy(folder / "model.pt", file)
         durable.verify(run, "base.pt", {"base.pt": recorded})
-        is_kept = are_equal(durable.load_file(file)["model"], weights["model"])
+        is_kept = not durable.differences(durable.load_weights(file)["model"], weights["model"])
     except (OSError, durable.Damaged):
         is_kept = False
     if not is_kept:
         file.unlink(missing_ok=True)  # never write through a link
         recorded = durable.write_file(file, weights)
     write_json(run / "base.json", {"base.pt": recorded})
-
-
-def are_equal(first, second):
-    if first.keys() != second.keys():
-        return False
-    return all(torch.equal(first[name], second[name]) for name in first)
 
 
 def base_file(run):

@@ -198,8 +198,11 @@ def holds_steps(run):
     return any(run.glob("checkpoints/*")) or log.exists() and b'"train"' in log.read_bytes()
 
 
-def is_finished(run):
-    """Whether the last row of the log says that the run was completed."""
+def is_finished(run, state, last):
+    """Whether a run to resume needs no more: its state is that of the last step, and the last row
+    of its log says that it was completed: its last evaluation may still be missing."""
+    if state is None or state["step"] != last:
+        return False
     lines = (run / "metrics.jsonl").read_bytes().splitlines()
     try:
         last = parse_json(lines[-1])
@@ -290,6 +293,7 @@ class Log:
         self.step_seconds = []  # of the last steps
         self.slow_steps = 0  # in a row; −1 after the remark about them
         self.last_line = 0.0
+        self.opened = time.monotonic()
         if run is None:
             return
         self.file = open(run / "metrics.jsonl", "a+b", buffering=0)
@@ -324,6 +328,14 @@ class Log:
         restored = state is not None and not reset_optimizer
         self.event(event, step, time=time.time(), config=settings, env=env,
                    restored_optimizer=restored)
+
+    def end(self, step, reason):
+        """The last row of a run: "done", "stopped" or "diverged"."""
+        self.event("end", step, reason=reason, seconds=60 * self.minutes())
+
+    def minutes(self):
+        """Since the log was opened."""
+        return (time.monotonic() - self.opened) / 60
 
     def train(self, step, tokens, loss, lr, grad_norm, seconds, tokens_in_step, skipped,
               memory=None, update_rms=None):
@@ -407,6 +419,26 @@ def shown(value):
     if isinstance(value, list):
         return " + ".join(map(str, value)) or "nothing"
     return str(value)
+
+
+def changes(before, now, ignored):
+    """How settings differ, as texts. Of a file of code, of which they have a hash, only that it
+    does. ignored: names that do not matter."""
+    found = []
+    for name, value in now.items():
+        old = before.get(name, "(not recorded)")  # by older code
+        if name in ignored or old == value:
+            continue
+        if name.endswith(".py") and name in before:
+            found.append(f"{name} (edited)")
+        else:
+            found.append(f"{name} {shown(old)} → {shown(value)}")
+    return found
+
+
+def as_text(values):
+    """{name: value} in a line."""
+    return ", ".join(f"{name} {value!r}" for name, value in values.items())
 
 
 def beginning(run):

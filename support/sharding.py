@@ -13,43 +13,54 @@ from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 
 from support.runs import UserError
 
 
-def check(world, dtype):
-    """Raise UserError where sharding is not possible. dtype: that of matrix products."""
-    if world == 1:
+def shard(llama, machine):
+    """Leave to this process its part of the weights, in place. Raises UserError where that is not
+    possible."""
+    if machine.world == 1:
         raise UserError("--fsdp shards the model over several processes, and this is the only one "
                         "— start it with torchrun, or use --no-fsdp")
-    if dtype == torch.float16:
+    if machine.dtype == torch.float16:
         raise UserError("--fsdp does not work in fp16, whose loss scaler sees only a part of the "
                         "gradients — use --dtype bf16 or fp32, or --no-fsdp")
-
-
-def shard(llama):
-    """Leave to this process its part of the weights, in place."""
     from torch.distributed.device_mesh import init_device_mesh  # half a second, for this flag only
     from torch.distributed.fsdp import fully_shard
-    device = next(llama.parameters()).device
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    mesh = init_device_mesh(machine.device.type, (machine.world,))
     for block in llama.model.layers:
         fully_shard(block, mesh=mesh)  # what is gathered and freed together
     fully_shard(llama, mesh=mesh)      # the rest: embedding, last norm, output layer
     # The module whose forward runs first becomes the root of all. In an evaluation that would be a
     # block.
     with torch.no_grad():
-        llama(torch.zeros(1, 1, dtype=torch.long, device=device))
+        llama(torch.zeros(1, 1, dtype=torch.long, device=machine.device))
     llama.reshard()  # which comes after the backward in training
+
+
+def replicate(model, machine, compiled):
+    """What the loop calls in the place of the model: with several processes DDP around it, which
+    takes the mean of their gradients; the model itself if it is the only process, or sharded.
+    compiled: whether its blocks are."""
+    if machine.world == 1 or is_sharded(next(model.parameters())):
+        return model
+    if compiled:
+        torch._dynamo.config.optimize_ddp = False  # else it cuts the blocks at DDP's buckets
+    return DistributedDataParallel(
+        model, device_ids=[machine.device] if machine.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,  # else all gradients are in memory twice
+        broadcast_buffers=False)       # they are constants, the same in each process
 
 
 def exchange_in_backward(network, now):
     """Whether the next backward exchanges the gradients, under DDP or FSDP. If not, they stay in
     each process, to be added to."""
-    if hasattr(network, "set_requires_gradient_sync"):  # FSDP
-        network.set_requires_gradient_sync(now)
-    else:
+    if isinstance(network, DistributedDataParallel):
         network.require_backward_grad_sync = now
+    elif hasattr(network, "set_requires_gradient_sync"):  # FSDP
+        network.set_requires_gradient_sync(now)
 
 
 @contextmanager
@@ -80,20 +91,33 @@ def whole(tensor):
     return tensor.full_tensor() if is_sharded(tensor) else tensor
 
 
-def on_rank_0(tensor):
-    """All of a sharded tensor, in the memory of rank 0's CPU; None on the others, which must call
-    it too. Another tensor as it is."""
-    if not is_sharded(tensor):
-        return tensor
-    tensor = whole(tensor)
+def gather(tree):
+    """Nested dicts with all of each sharded tensor, in the memory of rank 0's CPU: one by one, and
+    None on the other processes, which must call it too. Other values are as they are."""
+    if isinstance(tree, dict):
+        return {name: gather(value) for name, value in tree.items()}
+    if not is_sharded(tree):
+        return tree
+    tensor = whole(tree)
     return tensor.cpu() if dist.get_rank() == 0 else None
 
 
-def part_of(tensor, parameter):
-    """Our part of a whole tensor, if the parameter is sharded; else the tensor as it is. All
-    processes have read the same file, so nothing is exchanged."""
-    if not is_sharded(parameter):
+def scatter(tree, here):
+    """The opposite of `gather`: copy the tensors of nested dicts into those that are `here`, each
+    process its part. All have read the same file, so nothing is exchanged."""
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            scatter(value, here[name])
+        elif isinstance(value, torch.Tensor):
+            here[name].copy_(part_of(value, here[name]))
+        else:
+            here[name] = value
+
+
+def part_of(tensor, like):
+    """Our part of a whole tensor, if `like` is sharded; else the tensor as it is."""
+    if not is_sharded(like):
         return tensor
     from torch.distributed.tensor import distribute_tensor
-    return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh,
-                             parameter.placements, src_data_rank=None)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements,
+                             src_data_rank=None)

@@ -59,14 +59,14 @@ def test_each_process_uses_the_gpu_of_its_rank_alone(gpus, monkeypatch, name):
     monkeypatch.setattr(devices, "join", lambda *args, **kwargs: None)
     monkeypatch.setattr(devices, "watch_others", lambda: None)
     asked = gpus(2)
-    _, _, device = devices.start_processes(SimpleNamespace(device=name))
+    device = devices.start_processes(name)
     assert device == torch.device("cuda:1")
     assert asked == ["set cuda:1", "touch cuda:1", "set cuda:1"]
     with pytest.raises(UserError, match="as many processes as GPUs"):
         gpus(1)
-        devices.start_processes(SimpleNamespace(device=name))
+        devices.start_processes(name)
     # control: processes on the CPU are not counted
-    _, _, device = devices.start_processes(SimpleNamespace(device="cpu"))
+    device = devices.start_processes("cpu")
     assert device == torch.device("cpu")
 
 
@@ -143,7 +143,8 @@ def test_log_tells_gpu_and_memory(monkeypatch, tmp_path):
     added = {"cuda", "cudnn_attention"}
     for name, keys, memory in (("cuda", added, 123), ("cpu", set(), None)):
         device = torch.device(name)
-        env = devices.environment(device, torch.bfloat16, 1, 8, ["loss"], {"model.py": "0"})
+        machine = devices.Machine(0, 1, device, torch.bfloat16)
+        env = devices.environment(machine, 8, ["loss"], {"model.py": "0"})
         assert env.keys() & added == keys
         assert (env["device"] == "NVIDIA H200") == (name == "cuda")
         (tmp_path / name).mkdir()

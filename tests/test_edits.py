@@ -157,9 +157,9 @@ EDITS = {
     "flag": (
         [("train.py", '    add("--fsdp",',
           '    add("--label_smoothing", type=float, default=0.0)\n    add("--fsdp",'),
-         ("train.py", "    if args.activation_checkpointing:\n",
+         ("train.py", "    if args.fsdp:\n",
           "    model.label_smoothing = args.label_smoothing\n"
-          "    if args.activation_checkpointing:\n"),
+          "    if args.fsdp:\n"),
          ("model.py", "        self.model = Decoder(config)\n",
           "        self.label_smoothing = 0.0\n        self.model = Decoder(config)\n"),
          ("model.py", LOSS, SMOOTHED.replace("0.1", "self.label_smoothing"))], False, False),
@@ -221,8 +221,7 @@ def test_what_the_code_no_longer_knows_is_refused_by_name(data, old, copied, tmp
         ("model.py", "        self.o_proj = nn.Linear(",
          "        self.q_norm = RMSNorm(config.head_dim, config.norm_eps)\n"
          "        self.o_proj = nn.Linear("),
-        ("model.py", "        q = apply_rope(q,", "        q = apply_rope(self.q_norm(q),"),
-        ("train.py", 'choices=("cosine", "linear", "wsd")', 'choices=("cosine", "sqrt", "wsd")'))
+        ("model.py", "        q = apply_rope(q,", "        q = apply_rope(self.q_norm(q),"))
     codes, printed = run_all(
         code, ["sample", copied / "plain"], ["train", "--resume", "--run", copied / "half"],
         trained(data, tmp_path / "r", "fp32", "--schedule", "sqrt"),

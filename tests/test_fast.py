@@ -1,7 +1,9 @@
 """support/fast.py: what computes the same, faster, does compute the same; and what does not is not
 used. (Edits of model.py, in whole runs: test_edits.py.)"""
+import contextlib
 import copy
 import functools
+import io
 from collections import Counter
 
 import pytest
@@ -24,9 +26,13 @@ FP16 = torch.autocast("cpu", dtype=torch.float16)
 
 
 def chosen(llama=None, autocast=FP32, compiled=False, B=4, T=16):
-    """(parts in use, remarks) after fast.use_what_agrees."""
+    """(parts in use, remarks that are printed) after fast.use_what_agrees."""
     llama = llama or Llama(SMALL)
-    return fast.use_what_agrees(llama, B, T, autocast, compiled)
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        parts = fast.use_what_agrees(llama, B, T, autocast, compiled)
+    first, *remarks = printed.getvalue().splitlines()[compiled:]
+    assert first == f"fast    {', '.join(parts) or 'nothing: all is computed as in model.py'}"
+    return parts, [remark.removeprefix(8 * " ") for remark in remarks]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -462,7 +468,7 @@ def test_nothing_is_compiled_twice(recompute):
     llama = Llama(SMALL)
     if recompute:
         fast.checkpoint_activations(llama)
-    parts, _ = fast.use_what_agrees(llama, 4, 16, BF16, compiled=True, recompute=recompute)
+    parts = fast.use_what_agrees(llama, 4, 16, BF16, compiled=True, recompute=recompute)
     assert parts == list(fast.PARTS)
     before = counters["stats"]["unique_graphs"]
     assert before == 2  # one for blocks, one for the loss

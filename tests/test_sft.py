@@ -1,6 +1,5 @@
 """sft.py: what is learned and logged, the settings, and what a tuning survives."""
-import ast
-import difflib
+
 import itertools
 import json
 import math
@@ -23,6 +22,7 @@ import checkpoint
 import evaluate
 import plot_dynamics
 import sft
+import train
 from conftest import (CHILD, INSTRUCTIONS, ROOT, TUNE, exit_code, messages, rows, run, same, state,
                       tune)
 from data import Tokenizer
@@ -86,37 +86,6 @@ def user(text):
 
 def assistant(text):
     return {"role": "assistant", "content": text}
-
-
-# -------------------------------------------------------------------------------------------------
-# The loop
-
-def longest_loop(path):
-    """The lines of the longest `while` of a script, without comments and blank lines."""
-    text = path.read_text()
-    loops = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.While)]
-    longest = max(loops, key=lambda loop: loop.end_lineno - loop.lineno)
-    lines = text.splitlines()[longest.lineno - 1:longest.end_lineno]
-    lines = [line.split("  #")[0].strip() for line in lines]
-    return [line for line in lines if line and not line.startswith("#")]
-
-
-def changed_lines(a, b):
-    return [line for line in difflib.ndiff(a, b) if line[0] in "+-"]
-
-
-def test_loops_of_train_and_sft_are_nearly_equal():
-    """Catches: a difference between the two loops that teaches nothing, such as another name or
-    another order. `diff train.py sft.py` is the lesson."""
-    pretraining = longest_loop(ROOT / "train.py")
-    tuning = longest_loop(ROOT / "sft.py")
-    assert "while True:" in pretraining
-    assert len(pretraining) > 40
-    changed = changed_lines(pretraining, tuning)
-    print("\n".join(changed))  # pytest shows it when the test fails
-    assert len(changed) <= 25
-    renamed = [line.replace("loss", "nats") for line in tuning]
-    assert len(changed_lines(pretraining, renamed)) > 25  # control
 
 
 # -------------------------------------------------------------------------------------------------
@@ -535,7 +504,7 @@ HELD = {**GOOD, "split": "val"}
     ([GOOD], ["--lora", 0], "out of range"),
     ([GOOD], ["--lora", 2, "--lora_alpha", 0], "out of range"),
     ([GOOD], ["--lora_alpha", 2], "--lora_alpha is about adapters"),
-    ([GOOD], ["--epochs", 2], "give one of them"),
+    ([GOOD], ["--epochs", 2], "argument --epochs: not allowed with argument --max_steps"),
     ([GOOD], ["--held_out", 1], "out of range"),
     ([GOOD], ["--step", 3], "no checkpoint of step 3"),
 ])
@@ -842,7 +811,7 @@ def test_sft_skips_a_damaged_checkpoint(tuned, tmp_path, capsys, name, length):
 
 def nan_loss(patch, number):
     """Make the loss of the number-th step from now NaN."""
-    original = sft.sum_over_processes
+    original = train.sum_over_processes
     calls = itertools.count(1)
 
     def broken(loss):
@@ -850,7 +819,7 @@ def nan_loss(patch, number):
             loss.fill_(math.nan)
         return original(loss)
 
-    patch.setattr(sft, "sum_over_processes", broken)
+    patch.setattr(train, "sum_over_processes", broken)
 
 
 def nan_gradient(patch, number):

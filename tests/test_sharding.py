@@ -9,6 +9,7 @@ import torch
 
 import train
 from conftest import evals, messages, rows, run, same, state
+from support import devices
 from test_faults import distance, ends, newest, two
 
 pytestmark = pytest.mark.usefixtures("short_samples")
@@ -49,7 +50,7 @@ def test_run_moves_between_one_process_ddp_and_fsdp(data, whole, tmp_path):
 def test_impossible_sharding_is_one_line(data, tmp_path, capsys, monkeypatch, world, flags,
                                          message):
     """Catches: a --fsdp that does nothing, or updates that one process skips and another makes."""
-    monkeypatch.setattr(train, "start_processes", lambda args: (0, world, torch.device("cpu")))
+    monkeypatch.setattr(devices, "processes", lambda: (0, world))
     assert run(data, tmp_path / "r", "--fsdp", *flags) == 2
     line, = messages(capsys)
     assert message in line

@@ -187,7 +187,9 @@ def test_broken_settings_are_refused(tmp_path, content):
 def test_finished_means_that_the_last_row_says_done(tmp_path, log, finished):
     """Catches: a stopped run that no resume continues."""
     (tmp_path / "metrics.jsonl").write_text(log)
-    assert is_finished(tmp_path) == finished
+    assert is_finished(tmp_path, {"step": 6}, last=6) == finished
+    assert not is_finished(tmp_path, {"step": 5}, last=6)
+    assert not is_finished(tmp_path, None, last=6)
 
 
 # ---- the log

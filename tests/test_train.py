@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -31,7 +32,7 @@ import sample
 import train
 from conftest import FLAGS, ROOT, TEST, evals, exit_code, messages, rows, run, same
 from model import PRESETS, Block, Llama, SwiGLU
-from support import durable, memory, runs
+from support import durable, fast, memory, runs
 from support.runs import UserError
 
 pytestmark = pytest.mark.usefixtures("short_samples")
@@ -544,6 +545,158 @@ def test_optimizer_decays_matrices_only(whole):
 
 
 # -------------------------------------------------------------------------------------------------
+# Another optimizer, as a reader may try it: make_optimizer alone is edited
+
+class MuonAndAdamW:
+    """Muon for the matrices of the blocks, AdamW for the rest, as one optimizer."""
+
+    def __init__(self, model, args):
+        blocks = [p for p in model.model.layers.parameters() if p.dim() == 2]
+        rest = [p for p in model.parameters() if all(p is not other for other in blocks)]
+        self.parts = [torch.optim.Muon(blocks, lr=0.02), torch.optim.AdamW(rest, lr=args.lr)]
+        self.parts[1].state = self.parts[0].state  # each looks only for its own parameters
+        self.state = self.parts[0].state
+        self.param_groups = self.parts[0].param_groups + self.parts[1].param_groups
+
+    def step(self):
+        for part in self.parts:
+            part.step()
+
+    def zero_grad(self, set_to_none):
+        for part in self.parts:
+            part.zero_grad(set_to_none)
+
+
+class Counting(torch.optim.SGD):
+    """Keeps a number that is not a tensor, on which its step depends."""
+
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    self.state[p]["calls"] = self.state[p].get("calls", 0) + 1
+                    p.data -= group["lr"] / self.state[p]["calls"] * p.grad
+
+
+def torch_optimizer(name, **options):
+    return lambda model, args: getattr(torch.optim, name)(model.parameters(), lr=args.lr, **options)
+
+
+OPTIMIZERS = {
+    "SGD with momentum": torch_optimizer("SGD", momentum=0.9),
+    "Muon and AdamW": MuonAndAdamW,
+    "Adafactor": torch_optimizer("Adafactor"),        # moments of other shapes than the weights
+    "Adagrad": torch_optimizer("Adagrad"),            # a state before its first step
+    "NAdam": torch_optimizer("NAdam"),
+    "a number": lambda model, args: Counting(model.parameters(), lr=args.lr),
+    "SGD": torch_optimizer("SGD"),                    # no state at all
+}
+
+
+@pytest.fixture
+def optimizer(monkeypatch):
+    """Sets what make_optimizer gives."""
+    def use(make):
+        monkeypatch.setattr(train, "make_optimizer", lambda model, args, device: make(model, args))
+    return use
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_any_optimizer_resumes_bitwise(data, tmp_path, optimizer, name):
+    """Catches: a checkpoint that knows AdamW alone. (Row 1.)"""
+    optimizer(OPTIMIZERS[name])
+    short = ("--max_steps", 6, "--save_every", 0)
+    assert run(data, tmp_path / "straight", *short) == 0
+    assert run(data, tmp_path / "r", *short, "--stop_at", 3) == 75
+    shutil.copytree(tmp_path / "r", tmp_path / "forgetful")
+    assert run(data, tmp_path / "r", *short, "--resume") == 0
+    assert same(tmp_path / "r", tmp_path / "straight", 6)
+    # control: without the state it is another run, if there is one
+    assert run(data, tmp_path / "forgetful", *short, "--resume", "--reset_optimizer") == 0
+    assert same(tmp_path / "forgetful", tmp_path / "straight", 6) == (name == "SGD")
+
+
+def test_run_of_another_optimizer_is_refused(data, tmp_path, capsys, optimizer):
+    """Catches: moments of one optimizer that another one takes for its own."""
+    assert run(data, tmp_path / "r", "--stop_at", 3) == 75
+    optimizer(torch_optimizer("Adam"))  # whose state has the same names and shapes
+    capsys.readouterr()
+    assert run(data, tmp_path / "r", "--resume") == 2
+    line, = messages(capsys)
+    assert "has the state of 'AdamW', and this code uses Adam" in line
+    optimizer(torch_optimizer("AdamW", amsgrad=True))
+    assert run(data, tmp_path / "r", "--resume") == 2
+    assert "lm_head.weight.max_exp_avg_sq (absent saved, " in messages(capsys)[0]
+    assert run(data, tmp_path / "r", "--resume", "--reset_optimizer") == 0  # as it says
+
+
+class Unused(Llama):
+    """Has a parameter that no loss depends on, so AdamW keeps no moments of it."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.unused = torch.nn.Parameter(torch.ones(3))
+
+
+def test_run_that_cannot_be_resumed_ends_at_its_start(data, tmp_path, capsys, optimizer,
+                                                      monkeypatch):
+    """Catches: hours of training in states that cannot be restored."""
+    class Odd(Counting):
+        def step(self):
+            super().step()
+            for moments in self.state.values():
+                moments["odd"] = SimpleNamespace()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "Llama", Unused)
+        assert run(data, tmp_path / "unused") == 2
+    assert "unused.exp_avg (absent saved, (3,) float32 in the code)" in messages(capsys)[0]
+    optimizer(lambda model, args: Odd(model.parameters(), lr=args.lr))
+    assert run(data, tmp_path / "odd") == 2
+    assert "holds more than tensors and plain values" in messages(capsys)[0]
+    for name in ("unused", "odd"):
+        assert steps(tmp_path / name) == [1]
+
+
+def test_state_that_is_read_back_otherwise_ends_the_run(data, tmp_path, capsys, monkeypatch):
+    """Catches: a comparison of what was saved and read back that sees nothing."""
+    load_rest = durable.load_rest
+
+    def wrong(path):
+        rest = load_rest(path)
+        for moments in rest["optimizer"].values():
+            moments["exp_avg"] += 1e-9
+        return rest
+    monkeypatch.setattr(durable, "load_rest", wrong)
+    assert run(data, tmp_path / "r") == 4
+    assert "what was saved at step 1 is not read back: optimizer.lm_head.weight.exp_avg" in (
+        messages(capsys)[0])
+
+
+def test_each_group_keeps_its_own_rate(data, tmp_path, optimizer):
+    """Catches: a schedule that gives all groups the same rate, also after a resume."""
+    rates = []
+
+    class Watched(torch.optim.AdamW):
+        def step(self, *args):
+            rates.append([group["lr"] for group in self.param_groups])
+            return super().step(*args)
+
+    def make(model, args):
+        groups = [{"params": model.lm_head.parameters(), "lr": 0.1 * args.lr},
+                  {"params": model.model.parameters()}]
+        return Watched(groups, lr=args.lr)
+    optimizer(make)
+    assert run(data, tmp_path / "r", "--stop_at", 10) == 75
+    del rates[:]
+    assert run(data, tmp_path / "r", "--resume") == 0
+    logged = [lr for lr, in rows(tmp_path / "r", keys=("lr",))]
+    assert len(set(logged)) > 10  # control
+    assert [rate for _, rate in rates[1:]] == logged[10:]  # the first makes the optimizer's state
+    assert np.allclose([rate for rate, _ in rates[1:]], 0.1 * np.array(logged[10:]), rtol=1e-12)
+
+
+# -------------------------------------------------------------------------------------------------
 # The learning rate
 
 def lr_at(step, **changes):
@@ -758,7 +911,7 @@ def test_slow_steps_are_reported_once(tmp_path, capsys):
 def test_long_runs_are_compiled(data, tmp_path, monkeypatch, flags, expected):
     """Catches: a default run at half its speed, a short one that spends its time compiling."""
     compiled = []
-    monkeypatch.setattr(train, "can_compile", lambda device: True)
+    monkeypatch.setattr(fast, "can_compile", lambda device: True)
     monkeypatch.setattr(Block, "compile", lambda block: compiled.append(block))
     assert run(data, tmp_path / "r", *flags, "--stop_at", 1) == 75
     assert bool(compiled) == expected
@@ -851,11 +1004,12 @@ sys.path.insert(0, sys.argv[1])
 import train
 import torch
 from model import PRESETS, Llama
+from support.devices import choose_dtype
 device = torch.device("cpu")
 model = Llama(PRESETS["tiny"])
 optimizer = train.make_optimizer(model, train.read_settings([]), device)
 tokens = torch.randint(4096, (8, 129))
-dtype = train.choose_dtype("auto", device)
+dtype = choose_dtype("auto", device)
 durations = []
 for step in range(40):
     start = time.monotonic()
@@ -941,8 +1095,8 @@ def test_help_shows_the_values_of_the_preset(capsys, preset):
     (["--seed", 2**40], "--seed: "),
     (["--keep_last", 1], "--keep_last: 1 is out of range — it can be 2 to"),
     (["--threads", 0], "--threads: 0 is out of range"),
-    (["--resume", "--overwrite"], "give one of them"),
-    (["--reset_optimizer"], "--reset_optimizer is for --resume"),
+    (["--resume", "--overwrite"], "argument --overwrite: not allowed with argument --resume"),
+    (["--reset_optimizer", "--overwrite"], "--reset_optimizer is for --resume"),
     (["--rewarm_steps", 5], "--rewarm_steps is for --resume --reset_optimizer"),
     (["--n_heads", 3], "dim 32 is not divisible by n_heads 3 — change --n_heads"),
     (["--n_layers", 3, "--resume"], "n_layers (saved None, given 3)"),
@@ -961,7 +1115,7 @@ def test_help_shows_the_values_of_the_preset(capsys, preset):
 def test_mistake_is_one_line_and_loses_nothing(data, finished, capsys, flags, message):
     """Catches: a traceback; a run that is deleted before its successor's settings are checked."""
     before = contents(finished)
-    if "--resume" not in flags and "--reset_optimizer" not in flags:
+    if "--resume" not in flags and "--overwrite" not in flags:
         flags = [*flags, "--overwrite"]
     assert run(data, finished, *flags) == 2
     line, = messages(capsys)
