@@ -30,10 +30,10 @@ from support.runs import UserError, as_text, holds_steps, refuse_hugging_face
 @dataclass
 class Progress:
     """How far a run has come. These fields are saved as they are."""
-    step: int = 0         # finished steps: also the position in the data and in the schedule
-    tokens: int = 0       # read so far
-    seconds: float = 0.0  # of training so far, over all resumes
-    updates: int = 0      # that the optimizer's moments have seen: fewer than steps after a
+    step: int = 0         # number of finished steps: the position in the data and in the schedule
+    tokens: int = 0       # number of tokens read
+    seconds: float = 0.0  # time spent in training steps, over all resumes
+    updates: int = 0      # number of updates in the optimizer's moments: less than `step` after a
                           # --reset_optimizer, or if gradients overflowed in fp16
 
 
@@ -72,7 +72,7 @@ def restore(state, model, optimizer, scaler, reset_optimizer=False):
         if reset_optimizer:
             progress.updates = 0
         else:
-            restore_optimizer(state, optimizer, model)
+            restore_optimizer(state, optimizer, model)  # may change weights, so it comes first
             if scaler.is_enabled() and state["scaler"]:  # saved as {} without fp16
                 scaler.load_state_dict(state["scaler"])
         restore_weights(state, model)
@@ -102,13 +102,14 @@ def restore_weights(state, model):
 def restore_optimizer(state, optimizer, model):
     """Put the saved moments into the optimizer. Raises UserError if they are those of another
     optimizer, or of another number of updates."""
-    saved_by = state.get("optimizer_name", "AdamW")  # older checkpoints do not tell
+    saved_by = state.get("optimizer_name", "AdamW")  # older checkpoints have no name
     if saved_by != type(optimizer).__name__:
         raise UserError(f"the checkpoint has the state of {saved_by!r}, and this code uses "
                         f"{type(optimizer).__name__} — use the code that wrote it, or go on "
                         f"without that state: --reset_optimizer")
     moments = state["optimizer"]
-    if moments or state["updates"] > 0:  # else the optimizer had not made a step
+    is_new = state["updates"] == 0 and not moments
+    if not is_new:
         make_state(optimizer, model)
     fill("optimizer state", moments_of(optimizer, model), moments)
     counts = {float(each["step"]) for each in moments.values() if "step" in each}
@@ -152,11 +153,11 @@ def fill(what, here, saved):
 
 def save(run, state, keep_last, keep_every):
     """On rank 0, write the state into a checkpoint of `run`, then prune older ones. The newest
-    `keep_last` stay full states. Of an older one the weights stay at step 0, at powers of two and
-    at multiples of `keep_every`; otherwise it is deleted.
+    `keep_last` remain full states. Older ones keep their weights if their step is 0, a power of two
+    or a multiple of `keep_every`; the others are deleted.
 
-    Raises UserError with exit code 3 if a number is NaN or infinite, with 4 if it cannot be
-    written; the older checkpoints are intact then."""
+    Raises UserError with exit code 3 if a number is NaN or infinite, with 4 if the checkpoint
+    cannot be written. Older checkpoints are then intact."""
     if processes()[0] > 0:
         return
     rest = dict(state)
@@ -174,8 +175,8 @@ def read_back(run, state, model, optimizer, scaler):
     rank, _ = processes()
     different = durable.differences(state, again) if rank == 0 else []
     if different:
-        raise UserError(f"{run}: what was saved at step {state['step']} is not read back: "
-                        f"{', '.join(different[:4])} — check the disk", code=4)
+        raise UserError(f"{run}: the state of step {state['step']} differs when it is read again, "
+                        f"in {', '.join(different[:4])} — check the disk", code=4)
     restore(again, model, optimizer, scaler)
 
 

@@ -1,12 +1,11 @@
 """sft.py — instruction tuning: teach a pretrained model to answer.
 
-The loop is that of train.py. What this file brings to it is the lesson: rows of conversations
-instead of windows of text, targets that count only in answers, adapters (--lora), and an evaluation
-of answers.
+The loop is that of train.py. This file gives it rows of conversations instead of windows of text,
+targets that count in answers only, adapters if --lora is given, and an evaluation of answers.
 
     python sft.py                                   # the newest pretrained run, on its own manuals
     python sft.py runs/tiny --run runs/tiny-sft     # all weights
-    python sft.py runs/tiny --lora 8                # only thin matrices beside: support/lora.py
+    python sft.py runs/tiny --lora 8                # adapters alone: support/lora.py
     python sft.py runs/1.7b --instructions alpaca.json --epochs 3 --lora 64      # your own file
     python sample.py runs/tiny-sft --chat           # then ask it something
 
@@ -36,10 +35,6 @@ from support.chat import IGNORE, Batches, Examples
 from support.devices import check_equal, complete_rows, end_processes, processes, say
 from support.runs import (UserError, is_finished, is_tuned, newest_run, script, settings_of)
 from train import Batch, begin, finish, open_run, parse_settings, prepare, train
-
-# What a preset of the base changes. A flag on the command line wins over it.
-BY_PRESET = {"tiny": dict(lr=1e-3, epochs=1.0, batch_size=32, eval_every=0, sample_every=0)}
-
 
 # -------------------------------------------------------------------------------------------------
 # The run
@@ -75,7 +70,7 @@ def main(argv=None):
                      for messages in observer.shown]
         log.event("instructions", 0, **facts, questions=questions)
     log.say(introduce(args, model, facts, batches.per_epoch, machine.world))
-    del state, weights  # their memory is needed
+    del state, weights  # they may be as large as the model and its moments
 
     def read_step(step):
         # Rows differ in how many of their targets count. Their number in the whole batch is known
@@ -283,6 +278,8 @@ def spread(items, n):
 HELD_OUT = 0.02
 DEFAULTS = dict(lr=2e-5, warmup_steps=20, weight_decay=0.0, sample_every=250, keep_every=0,
                 epochs=3.0, lora_alpha=16.0)
+# What a preset of the base changes.
+BY_PRESET = {"tiny": dict(lr=1e-3, epochs=1.0, batch_size=32, eval_every=0, sample_every=0)}
 
 # What comes from the base's settings.
 INHERITED = ("preset", "data", "fingerprint", "seq_len", "benchmark", "benchmark_items")
@@ -334,7 +331,7 @@ def read_settings(argv, saved=None):
 def settings_of_base(args):
     """What the base decides: how it was trained and scored, and the defaults for its preset."""
     if args.resume and args.run and is_tuned(args.run):
-        known = settings_of(args.run)  # which has all of it; the base may be gone
+        known = settings_of(args.run)  # has the same values; the base may be gone
         base = args.base or known["base"]
     else:
         base = args.base or os.path.relpath(newest_run(pretrained=True))
@@ -350,8 +347,8 @@ def settings_of_base(args):
 # What it prints and logs at the start
 
 def describe(examples, held_out, bad, useful):
-    """What is tuned on, for the log and the screen. useful: the share of tokens that are not
-    padding."""
+    """Numbers of the rows to train on, for the log and the screen. useful: the share of tokens that
+    are not padding."""
     answer, share = chat.most_frequent_answer(examples.chats)
     return {"rows": len(examples), "held_out": len(held_out), "cut": examples.cut,
             "skipped": examples.skipped, "bad": bad, "useful": useful, "frequent_answer": answer,

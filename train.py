@@ -99,9 +99,9 @@ def make_optimizer(model, args, device):
     embedding; the vectors of the norms do not."""
     # AdamW keeps two moving averages for every weight, of its gradient and of the gradient's
     # square: twice the size of the model. An update is about lr · average / √(average of squares).
-    # In the first update, and again after --resume --reset_optimizer, both come from one gradient:
-    # it is divided by its own size, and every weight moves by about lr. So a reset loses what the
-    # averages had learned: how far each weight should move.
+    # In the first update, and again after --resume --reset_optimizer, both averages come from one
+    # gradient. So the gradient is divided by its own size, and every weight moves by about lr. What
+    # a reset loses is what the averages had learned: how far each weight should move.
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
@@ -122,7 +122,7 @@ def rms_of_change(before, parameters):
 
 @dataclass
 class Batch:
-    """What one step learns from."""
+    """The data of one step."""
     micro_batches: list  # of this process, for one forward each: (inputs, targets), both (B, T)
     targets: int         # number of targets that count, over all processes
     tokens: int          # number of tokens, over all processes: for the log
@@ -130,15 +130,26 @@ class Batch:
 
 @dataclass
 class Prepared:
-    """A model with everything that the loop does to it; `prepare` makes it."""
+    """A model and what the loop needs to train it; `prepare` makes it."""
     model: Llama
-    network: torch.nn.Module  # what the loop calls: the model, or the model in DDP
+    network: torch.nn.Module  # what the loop calls: the model, with several processes in DDP
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
     progress: Progress
-    saved_at: int | None      # the step whose state is on the disk; None: no state is
-    parts: list               # that support/fast.py computes
+    saved_at: int | None      # step of the newest state on the disk; None without one
+    parts: list               # names of what support/fast.py computes
+
+
+def has_diverged(loss, norm, scaler, skipped_in_a_row):
+    """Whether an update must not be made, because the training cannot go on.
+
+    In fp16 a gradient that overflows is normal: the scaler skips the update and halves its factor.
+    20 times in a row, or a factor below 1, are not normal, and neither is any other NaN or
+    infinity."""
+    if scaler.is_enabled():
+        return not math.isfinite(loss) or skipped_in_a_row == 20 or scaler.get_scale() < 1
+    return not (math.isfinite(loss) and math.isfinite(norm))
 
 
 def train(run, args, machine, prepared, constants, read_step, observer, log):
@@ -153,7 +164,7 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
     scaler = prepared.scaler
     progress = prepared.progress
     trained = [p for p in model.parameters() if p.requires_grad]
-    # The schedule is a factor on each group's own rate, which may differ from --lr.
+    # The schedule is a factor on each group's own rate. Ours all have --lr; yours may differ.
     shares = [group["lr"] / args.lr for group in optimizer.param_groups]
     stop = StopSignals(log)
     skipped_in_a_row = 0
@@ -169,17 +180,17 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
         if progress.step <= 1:  # before the first update and after it
             checkpoint.read_back(run, state, *parts)
 
-    def do_what_is_due(stopping):
+    def do_what_is_due(is_last):
         """Save, evaluate and sample, if that is due. Saving comes first, so a kill in an evaluation
-        loses no step. A resume repeats what was due at its step, so a run that is told to stop does
-        not evaluate. Evaluation draws no random numbers and sampling has its own, so doing them
-        more often does not change the training."""
+        loses no step. Before a stop (is_last) the state is always saved, and nothing is evaluated:
+        the resume does it. Evaluation draws no random numbers and sampling has its own, so doing
+        them more often does not change the training."""
         step = progress.step
-        if stopping or due(step, args.save_every, args.max_steps):
+        if is_last or due(step, args.save_every, args.max_steps):
             save()
-        if not stopping and due(step, args.eval_every, args.max_steps):
+        if not is_last and due(step, args.eval_every, args.max_steps):
             observer.evaluate(step, log)
-        if not stopping and due(step, args.sample_every, args.max_steps):
+        if not is_last and due(step, args.sample_every, args.max_steps):
             observer.sample(step, log)
 
     stopping = progress.step == args.stop_at
@@ -205,7 +216,7 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
             loss_sum += micro_loss.detach()
 
         # 4. Clip. First all processes agree on the loss, and on whether one of them was told to
-        # stop: if that one left the loop alone, the others would wait for it for ever.
+        # stop. (If only that one left the loop, the others would wait for it for ever.)
         loss = sum_over_processes(loss_sum).item() / batch.targets
         stopping = any_process(stop.requested, machine.device)
         scaler.unscale_(optimizer)  # without fp16 it does nothing
@@ -216,7 +227,7 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
         if has_diverged(loss, norm, scaler, skipped_in_a_row):
             save()  # the state before this update, which is good
             log.end(progress.step, "diverged")
-            wait_for_rank_0()  # which is saving
+            wait_for_rank_0()  # until it has saved
             raise UserError(f"step {progress.step + 1}: loss {loss}, gradient norm {norm}, lr "
                             f"{lr:.2e}; this update was not made, and the state before it is saved "
                             f"— try a lower --lr in another --run", code=3)
@@ -250,17 +261,6 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
     return stopping
 
 
-def has_diverged(loss, norm, scaler, skipped_in_a_row):
-    """Whether an update must not be made, because the training cannot go on.
-
-    In fp16 a gradient that overflows is normal: the scaler skips the update and halves its factor.
-    20 times in a row, or a factor below 1, are not normal, and neither is any other NaN or
-    infinity."""
-    if scaler.is_enabled():
-        return not math.isfinite(loss) or skipped_in_a_row == 20 or scaler.get_scale() < 1
-    return not (math.isfinite(loss) and math.isfinite(norm))
-
-
 # -------------------------------------------------------------------------------------------------
 # The run
 
@@ -283,14 +283,14 @@ def main(argv=None):
     constants, log = begin(run, args, machine, state, prepared, code, data.fingerprint)
     log.peak_rate = peak_rate(constants["env"], flops_per_token(model.config, args.seq_len))
     log.say(introduce(args, model, machine.world))
-    del state  # its memory is needed
+    del state  # it may be as large as the model and its moments
 
     sequences = args.batch_tokens // args.seq_len  # of a step
 
     def read_step(step):
-        # A window is T + 1 tokens in a row; a seeded permutation tells from where in the text. The
-        # windows of a step are one list, whatever the number of processes. With 2 processes and 2
-        # micro-batches of 4, rank 0 reads 0–3 and 8–11 of it, rank 1 4–7 and 12–15.
+        # A window is T + 1 tokens in a row; a seeded permutation decides where in the text it is.
+        # The windows of a step are one list, whatever the number of processes. With 2 processes and
+        # 2 micro-batches of 4, rank 0 reads 0–3 and 8–11 of it, rank 1 4–7 and 12–15.
         micro_batches = []
         together = machine.world * args.micro_batch  # in one forward of all processes
         for first in range(machine.rank * args.micro_batch, sequences, together):
@@ -491,8 +491,8 @@ def read_settings(argv, saved=None):
 
 
 def parse_settings(parser, argv, saved):
-    """Parse. On a resume the saved settings are the defaults. A flag that is newer than the run has
-    its own default, and not what a preset gives today, which the run did not have."""
+    """Parse. On a resume the saved settings are the defaults. A flag that was added since the run
+    was saved has its own default, not the preset's: that is what the run was trained with."""
     if saved is not None:
         newer = parser.set_saved(saved)
         if newer:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from support.runs import AT_END, UserError, first_line_of
+from support.runs import AT_END, UserError, first_line_of, print_anyway
 
 # -------------------------------------------------------------------------------------------------
 # Device and precision
@@ -344,17 +344,19 @@ def processes():
     return 0, 1
 
 
-def say(text, file=None):
+def say(text):
     """Print a line, on rank 0 only."""
     rank, _ = processes()
     if rank == 0:
-        print(text, file=file, flush=True)
+        print_anyway(text)
 
 
 @functools.cache  # so it is said once
 def remark(text):
     """Print a line on stderr, on rank 0 only."""
-    say(f"note: {text}", sys.stderr)
+    rank, _ = processes()
+    if rank == 0:
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def from_rank_0(value=None):

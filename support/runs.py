@@ -399,13 +399,17 @@ class Log:
         return os.fstat(self.file.fileno()).st_size
 
     def say(self, text):
-        """Print. A closed terminal, or `| head`, is no reason to stop training."""
-        if self.file is None:
-            return
-        try:
-            print(text, flush=True)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        """Print, on the process that has the log."""
+        if self.file is not None:
+            print_anyway(text)
+
+
+def print_anyway(text):
+    """Print. A closed terminal, or `| head`, is no reason to stop training."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def json_line(row):
