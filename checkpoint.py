@@ -69,13 +69,14 @@ def restore(state, model, optimizer, scaler, reset_optimizer=False):
     UserError naming what is missing, unknown or of another shape."""
     with durable.one_line_error("the checkpoint"):
         progress = Progress(*[state[field.name] for field in fields(Progress)])
+        restore_weights(state, model)
         if reset_optimizer:
             progress.updates = 0
         else:
-            restore_optimizer(state, optimizer, model)  # may change weights, so it comes first
+            restore_optimizer(state, optimizer, model)
+            restore_weights(state, model)  # once more: see make_state
             if scaler.is_enabled() and state["scaler"]:  # saved as {} without fp16
                 scaler.load_state_dict(state["scaler"])
-        restore_weights(state, model)
         set_random_state(state["rng"])
     return progress
 
@@ -120,7 +121,7 @@ def restore_optimizer(state, optimizer, model):
 
 def make_state(optimizer, model):
     """Let a new optimizer make its state. Every kind makes its own in its first step, so give it a
-    step with gradients of 0. Everything that this changes is then overwritten by what was saved."""
+    step with gradients of 0. It may change weights (by their decay), so restore them afterwards."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     new = [parameter for parameter in trained if parameter not in optimizer.state]
     for parameter in new:

@@ -221,8 +221,8 @@ def load_weights(path):
 
 
 def load_rest(path):
-    """The dict in a train_state.pt. Raises UserError if its plain values are of other kinds than
-    those of a log."""
+    """The dict in a train_state.pt. Raises UserError if a number in it is something else, or if its
+    settings cannot be logged."""
     rest = load_file(path)
     with one_line_error(path):
         for name in ("step", "tokens", "updates", "log_bytes"):
@@ -233,8 +233,8 @@ def load_rest(path):
 
 @contextmanager
 def one_line_error(what):
-    """Within it, whatever error odd content leads to ends the script in one line. For a file with
-    the right hash, which only other code, or a hand, can have written."""
+    """`with one_line_error("the checkpoint"):` turns any error into one line. It is for the content
+    of files whose hash is right: if that cannot be used, other code has written it."""
     try:
         yield
     except Exception as error:

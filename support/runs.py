@@ -199,8 +199,9 @@ def holds_steps(run):
 
 
 def is_finished(run, state, last):
-    """Whether a run to resume needs no more: its state is that of the last step, and the last row
-    of its log says that it was completed: its last evaluation may still be missing."""
+    """Whether nothing is left to do in a run. `state`, from which it would be resumed, must be that
+    of the `last` step, and the log must end with "done". (A run that was stopped at its last step
+    still lacks an evaluation.)"""
     if state is None or state["step"] != last:
         return False
     lines = (run / "metrics.jsonl").read_bytes().splitlines()
