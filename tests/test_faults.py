@@ -1346,15 +1346,15 @@ def test_flipped_bit_in_a_shard_is_refused_at_a_fresh_start(data_copy, tmp_path,
 # -------------------------------------------------------------------------------------------------
 # NaN and infinity: rows 21, 22
 
-def break_gradient(patch):
-    """The gradient of step 7 has a NaN."""
+def break_gradient(patch, step=7):
+    """The gradient of a step has a NaN."""
     clip = torch.nn.utils.clip_grad_norm_
     calls = []
 
     def broken(parameters, *args):
         parameters = list(parameters)
         calls.append(1)
-        if len(calls) == 7:
+        if len(calls) == step:
             parameters[0].grad[0, 0] = float("nan")
         return clip(parameters, *args)
     patch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
@@ -1393,6 +1393,18 @@ def test_nan_never_reaches_the_weights(data, whole, tmp_path, capsys, monkeypatc
     assert newest(folder) == 6  # where only the failure saves
     assert run(data, folder, "--resume") == 0
     assert same(folder, whole)
+
+
+def test_failure_after_an_evaluation_does_not_repeat_it(data, whole, tmp_path, monkeypatch):
+    """Catches: a state that is saved again after its evaluation, so that the log of the resumed run
+    has the evaluation twice. (Row 21.)"""
+    folder = tmp_path / "r"
+    with monkeypatch.context() as patch:
+        break_gradient(patch, step=9)
+        assert run(data, folder) == 3
+    assert newest(folder) == 8  # saved, and evaluated
+    assert run(data, folder, "--resume") == 0
+    assert evals(folder) == evals(whole)
 
 
 def test_diverging_run_ends_with_its_last_good_state(data, tmp_path, capsys):

@@ -669,8 +669,8 @@ def test_state_that_is_read_back_otherwise_ends_the_run(data, tmp_path, capsys, 
         return rest
     monkeypatch.setattr(durable, "load_rest", wrong)
     assert run(data, tmp_path / "r") == 4
-    assert "the state of step 1 differs when it is read again, in optimizer.lm_head.weight.exp_avg" \
-        in messages(capsys)[0]
+    line, = messages(capsys)
+    assert "the state of step 1 differs when it is read again, in optimizer.lm_head.weight" in line
 
 
 def test_each_group_keeps_its_own_rate(data, tmp_path, optimizer):
