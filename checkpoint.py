@@ -18,11 +18,11 @@ import torch
 
 from data import Tokenizer
 from model import Llama, ModelConfig
-from support import durable, lora, sharding
+from support import durable, lora, sharding, trees
 from support.devices import (processes, random_state, remark, set_random_state,
                              wait_for_rank_0)
 from support.fast import NoInit
-from support.runs import UserError, as_text, holds_steps, refuse_hugging_face
+from support.runs import UserError, as_text, refuse_hugging_face
 
 # -------------------------------------------------------------------------------------------------
 # The full state
@@ -52,7 +52,7 @@ def capture(model, optimizer, scaler, progress, **constants):
     """
     return {
         "model_config": asdict(model.config),
-        "model": sharding.gather(trained_weights(model)),
+        "model": sharding.gather(weights_of(model)),
         "optimizer_name": type(optimizer).__name__,
         "optimizer": sharding.gather(moments_of(optimizer, model)),
         "scaler": scaler.state_dict(),  # the loss scale of fp16
@@ -81,23 +81,22 @@ def restore(state, model, optimizer, scaler, reset_optimizer=False):
     return progress
 
 
-def trained_weights(model):
-    """{name: tensor} without frozen weights. Only a LoRA run has frozen ones: those of its base,
-    which is kept once, and not in every checkpoint."""
-    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
-    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
+def weights_of(model):
+    """{name: tensor}. A LoRA run has only its adapters here: its base is kept once."""
+    weights = model.state_dict()
+    return lora.trained_weights(model) if lora.is_lora(weights) else weights
 
 
 def moments_of(optimizer, model):
     """{name: what the optimizer keeps for this parameter}. AdamW keeps {"exp_avg", "exp_avg_sq",
-    "step"} from the first update on; others keep something else."""
-    return {name: optimizer.state[parameter] for name, parameter in model.named_parameters()
-            if parameter in optimizer.state}
+    "step"}, others keep something else. It is {} until the parameter has had a gradient."""
+    return {name: optimizer.state.get(parameter, {}) for name, parameter in model.named_parameters()
+            if parameter.requires_grad or parameter in optimizer.state}
 
 
 def restore_weights(state, model):
     """Put the saved weights into the model."""
-    fill("weights", trained_weights(model), state["model"])
+    fill("weights", weights_of(model), state["model"])
 
 
 def restore_optimizer(state, optimizer, model):
@@ -109,33 +108,32 @@ def restore_optimizer(state, optimizer, model):
                         f"{type(optimizer).__name__} — use the code that wrote it, or go on "
                         f"without that state: --reset_optimizer")
     moments = state["optimizer"]
-    is_new = state["updates"] == 0 and not moments
-    if not is_new:
-        make_state(optimizer, model)
+    if state["updates"] == 0 and not any(moments.values()):
+        return
+    make_state(optimizer, model, moments)
     fill("optimizer state", moments_of(optimizer, model), moments)
-    counts = {float(each["step"]) for each in moments.values() if "step" in each}
-    if counts - {state["updates"]}:
-        raise UserError(f"the checkpoint's optimizer state is of {sorted(counts)} updates, not of "
+    counts = [float(each["step"]) for each in moments.values() if "step" in each]
+    if counts and max(counts) != state["updates"]:
+        raise UserError(f"the checkpoint's optimizer state is of {max(counts)} updates, not of "
                         f"{state['updates']} — use the code that wrote it")
 
 
-def make_state(optimizer, model):
-    """Let a new optimizer make its state. Every kind makes its own in its first step, so give it a
-    step with gradients of 0. It may change weights (by their decay), so restore them afterwards."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    new = [parameter for parameter in trained if parameter not in optimizer.state]
-    for parameter in new:
-        parameter.grad = torch.zeros_like(parameter)
-    if new:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+def make_state(optimizer, model, saved):
+    """Let a new optimizer make its state. Every kind makes its own in its first step, so let it take
+    one, with some gradient for every parameter but those that had none before the save. The step
+    changes weights: restore them afterwards."""
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and saved.get(name) != {}:
+            parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
 
 
 def fill(what, here, saved):
     """Copy the tensors of `saved` into those of `here`, both nested dicts. This is the one place
     where names, shapes and dtypes are compared. Raises UserError naming the differences."""
-    in_file = durable.forms(saved)
-    in_code = durable.forms(here)
+    in_file = trees.forms(saved)
+    in_code = trees.forms(here)
     differences = []
     for name in sorted(in_file.keys() | in_code.keys()):
         forms = in_file.get(name, "absent"), in_code.get(name, "absent")
@@ -168,28 +166,25 @@ def save(run, state, keep_last, keep_every):
     durable.prune(run, state["step"], keep_last, keep_every)
 
 
-def read_back(run, state, model, optimizer, scaler):
-    """Load what was just saved, compare it with `state`, and restore it. A run that could not be
-    resumed, because of its optimizer for example, ends here. All processes must call this."""
+def read_back(run, state, model, old, new, scaler):
+    """Load the state that was just saved, compare it, and restore it into `new`, an optimizer that
+    takes the place of `old`. A run that could not be resumed, because of its optimizer for example,
+    ends here. All processes must call this."""
     wait_for_rank_0()
     again = load(durable.folder_of(run, state["step"]))
-    rank, _ = processes()
-    different = durable.differences(state, again) if rank == 0 else []
+    different = trees.differences(state, again) if processes()[0] == 0 else []
+    before = trees.contents_of(old, model)
+    state.clear()  # there may be no memory for the moments of two optimizers
+    old.state.clear()
+    try:
+        restore(again, model, new, scaler)
+        different += trees.differences(before, trees.contents_of(new, model))
+    except UserError as why:
+        different.append(str(why))
     if different:
-        raise UserError(f"{run}: the state of step {state['step']} differs when it is read again, "
-                        f"in {', '.join(different[:4])} — check the disk", code=4)
-    restore(again, model, optimizer, scaler)
-
-
-def newest(run):
-    """The folder of the newest undamaged full state of `run`; None if the run has not begun.
-
-    Raises UserError if it has begun and no state can be used: a run never starts over by itself."""
-    folder = durable.find(run, full=True)
-    if folder is None and holds_steps(run):
-        raise UserError(f"{run} holds a run but no checkpoint of it — restore its checkpoints, or "
+        raise UserError(f"{run} could not be resumed from step {again['step']}, so it ends here; "
+                        f"lost or changed: {', '.join(different[:4])} — correct the code, then "
                         f"start over with --overwrite")
-    return folder
 
 
 def load(folder):

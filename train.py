@@ -27,7 +27,7 @@ from checkpoint import Progress
 from data import DataFolder, Windows
 from evaluate import Observer
 from model import PRESETS, Llama, flops_per_token
-from support import fast, flags, sharding
+from support import durable, fast, flags, sharding
 from support.devices import (StopSignals, any_process, check_equal, end_processes, environment,
                              from_rank_0, peak_memory, peak_rate, processes, remark,
                              say, start_processes, sum_over_processes, to_device, use_machine,
@@ -160,41 +160,47 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
     evaluates and samples. Raises UserError with code 3 if the loss or a gradient becomes NaN or
     infinite, after saving the state before that update."""
     model = prepared.model
-    optimizer = prepared.optimizer
     scaler = prepared.scaler
     progress = prepared.progress
     trained = [p for p in model.parameters() if p.requires_grad]
     # The schedule is a factor on each group's own rate. Ours all have --lr; yours may differ.
-    shares = [group["lr"] / args.lr for group in optimizer.param_groups]
+    shares = [group["lr"] / args.lr for group in prepared.optimizer.param_groups]
     stop = StopSignals(log)
     skipped_in_a_row = 0
+    unproven = 3 if prepared.saved_at is None or args.reset_optimizer else 0  # states to read back
 
     def save():
-        """Save the state, unless it is on the disk already. All processes take part."""
+        """Save the state, unless it is on the disk already. All processes take part. The first
+        states of an optimizer are read back: that proves that a resume can restore it."""
+        nonlocal unproven
         if progress.step == prepared.saved_at:
             return
-        parts = model, optimizer, scaler
-        state = checkpoint.capture(*parts, progress, **constants, log_bytes=log.length())
+        state = checkpoint.capture(model, prepared.optimizer, scaler, progress, **constants,
+                                   log_bytes=log.length())
         checkpoint.save(run, state, args.keep_last, args.keep_every)
         prepared.saved_at = progress.step
-        if progress.step <= 1:  # before the first update and after it
-            checkpoint.read_back(run, state, *parts)
+        if unproven > 0:
+            unproven -= 1
+            new = make_optimizer(model, args, machine.device)
+            checkpoint.read_back(run, state, model, prepared.optimizer, new, scaler)
+            prepared.optimizer = new
 
-    def do_what_is_due(is_last):
-        """Save, evaluate and sample, if that is due. Saving comes first, so a kill in an evaluation
-        loses no step. Before a stop (is_last) the state is always saved, and nothing is evaluated:
-        the resume does it. Evaluation draws no random numbers and sampling has its own, so doing
-        them more often does not change the training."""
+    def do_what_is_due(told_to_stop):
+        """Save, evaluate and sample, if that is due; returns whether to stop. Saving comes first,
+        so a kill in an evaluation loses no step. Before a stop the state is always saved, and
+        nothing is evaluated: the resume does it. Evaluation draws no random numbers and sampling
+        has its own, so doing them more often does not change the training."""
         step = progress.step
+        is_last = told_to_stop or step == args.stop_at
         if is_last or due(step, args.save_every, args.max_steps):
             save()
         if not is_last and due(step, args.eval_every, args.max_steps):
             observer.evaluate(step, log)
         if not is_last and due(step, args.sample_every, args.max_steps):
             observer.sample(step, log)
+        return is_last
 
-    stopping = progress.step == args.stop_at
-    do_what_is_due(stopping)
+    stopping = do_what_is_due(told_to_stop=False)
     while progress.step < args.max_steps and not stopping:
         # 1. Batch, 2. forward, 3. backward, for each micro-batch of this process.
         start = time.monotonic()
@@ -218,7 +224,8 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
         # 4. Clip. First all processes agree on the loss, and on whether one of them was told to
         # stop. (If only that one left the loop, the others would wait for it for ever.)
         loss = sum_over_processes(loss_sum).item() / batch.targets
-        stopping = any_process(stop.requested, machine.device)
+        told_to_stop = any_process(stop.requested, machine.device)
+        optimizer = prepared.optimizer
         scaler.unscale_(optimizer)  # without fp16 it does nothing
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
         norm = sharding.whole(norm).item()
@@ -253,8 +260,7 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
         progress.seconds += seconds
         log.train(progress.step, progress.tokens, loss, lr, norm, seconds, batch.tokens,
                   skipped=overflow, memory=peak_memory(machine.device), update_rms=update_rms)
-        stopping = stopping or progress.step == args.stop_at
-        do_what_is_due(stopping)
+        stopping = do_what_is_due(told_to_stop)
 
     stop.restore()
     log.end(progress.step, "stopped" if stopping else "done")
@@ -299,9 +305,9 @@ def main(argv=None):
         return Batch(micro_batches, targets=args.batch_tokens, tokens=args.batch_tokens)
 
     stopped = train(run, args, machine, prepared, constants, read_step, observer, log)
-    advice = [f"python sample.py {run} --prompt \"The function\"",
-              f"python evaluate.py {run} --step 1", f"python sft.py {run}"]
-    return finish(run, log, prepared.progress.step, stopped, advice)
+    return finish(run, log, prepared.progress.step, stopped, advice=[
+        f"python sample.py {run} --prompt \"The function\"",
+        f"python evaluate.py {run} --step 1", f"python sft.py {run}"])
 
 
 def open_run(argv, read_settings):
@@ -311,11 +317,10 @@ def open_run(argv, read_settings):
     device = start_processes(args.device)
     run = Path(args.run)
     folder = None  # of the checkpoint to resume
-    rank, world = processes()
-    if rank == 0:
+    if processes()[0] == 0:
         claim(run, args.resume, args.overwrite)
         if args.resume:
-            folder = checkpoint.newest(run)
+            folder = durable.newest(run)
     state = checkpoint.load(from_rank_0(folder))
     if state is not None:
         args = read_settings(argv, saved=state["config"])  # again, with the saved values
@@ -335,8 +340,8 @@ def open_data(path, state):
     wait_for_rank_0()
     data = DataFolder(path)
     if data.unused:
-        names = ", ".join(file.name for file in data.unused[:5])
-        say(f"{path}: {len(data.unused)} files are in no split and not used: {names}")
+        say(f"{path}: {len(data.unused)} files are in no split and not used: "
+            f"{', '.join(file.name for file in data.unused[:5])}")
     if state is not None:
         data.check_same(state["data"], "restore it, or choose another --run")
     elif rank == 0:
@@ -361,7 +366,7 @@ def make_model(args, state, vocab_size):
         config = replace(preset, **given, vocab_size=vocab_size, padded_vocab_size=None,
                          max_seq_len=max(preset.max_seq_len, args.seq_len))
     except ValueError as why:
-        raise UserError(f"{why} — change --{' or --'.join(given)}") from None
+        raise UserError(f"{why} — give other sizes") from None
     torch.manual_seed(args.seed)
     model = Llama(config)
     if args.init_from:
@@ -395,9 +400,10 @@ def prepare(args, state, model, machine, T, compiled=False):
     autocast = torch.autocast(kind, dtype=machine.dtype, enabled=machine.dtype != torch.float32)
     scaler = torch.amp.GradScaler(kind, enabled=machine.dtype == torch.float16)
     progress = Progress()
+    saved_at = None
     if state is not None:
         progress = checkpoint.restore(state, model, optimizer, scaler, args.reset_optimizer)
-    saved_at = None if state is None else progress.step
+        saved_at = progress.step
     parts = []
     if args.fast:  # code that computes the same as model.py, faster
         parts = fast.use_what_agrees(model, args.micro_batch, T, autocast, compiled,
@@ -415,8 +421,8 @@ def begin(run, args, machine, state, prepared, code, fingerprint):
         if state is None:
             start_over(run)
         write_json(run / "config.json", {"fingerprint": fingerprint, **settings})
-    log_length = 0 if state is None else state["log_bytes"]  # what was logged later is cut off
-    log = Log(run if machine.is_main else None, log_length, args.max_steps)
+    length = 0 if state is None else state["log_bytes"]  # what was logged later is cut off
+    log = Log(run if machine.is_main else None, length, args.max_steps)
     log.start(prepared.progress.step, state, settings, env, args.reset_optimizer)
     log.say(f"device  {machine.device}, {env['dtype']}")
     if state is not None:
@@ -526,9 +532,9 @@ def introduce_resume(args, state, env):
     """Where the run continues, and what differs from when it was saved."""
     step = state["step"]
     optimizer = "without" if args.reset_optimizer else "with"
-    lr_before = lr_at(step, argparse.Namespace(**state["config"]))
+    before = lr_at(step, argparse.Namespace(**state["config"]))
     changed = changes({**state["config"], **state["env"]}, {**vars(args), **env}, flags.ONCE)
-    return (f"resume  at step {step}, {optimizer} the optimizer's state; lr {lr_before:.2e} as "
+    return (f"resume  at step {step}, {optimizer} the optimizer's state; lr {before:.2e} as "
             f"saved, {lr_at(step, args):.2e} now\n"
             f"        changed since it was saved: {', '.join(changed) or 'nothing'}")
 

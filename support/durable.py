@@ -19,7 +19,9 @@ import torch
 from torch.utils.serialization import config as serialization
 
 from support.files import sync, write_json
-from support.runs import UserError, due, first_line_of, is_out_of_memory, parse_json
+from support.runs import (UserError, due, first_line_of, holds_steps, is_out_of_memory,
+                          parse_json)
+from support.trees import named_tensors
 
 
 class Damaged(Exception):
@@ -60,49 +62,6 @@ def write_checkpoint(run, step, contents):
         raise UserError(f"{final}: not saved ({error}); it needs {needed / 1e6:,.1f} MB, "
                         f"{free / 1e6:,.1f} MB are free — make room, then run again with "
                         f"--resume", code=4) from error
-
-
-def leaves(tree, name=""):
-    """{path: value} of all values in nested dicts."""
-    if not isinstance(tree, dict):
-        return {name: tree}
-    found = {}
-    for key, value in tree.items():
-        found.update(leaves(value, f"{name}.{key}" if name else str(key)))
-    return found
-
-
-def named_tensors(tree):
-    """{path: tensor} of all tensors in nested dicts."""
-    return {name: value for name, value in leaves(tree).items() if isinstance(value, torch.Tensor)}
-
-
-def forms(tree):
-    """{path: shape and dtype} of the tensors in nested dicts; of other values their type."""
-    found = {}
-    for name, value in leaves(tree).items():
-        found[name] = type(value).__name__
-        if isinstance(value, torch.Tensor):
-            layout = "" if value.layout == torch.strided else f" {value.layout}"
-            found[name] = f"{tuple(value.shape)} {value.dtype}{layout}".replace("torch.", "")
-    return found
-
-
-def differences(first, second):
-    """The paths at which two nested dicts of tensors and other values are not equal."""
-    first = leaves(first)
-    second = leaves(second)
-    found = []
-    for name in first.keys() | second.keys():
-        a = first.get(name)
-        b = second.get(name)
-        if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
-            is_equal = torch.equal(a.cpu(), b.cpu()) and a.dtype == b.dtype
-        else:
-            is_equal = a == b
-        if not is_equal:
-            found.append(name)
-    return sorted(found)
 
 
 class HashedFile:
@@ -206,6 +165,17 @@ def load_file(path):
             raise
         raise UserError(f"{path}: cannot be read ({error}) — use a checkpoint that train.py "
                         f"wrote") from None
+
+
+def newest(run):
+    """The folder of the newest undamaged full state of `run`; None if the run has not begun.
+
+    Raises UserError if it has begun and no state can be used: a run never starts over by itself."""
+    folder = find(run, full=True)
+    if folder is None and holds_steps(run):
+        raise UserError(f"{run} holds a run but no checkpoint of it — restore its checkpoints, or "
+                        f"start over with --overwrite")
+    return folder
 
 
 def load_weights(path):

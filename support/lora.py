@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from support import durable
+from support import durable, trees
 from support.files import link_or_copy, write_json
 from support.runs import UserError, parse_json
 
@@ -50,6 +50,12 @@ def add_adapters(model, rank, alpha):
             for name, child in list(part.named_children()):
                 if isinstance(child, nn.Linear):
                     setattr(part, name, LoRALinear(child, rank, alpha))
+
+
+def trained_weights(model):
+    """{name: tensor} of all that the base does not have."""
+    frozen = {name for name, p in model.named_parameters() if not p.requires_grad}
+    return {name: tensor for name, tensor in model.state_dict().items() if name not in frozen}
 
 
 def is_lora(weights):
@@ -102,7 +108,7 @@ def keep_base(run, base, step, weights):
         recorded = durable.read_meta(folder)["files"]["model.pt"]
         link_or_copy(folder / "model.pt", file)
         durable.verify(run, "base.pt", {"base.pt": recorded})
-        is_kept = not durable.differences(durable.load_weights(file)["model"], weights["model"])
+        is_kept = not trees.differences(durable.load_weights(file)["model"], weights["model"])
     except (OSError, durable.Damaged):
         is_kept = False
     if not is_kept:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from support.runs import UserError
+from support.trees import items_of
 
 
 def shard(llama, machine):
@@ -92,10 +93,12 @@ def whole(tensor):
 
 
 def gather(tree):
-    """Nested dicts with all of each sharded tensor, in the memory of rank 0's CPU: one by one, and
+    """Nested dicts and lists with all of each sharded tensor, in the memory of rank 0's CPU: one by one, and
     None on the other processes, which must call it too. Other values are as they are."""
     if isinstance(tree, dict):
         return {name: gather(value) for name, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [gather(value) for value in tree]
     if not is_sharded(tree):
         return tree
     tensor = whole(tree)
@@ -105,8 +108,8 @@ def gather(tree):
 def scatter(tree, here):
     """The opposite of `gather`: copy the tensors of nested dicts into those that are `here`, each
     process its part. All have read the same file, so nothing is exchanged."""
-    for name, value in tree.items():
-        if isinstance(value, dict):
+    for name, value in items_of(tree):
+        if isinstance(value, dict | list):
             scatter(value, here[name])
         elif isinstance(value, torch.Tensor):
             here[name].copy_(part_of(value, here[name]))

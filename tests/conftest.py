@@ -18,7 +18,7 @@ import plot_dynamics
 import sft
 import train
 from model import PRESETS, ModelConfig
-from support import durable
+from support import trees
 
 ROOT = Path(__file__).parent.parent
 TEST = ModelConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, intermediate_size=64,
@@ -213,7 +213,7 @@ def state(folder, step=20):
     place = folder / "checkpoints" / f"step_{step:08d}"
     contents = {name: torch.load(place / name, weights_only=True)
                 for name in ("model.pt", "train_state.pt")}
-    return durable.named_tensors(contents)
+    return trees.named_tensors(contents)
 
 
 def same(a, b, step=20):

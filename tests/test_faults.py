@@ -27,7 +27,7 @@ import evaluate
 import sample
 import train
 from conftest import CHILD, FLAGS, ROOT, TEST, evals, exit_code, messages, rows, run, same, state
-from support import devices, durable, flags, runs
+from support import devices, durable, flags, runs, trees
 from support.runs import UserError
 
 pytestmark = pytest.mark.usefixtures("short_samples")
@@ -728,7 +728,7 @@ sys.path.insert(0, sys.argv[1])
 from pathlib import Path
 import torch, checkpoint
 from model import Llama, ModelConfig
-from support import durable
+from support import durable, trees
 
 def memory(name):
     lines = open("/proc/self/status").read().splitlines()
@@ -746,7 +746,7 @@ scaler = torch.amp.GradScaler("cpu", enabled=False)
 progress = checkpoint.Progress(step=1, tokens=1, seconds=1.0, updates=1)
 state = checkpoint.capture(model, optimizer, scaler, progress, config={}, env={}, data=[],
                            log_bytes=0)
-size = sum(tensor.nbytes for tensor in durable.named_tensors(state).values())
+size = sum(tensor.nbytes for tensor in trees.named_tensors(state).values())
 largest = max(parameter.nbytes for parameter in model.parameters())
 open("/proc/self/clear_refs", "w").write("5")  # the peak of memory starts anew
 before = memory("VmRSS")

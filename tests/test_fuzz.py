@@ -29,7 +29,7 @@ import plot_dynamics
 import sft
 from conftest import INSTRUCTIONS, QUESTIONS, exit_code, rows, run, write_lines
 from data import DataFolder, Tokenizer
-from support import chat, durable, lora, runs, shards, textfiles
+from support import chat, durable, lora, runs, shards, textfiles, trees
 from support.files import write_json
 from support.runs import UserError
 
@@ -299,7 +299,7 @@ def plausible(tree, mutated, path=()):
     if path[:1] in (("env",), ("seconds",)):
         return True
     if isinstance(tree, torch.Tensor):
-        return durable.forms(tree) == durable.forms(mutated)
+        return trees.forms(tree) == trees.forms(mutated)
     if isinstance(tree, dict) and isinstance(mutated, dict):
         same_keys = tree.keys() == mutated.keys()
         if path == ("config",):
@@ -336,7 +336,7 @@ def states(data, tmp_path, capsys):
             raise UserError(message, code)
         assert code == 75
         state = checkpoint.load(folder / "checkpoints/step_00000004")
-        tensors = durable.named_tensors(state)
+        tensors = trees.named_tensors(state)
         return (rows(folder), [state[name] for name in ("step", "tokens", "updates")],
                 {name: tensor.tolist() for name, tensor in tensors.items()})
     expected = resume("model.pt", contents["model.pt"])  # control

@@ -643,7 +643,7 @@ def test_sft_resume_differs_if_state_is_incomplete(tuned, tmp_path, mistake):
     flags = []
     shutil.copytree(tuned, folder)
     durable.remove(folder / "checkpoints/step_00000012")
-    saved = checkpoint.load(checkpoint.newest(folder))
+    saved = checkpoint.load(durable.newest(folder))
     if mistake == "moments":
         flags = ["--reset_optimizer"]
     if mistake == "rounded":
@@ -699,7 +699,7 @@ def test_sft_survives_kill_bitwise(trial, tuned, tmp_path):
             if code != 0:
                 kills += 1
             if durable.checkpoints(folder):
-                assert checkpoint.newest(folder)
+                assert durable.newest(folder)
         assert same(folder, tuned, 12)
         assert events(folder) == events(tuned)
 
@@ -709,7 +709,7 @@ def test_sft_survives_kill_in_its_last_evaluation(trial, tuned, tmp_path):
     that leaves out the evaluation, or logs it twice."""
     folder = tmp_path / "r"
     assert trial(folder, fault=["signal", "evaluate", 12, "SIGKILL"])["code"] == -signal.SIGKILL
-    assert checkpoint.newest(folder).name == "step_00000012"
+    assert durable.newest(folder).name == "step_00000012"
     assert len(rows(folder)) == 12
     assert events(folder) != events(tuned)  # control: the evaluation is missing
     assert trial(folder)["code"] == 0
@@ -785,7 +785,7 @@ def test_sft_stop_signal_loses_no_step(trial, tuned, tmp_path, where, name):
     assert rows(folder, "end", ("reason",)) == [("stopped",)]
     (last,) = rows(folder, keys=("step",))[-1]
     assert last in (4, 5)
-    assert checkpoint.newest(folder).name == f"step_{last:08d}"
+    assert durable.newest(folder).name == f"step_{last:08d}"
     assert trial(folder)["code"] == 0
     assert same(folder, tuned, 12)
     assert events(folder) == events(tuned)
@@ -850,7 +850,7 @@ def test_sft_nan_is_never_saved(whole, instructions, tuned, method, tmp_path, ca
     assert "step 7: loss" in line
     assert "nan" in line
     assert rows(folder) == rows(tuned)[:6]
-    assert checkpoint.newest(folder).name == "step_00000006"
+    assert durable.newest(folder).name == "step_00000006"
     assert all(tensor.isfinite().all() for tensor in state(folder, 6).values())
     with monkeypatch.context() as patch:
         put_nan(patch, 1)  # the same rows give the same NaN

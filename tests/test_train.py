@@ -638,24 +638,126 @@ class Unused(Llama):
         self.unused = torch.nn.Parameter(torch.ones(3))
 
 
-def test_run_that_cannot_be_resumed_ends_at_its_start(data, tmp_path, capsys, optimizer,
-                                                      monkeypatch):
-    """Catches: hours of training in states that cannot be restored."""
-    class Odd(Counting):
-        def step(self):
-            super().step()
-            for moments in self.state.values():
-                moments["odd"] = SimpleNamespace()
+class Frozen(Llama):
+    """Has weights that are not trained."""
 
-    with monkeypatch.context() as patch:
-        patch.setattr(train, "Llama", Unused)
-        assert run(data, tmp_path / "unused") == 2
-    assert "unused.exp_avg (absent saved, (3,) float32 in the code)" in messages(capsys)[0]
-    optimizer(lambda model, args: Odd(model.parameters(), lr=args.lr))
-    assert run(data, tmp_path / "odd") == 2
-    assert "holds more than tensors and plain values" in messages(capsys)[0]
-    for name in ("unused", "odd"):
-        assert steps(tmp_path / name) == [1]
+    def __init__(self, config):
+        super().__init__(config)
+        self.model.embed_tokens.requires_grad_(False)
+
+
+class Dropping(Llama):
+    """Leaves out its last block in some micro-batches, so its parameters get fewer updates."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        forward = self.model.layers[-1].forward
+
+        def sometimes(x, *args):
+            return x if self.training and torch.rand(()) < 0.7 else forward(x, *args)
+        self.model.layers[-1].forward = sometimes
+
+
+@pytest.mark.parametrize("network", [Unused, Frozen, Dropping])
+def test_parameters_without_a_gradient_are_resumed_too(data, tmp_path, monkeypatch, network):
+    """Catches: weights that are not saved because they are frozen; a state that cannot be restored
+    because a parameter has no moments, or was updated less often."""
+    short = ("--max_steps", 6, "--save_every", 0, "--no-fast")
+    monkeypatch.setattr(train, "Llama", network)
+    monkeypatch.setattr(checkpoint, "Llama", network)
+    assert run(data, tmp_path / "straight", *short) == 0
+    for stop in (1, 3):
+        folder = tmp_path / str(stop)
+        assert run(data, folder, *short, "--stop_at", stop) == 75
+        assert run(data, folder, *short, "--resume") == 0
+        assert same(folder, tmp_path / "straight", 6)
+    moments = checkpoint.load(durable.find(folder, full=True))["optimizer"]
+    updates = {float(each["step"]) if each else 0.0 for each in moments.values()}
+    assert (len(updates) > 1) == (network is not Frozen)  # control: there are such parameters
+
+
+class WithoutState(MuonAndAdamW, torch.optim.Optimizer):
+    """As it is written first: an optimizer of its own, whose state is not that of its parts."""
+
+    def __init__(self, model, args):
+        MuonAndAdamW.__init__(self, model, args)
+        torch.optim.Optimizer.__init__(self, self.param_groups, {})
+
+
+class Slowing(torch.optim.SGD):
+    """Counts its steps, where the subclass says, and each is smaller than the one before."""
+    def step(self):
+        self.count()
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is not None:
+                    p.data -= group["lr"] / self.k * p.grad
+
+    def count(self):
+        self.k = getattr(self, "k", 0) + 1
+
+
+class SlowingGroups(Slowing):
+    def count(self):
+        for group in self.param_groups:
+            group["k"] = self.k = group.get("k", 0) + 1
+
+
+class SlowingState(Slowing):
+    def count(self):
+        self.state["all"] = {"k": torch.tensor(1) + self.state.get("all", {"k": 0})["k"]}
+        self.k = int(self.state["all"]["k"])
+
+
+class NoPlainValue(Counting):
+    def step(self):
+        super().step()
+        for moments in self.state.values():
+            moments["odd"] = SimpleNamespace()
+
+
+LOST = {
+    WithoutState: "lm_head.weight.exp_avg",
+    Slowing: "changed: k",
+    SlowingGroups: "param_groups.0.k",
+    SlowingState: "state.all.k",
+    NoPlainValue: "holds more than tensors and plain values",
+}
+
+
+@pytest.mark.parametrize("kind", LOST, ids=lambda kind: kind.__name__)
+def test_run_that_cannot_be_resumed_ends_at_its_start(data, tmp_path, capsys, optimizer, kind):
+    """Catches: hours of training with an optimizer that keeps something where no checkpoint looks
+    for it, or that no checkpoint can hold; also one that takes the place of another."""
+    def make(model, args):
+        parameters = model.parameters()
+        return kind(model, args) if kind is WithoutState else kind(parameters, lr=args.lr)
+
+    assert run(data, tmp_path / "before", "--stop_at", 3) == 75
+    optimizer(make)
+    capsys.readouterr()
+    assert run(data, tmp_path / "new") == 2
+    line, = messages(capsys)
+    assert LOST[kind] in line
+    assert steps(tmp_path / "new")[-1] <= 2
+    assert run(data, tmp_path / "before", "--resume", "--reset_optimizer", "--save_every", 1) == 2
+    assert LOST[kind] in messages(capsys)[0]
+    assert steps(tmp_path / "before")[-1] <= 5
+
+
+def test_reading_back_changes_nothing(data, whole, tmp_path, monkeypatch):
+    """Catches: a run that is another one because its first states are read back."""
+    monkeypatch.setattr(checkpoint, "read_back", lambda *args: None)
+    make_optimizer = train.make_optimizer
+    made = []
+
+    def make_once(*args):  # what read_back did not fill must not be used
+        made.append(made[0] if made else make_optimizer(*args))
+        return made[0]
+    monkeypatch.setattr(train, "make_optimizer", make_once)
+    assert run(data, tmp_path / "r") == 0
+    assert len(made) == 4
+    assert same(tmp_path / "r", whole)
 
 
 def test_state_that_is_read_back_otherwise_ends_the_run(data, tmp_path, capsys, monkeypatch):
@@ -665,12 +767,13 @@ def test_state_that_is_read_back_otherwise_ends_the_run(data, tmp_path, capsys, 
     def wrong(path):
         rest = load_rest(path)
         for moments in rest["optimizer"].values():
-            moments["exp_avg"] += 1e-9
+            for tensor in moments.values():
+                tensor += 1e-9
         return rest
     monkeypatch.setattr(durable, "load_rest", wrong)
-    assert run(data, tmp_path / "r") == 4
+    assert run(data, tmp_path / "r") == 2
     line, = messages(capsys)
-    assert "the state of step 1 differs when it is read again, in optimizer.lm_head.weight" in line
+    assert "could not be resumed from step 1, so it ends here; lost or changed: optimizer." in line
 
 
 def test_each_group_keeps_its_own_rate(data, tmp_path, optimizer):
@@ -1098,7 +1201,7 @@ def test_help_shows_the_values_of_the_preset(capsys, preset):
     (["--resume", "--overwrite"], "argument --overwrite: not allowed with argument --resume"),
     (["--reset_optimizer", "--overwrite"], "--reset_optimizer is for --resume"),
     (["--rewarm_steps", 5], "--rewarm_steps is for --resume --reset_optimizer"),
-    (["--n_heads", 3], "dim 32 is not divisible by n_heads 3 — change --n_heads"),
+    (["--n_heads", 3], "dim 32 is not divisible by n_heads 3 — give other sizes"),
     (["--n_layers", 3, "--resume"], "n_layers (saved None, given 3)"),
     (["--device", "cuda:77"], "no device cuda:77"),
     (["--device", "meta"], "no device meta"),
