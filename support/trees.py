@@ -45,7 +45,9 @@ def differences(first, second):
 
 
 def are_equal(a, b):
-    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+    if type(a) is not type(b):
+        return False
+    if isinstance(a, torch.Tensor):
         return a.dtype == b.dtype and torch.equal(a.cpu(), b.cpu())
     are_nan = a != a and b != b
     return a == b or are_nan

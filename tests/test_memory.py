@@ -47,6 +47,7 @@ import torch
 import torch.distributed as dist
 from model import Llama, ModelConfig
 from support import fast, memory, sharding
+from support.devices import Machine
 
 def status(name):
     for line in open("/proc/self/status"):
@@ -58,7 +59,7 @@ def train(config, micro_batch, recompute, fsdp):
     if recompute:
         memory.checkpoint_activations(llama)
     if fsdp:
-        sharding.shard(llama)
+        sharding.shard(llama, Machine(dist.get_rank(), 2, torch.device("cpu"), torch.bfloat16))
     optimizer = torch.optim.AdamW(llama.parameters(), fused=True)
     for step in range(2):
         if step == 1:
