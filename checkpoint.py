@@ -10,7 +10,7 @@ A checkpoint is a folder. How it is kept whole on the disk is in support/durable
                                         train_state.pt   the rest of the full state
                                         meta.json        step; size and SHA-256 of both
 
-Old checkpoints lose train_state.pt: their weights can be sampled and scored, but not resumed.
+Of older checkpoints `save` deletes train_state.pt: they can be sampled and scored, not resumed.
 """
 from dataclasses import asdict, dataclass, fields
 
@@ -33,17 +33,17 @@ class Progress:
     step: int = 0         # number of finished steps: the position in the data and in the schedule
     tokens: int = 0       # number of tokens read
     seconds: float = 0.0  # time spent in training steps, over all resumes
-    updates: int = 0      # number of updates in the optimizer's moments: less than `step` after a
-                          # --reset_optimizer, or if gradients overflowed in fp16
+    updates: int = 0      # number of updates that the optimizer's moments include: less than `step`
+                          # after a --reset_optimizer, or if gradients overflowed in fp16
 
 
 def capture(model, optimizer, scaler, progress, **constants):
     """Everything that the next step depends on: a run that goes on from this is the same run.
 
     Tensors are saved under the names of their parameters. So you may reorder the code, or use
-    another number of processes, and still resume. All processes must call this: tensors that are
-    sharded over them (--fsdp) are gathered one by one in the memory of rank 0, and are None on the
-    others. `constants` is the rest:
+    another number of processes, and still resume. All processes must call this. It copies nothing,
+    but with --fsdp rank 0 gathers the tensors, one by one; on other ranks they are None.
+    `constants` is the rest:
 
         config      the settings of the run
         env         device, precision, processes, versions: to report what changes on a resume
@@ -74,7 +74,7 @@ def restore(state, model, optimizer, scaler, reset_optimizer=False):
             progress.updates = 0
         else:
             restore_optimizer(state, optimizer, model)
-            restore_weights(state, model)  # once more: see make_state
+            restore_weights(state, model)  # again, because make_state changes them
             if scaler.is_enabled() and state["scaler"]:  # saved as {} without fp16
                 scaler.load_state_dict(state["scaler"])
         set_random_state(state["rng"])
@@ -82,7 +82,7 @@ def restore(state, model, optimizer, scaler, reset_optimizer=False):
 
 
 def weights_of(model):
-    """{name: tensor}. A LoRA run has only its adapters here: its base is kept once."""
+    """{name: tensor}. Of a LoRA run only the adapters: its base does not change, see base.pt."""
     weights = model.state_dict()
     return lora.trained_weights(model) if lora.is_lora(weights) else weights
 
@@ -100,8 +100,8 @@ def restore_weights(state, model):
 
 
 def restore_optimizer(state, optimizer, model):
-    """Put the saved moments into the optimizer. Raises UserError if they are those of another
-    optimizer, or of another number of updates."""
+    """Put the saved moments into the optimizer. Raises UserError if another kind of optimizer wrote
+    them, or if they include another number of updates than the state says."""
     saved_by = state.get("optimizer_name", "AdamW")  # older checkpoints have no name
     if saved_by != type(optimizer).__name__:
         raise UserError(f"the checkpoint has the state of {saved_by!r}, and this code uses "
@@ -119,9 +119,9 @@ def restore_optimizer(state, optimizer, model):
 
 
 def make_state(optimizer, model, saved):
-    """Let a new optimizer make its state. Every kind makes its own in its first step, so let it take
-    one, with some gradient for every parameter but those that had none before the save. The step
-    changes weights: restore them afterwards."""
+    """Let a new optimizer make its state, which every kind does in its own way in its first step.
+    Parameters that had no gradient before the save get none here either. The step changes weights:
+    restore them afterwards."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and saved.get(name) != {}:
             parameter.grad = torch.ones_like(parameter)
@@ -188,8 +188,8 @@ def read_back(run, state, model, old, new, scaler):
 
 
 def load(folder):
-    """The full state in the folder of a checkpoint, as `capture` returned it; None if there is no
-    folder. Raises UserError if the files, though undamaged, hold something else."""
+    """The full state in the folder of a checkpoint, as `capture` returned it; None if the folder is
+    None. Raises UserError if the files, though undamaged, hold something else."""
     if folder is None:
         return None
     weights = durable.load_weights(folder / "model.pt")

@@ -33,7 +33,7 @@ from model import Llama
 from support import chat, durable, fast, flags, lora
 from support.chat import IGNORE, Batches, Examples
 from support.devices import check_equal, complete_rows, end_processes, processes, say
-from support.runs import (UserError, is_finished, is_tuned, newest_run, script, settings_of)
+from support.runs import UserError, is_finished, is_tuned, newest_run, script, settings_of
 from train import Batch, begin, finish, open_run, parse_settings, prepare, train
 
 # -------------------------------------------------------------------------------------------------
@@ -191,7 +191,7 @@ class AnswerObserver:
         start = time.monotonic()
         scores = self.score()
         rank, _ = processes()
-        if rank == 0:  # the other processes wait in the next exchange
+        if rank == 0:  # the others wait for it where they exchange something next
             answers = self.answer(self.asked)
             ended = [end for _, end in answers]
             scores["ended"] = sum(ended) / len(ended) if ended else None
@@ -269,7 +269,7 @@ def cut_at_end(ids, eot):
 def spread(items, n):
     """At most n of the items, evenly spread over all of them."""
     places = np.linspace(0, len(items) - 1, min(n, len(items))).astype(int)
-    return [items[i] for i in np.unique(places)]
+    return [items[i] for i in places]
 
 
 # -------------------------------------------------------------------------------------------------

@@ -52,11 +52,10 @@ BY_PRESET = {
     "1.7b": dict(max_steps=38_147, save_every=1000),  # the paper's: 20B tokens
 }
 
-
 # The fields of ModelConfig that a flag can change.
 SIZES = ("dim", "n_layers", "n_heads", "n_kv_heads", "intermediate_size")
 
-COMPILE_FROM = 500  # steps; compiling takes 10 to 20 s, which a shorter run does not earn back
+COMPILE_FROM = 500  # steps; compiling takes 10 to 20 s, more than it saves in a shorter run
 
 
 # -------------------------------------------------------------------------------------------------
@@ -112,9 +111,9 @@ def make_optimizer(model, args, device):
 def rms_of_change(before, parameters):
     """Root mean square of what an update changed, over all trained weights. before: copies of the
     `parameters` from before it."""
-    changes = [p.detach() - old for old, p in zip(before, parameters)]
-    norm = sharding.whole(torch.nn.utils.get_total_norm(changes)).item()
-    return norm / math.sqrt(sum(p.numel() for p in changes))
+    moved = [p.detach() - old for old, p in zip(before, parameters)]
+    norm = sharding.whole(torch.nn.utils.get_total_norm(moved)).item()
+    return norm / math.sqrt(sum(p.numel() for p in moved))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -145,19 +144,18 @@ def has_diverged(loss, norm, scaler, skipped_in_a_row):
     """Whether an update must not be made, because the training cannot go on.
 
     In fp16 a gradient that overflows is normal: the scaler skips the update and halves its factor.
-    20 times in a row, or a factor below 1, are not normal, and neither is any other NaN or
-    infinity."""
+    Not normal are 20 skipped updates in a row, a factor below 1, and any other NaN or infinity."""
     if scaler.is_enabled():
         return not math.isfinite(loss) or skipped_in_a_row == 20 or scaler.get_scale() < 1
     return not (math.isfinite(loss) and math.isfinite(norm))
 
 
 def train(run, args, machine, prepared, constants, read_step, observer, log):
-    """Train up to --max_steps, or until told to stop; returns whether it was told to.
+    """Train up to --max_steps, or until told to stop; returns whether it was told to stop.
 
     read_step(step) gives the Batch of the update from `step` to `step` + 1. All processes have the
-    same number of micro-batches. constants: what checkpoint.capture saves besides. observer:
-    evaluates and samples. Raises UserError with code 3 if the loss or a gradient becomes NaN or
+    same number of micro-batches. constants: for checkpoint.capture. observer: evaluates and
+    samples. Raises UserError with code 3 if the loss or a gradient becomes NaN or
     infinite, after saving the state before that update."""
     model = prepared.model
     scaler = prepared.scaler
@@ -191,18 +189,18 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
         nothing is evaluated: the resume does it. Evaluation draws no random numbers and sampling
         has its own, so doing them more often does not change the training."""
         step = progress.step
-        is_last = told_to_stop or step == args.stop_at
-        if is_last or due(step, args.save_every, args.max_steps):
+        stops_here = told_to_stop or step == args.stop_at
+        if stops_here or due(step, args.save_every, args.max_steps):
             save()
-        if not is_last and due(step, args.eval_every, args.max_steps):
+        if not stops_here and due(step, args.eval_every, args.max_steps):
             observer.evaluate(step, log)
-        if not is_last and due(step, args.sample_every, args.max_steps):
+        if not stops_here and due(step, args.sample_every, args.max_steps):
             observer.sample(step, log)
-        return is_last
+        return stops_here
 
     stopping = do_what_is_due(told_to_stop=False)
     while progress.step < args.max_steps and not stopping:
-        # 1. Batch, 2. forward, 3. backward, for each micro-batch of this process.
+        # 1. Batch. Then, for each micro-batch of this process, 2. forward, 3. backward.
         start = time.monotonic()
         lr = lr_at(progress.step, args) * rewarming(progress.updates, args)
         batch = read_step(progress.step)
@@ -420,6 +418,7 @@ def begin(run, args, machine, state, prepared, code, fingerprint):
     if machine.is_main:
         if state is None:
             start_over(run)
+        # Settings of sft.py have a fingerprint already: that of its base's data.
         write_json(run / "config.json", {"fingerprint": fingerprint, **settings})
     length = 0 if state is None else state["log_bytes"]  # what was logged later is cut off
     log = Log(run if machine.is_main else None, length, args.max_steps)
@@ -431,8 +430,8 @@ def begin(run, args, machine, state, prepared, code, fingerprint):
 
 
 def finish(run, log, step, stopped, advice):
-    """The last lines on the screen and, of a run that is done, its figure. Returns the exit code.
-    advice: commands to try next."""
+    """Draw a run that is done, and print the last lines. Returns the exit code. advice: lines, what
+    to try next."""
     if stopped:
         log.say(f"stopped and saved at step {step} — continue with the same command and --resume")
         return end_processes(75)
@@ -444,11 +443,12 @@ def finish(run, log, step, stopped, advice):
 
 
 def draw(run):
-    """dynamics.png and trajectory.md. If that fails it says why; the run is done all the same."""
+    """Write dynamics.png and trajectory.md. If that fails, print why: the run is done all the
+    same."""
     try:
         import plot_dynamics
         plot_dynamics.main([str(run), "--out", str(run)])
-    except SystemExit:  # as a script ends; its message is on the screen
+    except SystemExit:  # it has printed what is wrong
         pass
     except Exception as error:  # of matplotlib: say, a backend that this machine lacks
         print(f"warning: the figure was not drawn: {error}", file=sys.stderr)

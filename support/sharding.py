@@ -93,8 +93,8 @@ def whole(tensor):
 
 
 def gather(tree):
-    """Nested dicts and lists with all of each sharded tensor, in the memory of rank 0's CPU: one by one, and
-    None on the other processes, which must call it too. Other values are as they are."""
+    """Nested dicts and lists with all of each sharded tensor, one by one in the memory of rank 0's
+    CPU. The other processes must call it too, and get None. Other values are as they are."""
     if isinstance(tree, dict):
         return {name: gather(value) for name, value in tree.items()}
     if isinstance(tree, list | tuple):
