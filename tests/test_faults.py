@@ -523,7 +523,8 @@ def round_moments(state):
 
 
 def lose_an_update(state):
-    state["optimizer"][UP[0]]["step"] -= 1
+    for moments in state["optimizer"].values():
+        moments["step"] -= 1
 
 
 def lose_random_state(state):
@@ -539,7 +540,7 @@ def lose_random_state(state):
     (reshape_moments, r"optimizer state do not fit .*exp_avg_sq \(\(3,\) float32 saved"),
     (round_moments, r"optimizer state do not fit .*exp_avg_sq \(\(64, 32\) float16 saved"),
     (lose_all_moments, r"optimizer state do not fit"),
-    (lose_an_update, r"of \[14.0, 15.0\] updates, not of 15"),
+    (lose_an_update, r"is of 14.0 updates, not of 15"),
     (thin_out_weight, r"weights do not fit .*\(\(64, 32\) float32 sparse_coo saved"),
     (lose_random_state, r"the checkpoint cannot be used \(KeyError: 'cpu'\)"),
 ])
@@ -1426,7 +1427,7 @@ def test_nan_is_never_saved(data, tmp_path, capsys, monkeypatch):
     def broken(self, *args, **kwargs):
         step(self, *args, **kwargs)
         calls.append(1)
-        if len(calls) == 10:
+        if len(calls) == 12:  # in step 10: two were made to read back the states of steps 1 and 2
             with torch.no_grad():
                 self.param_groups[0]["params"][3][0] = float("inf")
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
