@@ -120,8 +120,8 @@ def restore_optimizer(state, optimizer, model):
 
 def make_state(optimizer, model, saved):
     """Let a new optimizer make its state, which every kind does in its own way in its first step.
-    Parameters that had no gradient before the save get none here either. The step changes weights:
-    restore them afterwards."""
+    Gradients are 1; parameters that had none before the save get none here either. The step changes
+    weights: restore them afterwards."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and saved.get(name) != {}:
             parameter.grad = torch.ones_like(parameter)

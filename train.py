@@ -155,8 +155,8 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
 
     read_step(step) gives the Batch of the update from `step` to `step` + 1. All processes have the
     same number of micro-batches. constants: for checkpoint.capture. observer: evaluates and
-    samples. Raises UserError with code 3 if the loss or a gradient becomes NaN or
-    infinite, after saving the state before that update."""
+    samples. Raises UserError with code 3 if the loss or a gradient becomes NaN or infinite, after
+    saving the state before that update."""
     model = prepared.model
     scaler = prepared.scaler
     progress = prepared.progress
@@ -169,7 +169,8 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
 
     def save():
         """Save the state, unless it is on the disk already. All processes take part. The first
-        states of an optimizer are read back: that proves that a resume can restore it."""
+        three states of an optimizer are read back, which proves that a resume can restore it. (Only
+        at the third is a counter that was lost another number than in a new optimizer.)"""
         nonlocal unproven
         if progress.step == prepared.saved_at:
             return

@@ -197,7 +197,8 @@ def load_rest(path):
     with one_line_error(path):
         for name in ("step", "tokens", "updates", "log_bytes"):
             rest[name] = int(rest[name])
-        json.dumps([{**rest["config"], **rest["env"]}, rest["data"], float(rest["seconds"])])
+        rest["seconds"] = float(rest["seconds"])
+        json.dumps([{**rest["config"], **rest["env"]}, rest["data"]])
     return rest
 
 

@@ -187,11 +187,12 @@ def check_together(args, state, world):
     rewarmed = 0 if state is None else state["config"]["rewarm_steps"]
     if args.rewarm_steps != rewarmed and not args.reset_optimizer:
         raise UserError("--rewarm_steps is for --resume --reset_optimizer — give all three")
-    if "batch_tokens" in args:  # those of sft.py are not given
+    if "batch_tokens" in args:  # sft.py counts its batches in rows
         check_batch(args, state, world)
 
 
 def check_same(args, saved):
+    """Raise UserError if the settings are those of another experiment than the saved ones."""
     differ = []
     for name, value in saved.items():
         given = getattr(args, name)
@@ -203,6 +204,7 @@ def check_same(args, saved):
 
 
 def check_batch(args, state, world):
+    """Raise UserError, naming batch sizes that fit, unless all processes have equal shares."""
     unit = args.micro_batch * args.seq_len * world
     if args.batch_tokens % unit != 0:
         below = args.batch_tokens // unit * unit

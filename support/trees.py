@@ -76,8 +76,8 @@ def contents(thing, names, path, above):
         items = vars(thing).items()
     found = {}
     for key, value in list(items):
-        if key != "lr":
-            place = str(names.get(id(key), key))
+        place = names.get(id(key)) or str(key)
+        if place != "lr":
             inner = f"{path}.{place}" if path else place
             found.update(contents(value, names, inner, (*above, id(thing))))
     return found

@@ -27,7 +27,7 @@ import evaluate
 import sample
 import train
 from conftest import CHILD, FLAGS, ROOT, TEST, evals, exit_code, messages, rows, run, same, state
-from support import devices, durable, flags, runs, trees
+from support import devices, durable, flags, runs
 from support.runs import UserError
 
 pytestmark = pytest.mark.usefixtures("short_samples")

@@ -5,9 +5,7 @@ import shutil
 
 import numpy as np
 import pytest
-import torch
 
-import train
 from conftest import evals, messages, rows, run, same, state
 from support import devices
 from test_faults import distance, ends, newest, two
