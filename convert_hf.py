@@ -24,13 +24,14 @@ import checkpoint
 import model
 from data import GPT2_VOCAB_SIZE, DataFolder, Tokenizer, Windows
 from evaluate import evaluating
+from huggingface import tokenizer as hf_tokenizer
+from huggingface.model_card import ADAPTERS, model_card
+from huggingface.tokenizer import read_json
 from model import Llama, ModelConfig
-from support import durable, fast, hf_tokenizer, lora
+from support import durable, fast, lora
 from support.chat import jinja_template, system_of
 from support.files import new_folder, write_json
 from support.flags import Parser, number
-from support.hf_tokenizer import read_json
-from support.model_card import ADAPTERS, model_card
 from support.runs import (AT_END, UserError, first_line_of, hold, is_argument, parse_json,
                           script, settings_of)
 

@@ -9,7 +9,7 @@
     python prepare_data.py show "The tokenizer at work." --vocab_size 512
 
 `pydocs` needs no network: its text comes with Python and the required packages (see
-support/pydocs.py). Beside the shards it writes `cloze.jsonl`, a multiple-choice test made from the
+corpus/pydocs.py). Beside the shards it writes `cloze.jsonl`, a multiple-choice test made from the
 validation text, and `instruct.json`, questions and answers in Alpaca's format.
 
 The same sources give the same bytes, with any number of cores. A folder is written under a
@@ -37,16 +37,17 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from corpus import hub, tables
+from corpus.documents import Documents, PassageCounter
+from corpus.pydocs import (
+    PACKAGES, VAL_SHARE, build_corpus, cloze_items, dependencies, instruct_rows, shuffle_sentences)
+from corpus.textfiles import PIECE_SIZE, SUFFIXES, has_suffix, read_all_pieces, text_files
 from data import GPT2_VOCAB_SIZE, Tokenizer, is_of_split
-from support import chat, hub, tables
-from support.documents import Documents, PassageCounter
+from support import chat
 from support.files import PROGRESS, delete, new_folder, sync, write_json
 from support.flags import Parser, number, text as valid_text
-from support.pydocs import (
-    PACKAGES, VAL_SHARE, build_corpus, cloze_items, dependencies, instruct_rows, shuffle_sentences)
 from support.runs import UserError, parse_json, script
 from support.shards import check_ids, check_meaning, open_shard
-from support.textfiles import PIECE_SIZE, SUFFIXES, has_suffix, read_all_pieces, text_files
 
 # With 4,096 ids a tiny model spends its arithmetic on its layers, not on the output layer (see
 # data.Tokenizer).

@@ -14,7 +14,7 @@ from data import Tokenizer
 from prepare_data import DEFAULT_VOCAB_SIZE, check_replaceable, write_shards
 from support.files import new_folder
 from support.flags import Parser
-from support.pydocs import PACKAGES, WORD, build_corpus, dependencies
+from corpus.pydocs import PACKAGES, WORD, build_corpus, dependencies
 from support.runs import UserError, script
 
 NAME = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|AUTHORS)", re.IGNORECASE)

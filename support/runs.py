@@ -44,7 +44,8 @@ def script(main):
             if code is None:
                 raise
             if message is not None:
-                name = Path(main.__code__.co_filename).name
+                file = Path(main.__code__.co_filename)
+                name = file.parent.name if file.name == "__main__.py" else file.name
                 print(f"{name}: {message}", file=sys.stderr)
         finally:
             while len(AT_END) > outer:

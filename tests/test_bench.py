@@ -1,4 +1,4 @@
-"""bench.py: what it refuses, what its tables follow from, and whole runs of tiny networks."""
+"""bench/: what it refuses, what its tables follow from, and whole runs of tiny networks."""
 import json
 import math
 import re
@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import bench
+import bench.__main__ as bench
+from bench import growth, measure
+from bench.plan import peak_of_step
 from conftest import ROOT, exit_code, messages
 from model import Llama, flops_per_token
-from support import cpu, growth, measure
-from support.plan import peak_of_step
+from support import cpu
 from support.runs import UserError
 
 TINY = ("--dim 32 --n_layers 1 --n_heads 2 --n_kv_heads 1 --intermediate_size 48 --vocab_size 100 "
@@ -190,7 +191,7 @@ def test_bench_measures_a_training_step(dtype, no_processes, capsys):
     names = ["ours", "transformers"]
     argv = [*SIZES, "--no-compile", "--dtype", dtype]
     for name, (command, _) in zip(names, no_processes, strict=True):
-        assert command == [sys.executable, bench.__file__, *argv, "--alone", name]
+        assert command == [sys.executable, "-m", "bench", *argv, "--alone", name]
     environments = [environment for _, environment in no_processes]
     assert [environment.get("PLAIN_PYTORCH") for environment in environments] == [None, "1"]
     caches = {environment["TORCHINDUCTOR_CACHE_DIR"] for environment in environments}
@@ -271,9 +272,9 @@ def test_bench_measures_compiled_networks(capsys):
 
 # Reports as a peak the length of a variable of its environment, and 100 s until the first step.
 REPORTS = """import os, time
-from support.measure import report
-import support.measure
-support.measure.peak_bytes = lambda device: len(os.environ["GIVEN"])
+from bench.measure import report
+import bench.measure
+bench.measure.peak_bytes = lambda device: len(os.environ["GIVEN"])
 print("other output")
 report(time.time() + 100, 0.25, None)"""
 
@@ -305,7 +306,7 @@ def test_a_process_that_fails_is_one_line():
 
 
 CHILD_PEAK = """import resource, sys, torch
-from support.measure import peak_bytes
+from bench.measure import peak_bytes
 filled = torch.ones(int(sys.argv[1]))
 print(peak_bytes(torch.device("cpu")), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"""
 
@@ -382,7 +383,7 @@ def test_bench_mistakes_are_one_line(flags, message, capsys):
     """Catches: a traceback, or a run that begins with a wrong setting."""
     assert exit_code(bench.main, flags.split()) == 2
     [line] = messages(capsys)
-    assert line.startswith("bench.py: ")
+    assert line.startswith("bench: ")
     assert message in line
 
 
@@ -453,8 +454,8 @@ def test_growth_measures_a_size(monkeypatch):
                      max_seq_len=128)
     assert found["flops_per_token"] == flops_per_token(config, 128)
     assert found["computed_bytes"] == peak_of_step(Llama, config, 16)
-    args = bench.read_arguments(commands[0][2:])
+    args = bench.read_arguments(commands[0][3:])
     assert bench.make_network(args).config == config
     assert (args.micro_batch, args.alone) == (16, "ours")
     assert (args.dtype, args.threads) == ("fp32", 1)
-    assert bench.read_arguments(commands[1][2:]).n_layers == 1
+    assert bench.read_arguments(commands[1][3:]).n_layers == 1

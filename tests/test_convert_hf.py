@@ -29,7 +29,8 @@ import sft
 from conftest import ROOT, exit_code, messages, tune
 from data import Tokenizer
 from model import Llama, ModelConfig
-from support import chat, durable, hf_tokenizer
+from huggingface import tokenizer as hf_tokenizer
+from support import chat, durable
 from support.files import write_json
 
 # What a mistake would hide behind: a vocabulary that is padded, fewer key/value heads than heads,

@@ -202,7 +202,7 @@ def test_loaded_weights_are_not_drawn_first(whole):
 def test_gpu_check_fails_where_nothing_ran(tmp_path):
     """Catches: a mistake in a script that nobody runs for months; a table in which a part that did
     not run has passed."""
-    script = ROOT / "gpu_check.sh"
+    script = ROOT / "bench/gpu_check.sh"
     subprocess.run(["bash", "-n", str(script)], check=True)
     checks = script.read_text().split("<<'PYTHON'\n")[1]
     (tmp_path / "check.py").write_text(checks.removesuffix("PYTHON\n"))

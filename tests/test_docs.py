@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import plot_dynamics
+from bench import growth, plan
 from model import PRESETS, flops_per_token
-from support import growth, plan
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

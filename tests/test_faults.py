@@ -1194,7 +1194,8 @@ def test_mistake_is_one_line_on_each_process(data, copy):
     """Catches: tracebacks of the processes that wait for the one with the message."""
     codes, found = ends(two(data, copy, "--seed", 5))
     assert codes == [2, 2]
-    assert "not the run that was saved: seed" in found[0] + found[1]  # the faster one ends the other
+    # One of them says why; it is quick enough to end the other before that says anything.
+    assert "not the run that was saved: seed" in found[0] + found[1]
     assert "Traceback" not in found[0] + found[1]
     codes, found = ends(two(data / "nowhere", copy))
     assert codes == [2, 2]

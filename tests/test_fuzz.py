@@ -29,7 +29,8 @@ import plot_dynamics
 import sft
 from conftest import INSTRUCTIONS, QUESTIONS, exit_code, rows, run, write_lines
 from data import DataFolder, Tokenizer
-from support import chat, durable, lora, runs, shards, textfiles, trees
+from corpus import textfiles
+from support import chat, durable, lora, runs, shards, trees
 from support.files import write_json
 from support.runs import UserError
 

@@ -20,7 +20,8 @@ import prepare_data
 from conftest import exit_code
 from data import DataFolder, Tokenizer
 from hub_server import Hub
-from support import chat, tables
+from corpus import tables
+from support import chat
 from test_prepare_data import KILLED, contents, fails, names_in
 
 ROOT = Path(prepare_data.__file__).parent

@@ -1,4 +1,4 @@
-"""support/plan.py: what is computed about memory and time is what happens."""
+"""bench/plan.py: what is computed about memory and time is what happens."""
 import json
 import os
 import socket
@@ -11,7 +11,7 @@ import torch
 import train
 from conftest import ROOT
 from model import Llama, ModelConfig, flops_per_token
-from support import plan
+from bench import plan
 
 SMALL = dict(dim=64, n_heads=4, n_kv_heads=2, intermediate_size=96, vocab_size=512, max_seq_len=32)
 

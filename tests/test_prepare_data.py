@@ -17,7 +17,7 @@ import pytest
 import prepare_data
 from data import DataFolder, Tokenizer
 from prepare_data import main
-from support import pydocs, textfiles
+from corpus import pydocs, textfiles
 
 STORY = "".join(f"Line {i}: the quick brown fox met {i * i} lazy dogs.\n" for i in range(400))
 QUALITIES = ("prose", "raw", "shuffled")

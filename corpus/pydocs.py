@@ -252,7 +252,7 @@ def ask_helper(files):
 
     It is a new process, not a fork of this one. A fork would hold the lock of the data folder even
     after this process was killed, and it can hang in a process with PyTorch's threads."""
-    command = [sys.executable, "-c", "from support.pydocs import help_reading; help_reading()"]
+    command = [sys.executable, "-c", "from corpus.pydocs import help_reading; help_reading()"]
     done = subprocess.run(command, cwd=Path(__file__).parent.parent, input=pickle.dumps(files),
                           stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=True)
     return pickle.loads(done.stdout)

@@ -1,4 +1,4 @@
-"""bench.py — our speed and memory beside those of transformers' LLaMA, in one run.
+"""Our speed and memory beside those of transformers' LLaMA, in one run.
 
 All implementations compute with the same weights, on the same tokens, in the same precision, with
 the same AdamW. First their losses and gradients are compared: networks that differ are not timed.
@@ -6,12 +6,12 @@ Then they take turns, A B C D, A B C D …, so that whatever else the machine do
 a training step in a new process each time, so that none has the memory or the settings of another.
 The result is a table for a README.
 
-    python bench.py                          # a training step: dim 256, 6 layers, 8 x 256 tokens
-    python bench.py --vocab_size 50257       # the same network with GPT-2's vocabulary
-    python bench.py --preset 124m --seq_len 512 --micro_batch 4
-    python bench.py --mode decode            # greedy generation, 1 and 32 sequences at a time
-    python bench.py --mode growth            # ours in growing sizes, with a figure
-    python bench.py --only ours              # does not need transformers
+    python -m bench                          # a training step: dim 256, 6 layers, 8 x 256 tokens
+    python -m bench --vocab_size 50257       # the same network with GPT-2's vocabulary
+    python -m bench --preset 124m --seq_len 512 --micro_batch 4
+    python -m bench --mode decode            # greedy generation, 1 and 32 sequences at a time
+    python -m bench --mode growth            # ours in growing sizes, with a figure
+    python -m bench --only ours              # does not need transformers
     python -m bench plan 1.7b    # computed: which micro-batch fits which GPU, hours for 20B tokens
 """
 import argparse
@@ -28,16 +28,16 @@ from support import cpu  # before torch, which reads its settings once
 import torch
 from tqdm import tqdm
 
+from bench.growth import TOKENS as GROWTH_TOKENS
+from bench.growth import measure_growth
+from bench.measure import in_fresh_process, matmul_rate, read_bandwidth, report, seconds_of
+from bench.plan import peak_of_step, plan
+from bench.theirs import in_transformers, their_loss, their_text
 from model import PRESETS, Llama, ModelConfig, flops_per_token
 from support import fast
 from support.devices import can_compile, choose_device, choose_dtype, refuse_processes
 from support.flags import Parser, count, number
-from support.growth import TOKENS as GROWTH_TOKENS
-from support.growth import measure_growth
-from support.measure import in_fresh_process, matmul_rate, read_bandwidth, report, seconds_of
-from support.plan import peak_of_step, plan
 from support.runs import UserError, script
-from support.theirs import in_transformers, their_loss, their_text
 from train import make_optimizer, read_settings
 
 DEFAULT = ModelConfig(256, 6, 8, 4, 768, 4096, max_seq_len=256)  # 6,819,072 parameters
@@ -165,7 +165,7 @@ def bench_training(llama, names, args, argv, device, dtype):
                 environment = {"TORCHINDUCTOR_CACHE_DIR": f"{caches}/{name}"}
                 if name.startswith("transformers") and not args.same_settings:
                     environment["PLAIN_PYTORCH"] = "1"  # as scripts use it that are not ours
-                command = [sys.executable, __file__, *argv, "--alone", name]
+                command = [sys.executable, "-m", "bench", *argv, "--alone", name]
                 turns[name].append(in_fresh_process(command, **environment))
     flops = flops_per_token(config, config.max_seq_len)
     memory = "resident memory, Python and libraries included"
@@ -315,7 +315,7 @@ def measure_alone(args, config, micro_batch):
             flags += [f"--{name}", getattr(args, name)]
     for name in SIZES:
         flags += [f"--{name}", getattr(config, name)]
-    return in_fresh_process([sys.executable, __file__, *map(str, flags), "--alone", "ours"])
+    return in_fresh_process([sys.executable, "-m", "bench", *map(str, flags), "--alone", "ours"])
 
 
 # -------------------------------------------------------------------------------------------------
@@ -375,7 +375,7 @@ def read_arguments(argv):
     preset = preset_parser.parse_known_args(argv)[0].preset
     sizes = PRESETS.get(preset, DEFAULT)
     parser = Parser(description="Our speed and memory beside those of transformers' LLaMA. Or: "
-                    "bench.py plan PRESET, what a training will need, computed.",
+                    "python -m bench plan PRESET, what a training will need, computed.",
                     parents=[preset_parser])
     add = parser.add_argument
     add("--mode", choices=(*IMPLEMENTATIONS, "growth"), default="train", help="a training step, "
@@ -448,7 +448,8 @@ def make_network(args):
 def main(argv=None):
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["plan"]:
-        parser = Parser(prog="bench.py plan", description="What a training will need, computed.")
+        parser = Parser(prog="python -m bench plan",
+                        description="What a training will need, computed.")
         parser.add_argument("preset", nargs="?", default="1.7b", choices=PRESETS)
         config = PRESETS[parser.parse_args(argv[1:]).preset]
         for line in plan(Llama, config, flops_per_token(config, config.max_seq_len)):

@@ -4,7 +4,7 @@ Of a parquet file only the wanted column is read, and little of it at a time: Fi
 have 2 GB each. pyarrow is imported where it is used: without parquet it is not needed.
 """
 from support.runs import UserError, first_line_of, parse_json
-from support.textfiles import has_suffix, read_lines
+from corpus.textfiles import has_suffix, read_lines
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json")
 ROWS_AT_ONCE = 64  # 300 kB of FineWeb-Edu; but a text may have millions of characters

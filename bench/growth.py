@@ -1,7 +1,7 @@
 """growth.py — how speed and memory of a training step change with the width of the network and the
-length of its windows, beside what the arithmetic alone would cost: `python bench.py --mode growth`.
+length of its windows, beside what the arithmetic alone would cost: `python -m bench --mode growth`.
 
-bench.py measures; this file keeps and draws. A size that is in growth.jsonl already is not measured
+bench measures; this file keeps and draws. A size that is in growth.jsonl already is not measured
 again; so with all of them there the command only draws. They should all be of one machine.
 """
 import json
@@ -45,7 +45,7 @@ def read_rows(file):
         except (ValueError, TypeError):
             complete = False
         if not complete:
-            raise UserError(f"{file}:{number}: not a row that bench.py wrote — delete the line, "
+            raise UserError(f"{file}:{number}: not a row that bench wrote — delete the line, "
                             f"and what is missing is measured again")
         rows.append(row)
     return rows

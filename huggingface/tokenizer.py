@@ -1,4 +1,4 @@
-"""hf_tokenizer.py — GPT-2's tokenizer, or the first of its ids, as Hugging Face files, and back.
+"""tokenizer.py — GPT-2's tokenizer, or the first of its ids, as Hugging Face files, and back.
 
 Hugging Face writes a token as text. Its bytes may be no text, so GPT-2 gives each of the 256 bytes
 a visible character; a space is "Ġ". A merge is written as the two tokens that it joins.

@@ -76,7 +76,8 @@ def in_fresh_process(command, **environment):
     "seconds": of a step, "peak_bytes"}. Raises UserError if it fails."""
     given = {name: value for name, value in os.environ.items() if name not in cpu.added}
     start = time.time()
-    done = subprocess.run(command, env={**given, **environment}, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, env={**given, **environment},
+                          capture_output=True, text=True)
     if done.returncode != 0:
         last_line = done.stderr.strip().split("\n")[-1]
         raise UserError(f"{' '.join(command)} ended with exit code {done.returncode}: {last_line}")

@@ -5,9 +5,9 @@ import zlib
 import numpy as np
 from tqdm import tqdm
 
-from support.pydocs import VAL_SHARE, stable_hash
+from corpus.pydocs import VAL_SHARE, stable_hash
 from support.runs import UserError
-from support.textfiles import JSON_LINES, has_suffix, read_pieces
+from corpus.textfiles import JSON_LINES, has_suffix, read_pieces
 
 
 class Documents:

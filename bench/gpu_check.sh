@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
 # gpu_check.sh — what to run once on a new GPU. It takes about 20 minutes and ends in one table.
 #
-#     bash gpu_check.sh          # on a machine with a CUDA GPU of 80 GB; two of them test more
-#     bash gpu_check.sh cpu      # the same parts in tiny sizes: this tests the script, not a GPU
+#     bash bench/gpu_check.sh        # on a machine with a CUDA GPU of 80 GB; two of them test more
+#     bash bench/gpu_check.sh cpu    # the same parts in tiny sizes: this tests the script, no GPU
 #
 # The expected values were computed, or taken from the literature, before it ran on a GPU for the
 # first time; what an H200 gave is in logs/gpu/table.md. All
 # output is kept in the folder OUT (default: gpu_check), and the table in OUT/table.md. A part that
 # fails does not end the others. First the commands, then the checks that they use.
 set -u
-cd "$(dirname "$0")" || exit 1
+cd "$(dirname "$0")/.." || exit 1
 device=${1:-${DEVICE:-cuda}}
 OUT=${OUT:-gpu_check}
 python=${PYTHON:-python}
 mkdir "$OUT" || exit 1  # of an earlier time: delete it, or choose another OUT
 export PYTHONPATH=.
-sed -n '/^: <<.PYTHON/,/^PYTHON$/{//!p}' gpu_check.sh > "$OUT/check.py"  # the half below
+sed -n '/^: <<.PYTHON/,/^PYTHON$/{//!p}' bench/gpu_check.sh > "$OUT/check.py"  # the half below
 
 part() {  # part NAME COMMAND…: run it for at most 5 minutes, keep its output and its exit code
   local name=$1 start=$SECONDS
@@ -114,10 +114,10 @@ part two_processes torchrun --standalone --nproc_per_node=2 -- train.py --device
   --run "$OUT/run_two_processes" $few --dtype fp32 --micro_batch 4
 
 # 7. Beside others.
-if [ -f bench.py ] && [ "$device" != cpu ]; then
-  part bench_124m "$python" bench.py --preset 124m --rounds 3
-  part bench_1.7b "$python" bench.py --preset 1.7b --rounds 2 --steps 5
-  part bench_decode "$python" bench.py --preset 1.7b --mode decode
+if [ "$device" != cpu ]; then
+  part bench_124m "$python" -m bench --preset 124m --rounds 3
+  part bench_1.7b "$python" -m bench --preset 1.7b --rounds 2 --steps 5
+  part bench_decode "$python" -m bench --preset 1.7b --mode decode
 fi
 
 "$python" "$OUT/check.py" "$device" "$OUT" table | tee "$OUT/table.md"
