@@ -117,7 +117,6 @@ part two_processes torchrun --standalone --nproc_per_node=2 -- train.py --device
 if [ "$device" != cpu ]; then
   part bench_124m "$python" -m bench --preset 124m --rounds 3
   part bench_1.7b "$python" -m bench --preset 1.7b --rounds 2 --steps 5
-  part bench_decode "$python" -m bench --preset 1.7b --mode decode
 fi
 
 "$python" "$OUT/check.py" "$device" "$OUT" table | tee "$OUT/table.md"
@@ -428,7 +427,7 @@ def table():
     compare("waits with 1 and with 4 micro-batches", "the same number", waits)
     if torch.cuda.device_count() >= 2 or not is_gpu:
         compare("two processes: losses from one's", "< 1e-5", processes)
-    for part in ("bench_124m", "bench_1.7b", "bench_decode"):
+    for part in ("bench_124m", "bench_1.7b"):
         if (OUT / f"{part}.code").exists():
             row(part, "", f"exit code {code(part)}, see {OUT / part}.txt", code(part) == 0)
 

@@ -1,36 +1,69 @@
 """growth.py — how speed and memory of a training step change with the width of the network and the
-length of its windows, beside what the arithmetic alone would cost: `python -m bench --mode growth`.
+length of its windows, beside what the arithmetic alone would cost: `python -m bench growth`.
 
-bench measures; this file keeps and draws. A size that is in growth.jsonl already is not measured
-again; so with all of them there the command only draws. They should all be of one machine.
+It is our step, not compiled. A size that is in growth.jsonl already is not measured again; so with
+all of them there the command only draws. They should all be of one machine.
 """
 import json
+import sys
+from dataclasses import replace
 
 from tqdm import tqdm
 
+from bench.measure import in_fresh_process, matmul_rate
+from bench.plan import peak_of_step
+from bench.step import DEFAULT, SIZES
+from model import ModelConfig, flops_per_token
 from support.runs import UserError, parse_json
 
 DIMS = (128, 256, 512, 1024)          # with windows of 256 tokens
 WINDOWS = (128, 256, 512, 1024, 2048)  # at dim 256
-SIZES = [(dim, 256) for dim in DIMS] + [(256, T) for T in WINDOWS if T != 256]
+POINTS = [(dim, 256) for dim in DIMS] + [(256, T) for T in WINDOWS if T != 256]
 KEYS = {"dim", "seq_len", "tok_per_s", "peak_bytes", "smallest_bytes", "computed_bytes",
         "flops_per_token", "ceiling"}  # of a row
 TOKENS = 2048  # a step, always: 16 windows of 128, 1 of 2048
 
 
-def measure_growth(out, measure_size):
-    """Add what growth.jsonl in the folder `out` lacks: for each size a row from measure_size(dim,
+def measure_growth(out, measure):
+    """Add what growth.jsonl in the folder `out` lacks: for each size a row from measure(dim,
     seq_len). Draw growth.png. Returns the rows as text, the header first."""
     out.mkdir(parents=True, exist_ok=True)
     file = out / "growth.jsonl"
     rows = read_rows(file)
     known = [(row["dim"], row["seq_len"]) for row in rows]
-    missing = [size for size in SIZES if size not in known]
+    missing = [size for size in POINTS if size not in known]
     for dim, seq_len in tqdm(missing, desc="sizes", leave=False):
-        rows.append(measure_size(dim, seq_len))
+        rows.append(measure(dim, seq_len))
         file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     draw(rows, out / "growth.png")
     return growth_table(rows)
+
+
+def measure_size(args, device, dtype, dim, seq_len):
+    """A row of growth.jsonl: tokens/s and peak of a fresh process, and what is computed about
+    them. It is DEFAULT's network with another width or window, in heads of 32 numbers."""
+    config = ModelConfig(dim, DEFAULT.n_layers, dim // 32, dim // 64, 3 * dim, DEFAULT.vocab_size,
+                         max_seq_len=seq_len)
+    micro_batch = TOKENS // seq_len
+    measured = measure_alone(args, config, micro_batch)
+    # Python, the libraries, and what these need for any network.
+    smallest = measure_alone(args, replace(DEFAULT, dim=64, n_layers=1, max_seq_len=16), 1)
+    return {"dim": dim, "seq_len": seq_len, "tok_per_s": TOKENS / measured["seconds"],
+            "peak_bytes": measured["peak_bytes"], "smallest_bytes": smallest["peak_bytes"],
+            "computed_bytes": peak_of_step(config, micro_batch),
+            "flops_per_token": flops_per_token(config, seq_len),
+            "ceiling": matmul_rate(2048, 2048, 2048, dtype, device)}
+
+
+def measure_alone(args, config, micro_batch):
+    """What a fresh process reports about our step in a network of these sizes."""
+    flags = ["--seq_len", config.max_seq_len, "--micro_batch", micro_batch, "--dtype", args.dtype]
+    for name in ("device", "threads"):
+        if getattr(args, name) is not None:
+            flags += [f"--{name}", getattr(args, name)]
+    for name in SIZES:
+        flags += [f"--{name}", getattr(config, name)]
+    return in_fresh_process([sys.executable, "-m", "bench", *map(str, flags), "--alone", "ours"])
 
 
 def read_rows(file):
@@ -40,7 +73,7 @@ def read_rows(file):
     for number, line in enumerate(lines, 1):
         try:
             row = parse_json(line)
-            complete = KEYS == set(row) and (row["dim"], row["seq_len"]) in SIZES and all(
+            complete = KEYS == set(row) and (row["dim"], row["seq_len"]) in POINTS and all(
                 type(value) in (int, float) and 1 < value < 1e18 for value in row.values())
         except (ValueError, TypeError):
             complete = False

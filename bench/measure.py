@@ -1,4 +1,4 @@
-"""measure.py — time and memory, of a call or of a whole process, and the machine's limits."""
+"""measure.py — time and memory, of a call or of a whole process, and the fastest matrix product."""
 import json
 import math
 import os
@@ -12,8 +12,6 @@ import torch
 
 from support import cpu
 from support.runs import UserError
-
-READ_BYTES = 2**30  # to measure the bandwidth of the memory: larger than any cache
 
 
 def seconds_of(call, device):
@@ -45,12 +43,6 @@ def matmul_rate(rows, inner, columns, dtype, device):
     out = torch.empty(rows, columns, dtype=dtype, device=device)  # no new memory in each call
     multiply = partial(torch.mm, a, b, out=out)
     return 2 * rows * inner * columns / least_seconds(multiply, device)
-
-
-def read_bandwidth(device):
-    """Bytes/s at which a sum reads memory: generating too reads much and writes little."""
-    numbers = torch.ones(READ_BYTES // 4, device=device)  # fp32
-    return READ_BYTES / least_seconds(numbers.sum, device)
 
 
 def peak_bytes(device):

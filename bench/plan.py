@@ -10,36 +10,36 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from model import Llama, flops_per_token
 from support import fast
 from support.memory import checkpoint_activations
 from support.runs import due
+from train import read_settings
 
 GPUS = (24, 48, 80, 141)  # GB: RTX 4090, A6000, A100 or H100, H200
 USABLE = 0.9              # the rest is for CUDA itself, its workspaces, and gaps between tensors
 LARGEST = 256             # micro-batch that is tried
 SHARDS = 8                # processes that share a model under --fsdp
 
-TOKENS = 20e9             # the paper's
-BATCH_TOKENS = 524_288    # these four are train.py's settings for 1.7b; a test compares them
-EVAL_TOKENS = 10_485_760
-EVAL_EVERY = 250          # steps
-SAVE_EVERY = 1000
+RUN = read_settings(["--preset", "1.7b"])    # the paper's run: batches, evaluations, saves
+TOKENS = RUN.max_steps * RUN.batch_tokens
 PEAK = 989e12             # FLOPs per second of an H100 or H200, dense bf16, data sheet
 UTILIZATION = 0.5         # of it, in training and evaluation
 DISK = 0.44e9             # bytes per second that are hashed and written, as README measured
 
 
-def plan(Llama, config, flops_per_token):
+def plan(config):
     """Lines of the plan for a network: which micro-batch fits, and the hours for 20B tokens."""
     with torch.device("meta"):  # shapes without memory
         llama = Llama(config)
+    yield from memory_table(llama)
     parameters = sum(p.numel() for p in llama.parameters())
-    yield from memory_table(Llama, config, llama)
-    yield from time_table(parameters, flops_per_token)
+    yield from time_table(parameters, flops_per_token(config, config.max_seq_len))
 
 
-def memory_table(Llama, config, llama):
+def memory_table(llama):
     """Lines: for each way to train, the largest micro-batch that fits each GPU."""
+    config = llama.config
     yield (f"largest micro-batch (a power of two) of {config.max_seq_len} tokens that fits, "
            f"computed: bf16 autocast, not\ncompiled, several micro-batches a step, {USABLE:.0%} of "
            f"the GPU usable")
@@ -50,7 +50,7 @@ def memory_table(Llama, config, llama):
         micro_batch = 1
         smallest = 0  # so far, of what is still growing
         while micro_batch <= LARGEST and smallest <= USABLE * max(GPUS) * 1e9:
-            peaks[micro_batch] = peak_of_step(Llama, config, micro_batch, recompute)
+            peaks[micro_batch] = peak_of_step(config, micro_batch, recompute)
             sharded[micro_batch] = peak_when_sharded(peaks[micro_batch], llama, SHARDS)
             smallest = min(peaks[micro_batch], sharded[micro_batch])
             micro_batch *= 2
@@ -69,15 +69,15 @@ def row(name, peaks):
     return line
 
 
-def time_table(parameters, flops_per_token):
+def time_table(parameters, flops):
     """Lines: hours for TOKENS tokens on 1 and 8 GPUs."""
     evaluations, saves = how_often()
     yield (f"hours for {TOKENS / 1e9:.0f}B tokens, computed: {UTILIZATION:.0%} of "
-           f"{PEAK / 1e12:.0f} TFLOP/s; {evaluations} evaluations of {EVAL_TOKENS:,} tokens;\n"
+           f"{PEAK / 1e12:.0f} TFLOP/s; {evaluations} evaluations of {RUN.eval_tokens:,} tokens;\n"
            f"{saves} saves of {12 * parameters / 1e9:.1f} GB at {DISK / 1e9:.1f} GB/s")
     yield f"{'':<10}{'training':>10}{'evaluation':>12}{'saving':>10}{'together':>10}"
     for gpus in (1, 8):
-        training, evaluation, saving = hours(parameters, flops_per_token, gpus)
+        training, evaluation, saving = hours(parameters, flops, gpus)
         together = training + evaluation + saving
         yield (f"  on {gpus:<5}{training:>10.1f}{evaluation:>12.1f}{saving:>10.1f}"
                f"{together:>10.1f}")
@@ -85,18 +85,19 @@ def time_table(parameters, flops_per_token):
 
 def how_often():
     """(evaluations, saves) of the whole run."""
-    steps = round(TOKENS / BATCH_TOKENS)
-    evaluations = sum(due(step, EVAL_EVERY, steps) for step in range(steps + 1))
-    saves = sum(due(step, SAVE_EVERY, steps) for step in range(steps + 1))
+    steps = range(RUN.max_steps + 1)
+    evaluations = sum(due(step, RUN.eval_every, RUN.max_steps) for step in steps)
+    saves = sum(due(step, RUN.save_every, RUN.max_steps) for step in steps)
     return evaluations, saves
 
 
-def hours(parameters, flops_per_token, gpus):
-    """(training, evaluation, saving) in hours. One process saves, while the others wait."""
+def hours(parameters, flops, gpus):
+    """(training, evaluation, saving) in hours, from FLOPs per token. One process saves, while the
+    others wait."""
     evaluations, saves = how_often()
-    per_second = gpus * UTILIZATION * PEAK / flops_per_token     # tokens, in training
+    per_second = gpus * UTILIZATION * PEAK / flops               # tokens, in training
     training = TOKENS / per_second
-    evaluation = evaluations * EVAL_TOKENS / (3 * per_second)    # the forward is a third
+    evaluation = evaluations * RUN.eval_tokens / (3 * per_second)    # the forward is a third
     saving = saves * 12 * parameters / DISK                      # weights and two moments
     return training / 3600, evaluation / 3600, saving / 3600
 
@@ -104,7 +105,7 @@ def hours(parameters, flops_per_token, gpus):
 # -------------------------------------------------------------------------------------------------
 # The peak of a step
 
-def peak_of_step(Llama, config, micro_batch, recompute=False):
+def peak_of_step(config, micro_batch, recompute=False):
     """The most bytes that a training step holds at once: weights, gradients, two moments, and in
     the forward and backward of a micro-batch the activations, bf16 copies of the weights and the
     buffers of the loss. Under bf16 autocast, not compiled, with more than one micro-batch a step
@@ -112,7 +113,7 @@ def peak_of_step(Llama, config, micro_batch, recompute=False):
     checkpointing.
 
     All layers are alike, so 2 and 3 of them tell the peak of any number."""
-    two, three = [counted_peak(Llama, replace(config, n_layers=layers), micro_batch, recompute)
+    two, three = [counted_peak(replace(config, n_layers=layers), micro_batch, recompute)
                   for layers in (2, 3)]
     return two + (three - two) * (config.n_layers - 2)
 
@@ -127,7 +128,7 @@ def peak_when_sharded(peak, llama, processes):
     return peak - 16 * total + 12 * total / processes + 4 * total + 4 * gathered
 
 
-def counted_peak(Llama, config, micro_batch, recompute):
+def counted_peak(config, micro_batch, recompute):
     """The peak found by running the code of two micro-batches with tensors that have a size and no
     memory."""
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes a second

@@ -41,11 +41,3 @@ def their_loss(network, inputs, targets):
     output = network(input_ids=inputs, labels=targets, shift_labels=targets,
                      num_items_in_batch=targets.numel(), use_cache=False)
     return output.loss
-
-
-def their_text(network, prompt, n, cache=None):
-    """The n likeliest next ids of each row: prompt (B, T) → (B, n). cache: None for the kind that
-    transformers takes by itself, or "static"."""
-    text = network.generate(prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=n,
-                            do_sample=False, pad_token_id=0, cache_implementation=cache)
-    return text[:, prompt.shape[1]:]

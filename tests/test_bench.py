@@ -11,27 +11,21 @@ import pytest
 import torch
 
 import bench.__main__ as bench
-from bench import growth, measure
+from bench import growth, measure, step
 from bench.plan import peak_of_step
 from conftest import ROOT, exit_code, messages
-from model import Llama, flops_per_token
+from model import flops_per_token
 from support import cpu
 from support.runs import UserError
 
 TINY = ("--dim 32 --n_layers 1 --n_heads 2 --n_kv_heads 1 --intermediate_size 48 --vocab_size 100 "
         "--rounds 1 --threads 1 --device cpu").split()
 SIZES = [*TINY, "--seq_len", "16", "--micro_batch", "2", "--steps", "1"]
-DECODE = [*TINY, "--mode", "decode", "--seq_len", "136"]
 
 
 @pytest.fixture(autouse=True)
 def one_thread(one_thread_afterwards):
     torch.set_num_threads(1)
-
-
-@pytest.fixture(autouse=True)
-def little_memory_is_read(monkeypatch):
-    monkeypatch.setattr(measure, "READ_BYTES", 2**20)
 
 
 @pytest.fixture
@@ -42,7 +36,7 @@ def no_processes(monkeypatch):
     def invented(command, **environment):
         started.append((command, environment))
         return {"first_step": 3.0, "seconds": 0.5, "peak_bytes": 10**9}
-    monkeypatch.setattr(bench, "in_fresh_process", invented)
+    monkeypatch.setattr(step, "in_fresh_process", invented)
     return started
 
 
@@ -69,7 +63,7 @@ def training(**changes):
     """A table from invented measurements."""
     measured = {"turns": {"ours": OURS, "transformers": THEIRS}, "tokens": 1000, "flops": 2e9,
                 "ceiling": 1e13}
-    return bench.train_table(**{**measured, **changes})
+    return step.table_of(**{**measured, **changes})
 
 
 def test_bench_training_table_follows_from_the_measurements():
@@ -95,17 +89,6 @@ def test_bench_table_without_transformers_has_no_ratios():
     assert ours == ["ours", "2,000 (2,000–2,000)", "40.0%", "0.20", "9.0 s", "—"]  # one round
 
 
-def test_bench_decode_table_follows_from_the_measurements():
-    """Catches: tokens of one row only, a bound that does not grow with the batch."""
-    seconds = {1: {"ours": [1.0], "transformers": [2.0]}, 32: {"ours": [2.0]}}
-    header, one, theirs, many = bench.decode_table(seconds, weight_bytes=5e6, bandwidth=1e9)
-    assert header == ["batch", "implementation", "tokens/s", "× transformers", "bound", "reached"]
-    # 128 new tokens; 1e9 / 5e6 = 200 tokens/s for a row, of all rows 32 times as many
-    assert one == ["1", "ours", "128 (128–128)", "2.00 (2.00–2.00)", "200", "64.0%"]
-    assert theirs == ["1", "transformers", "64 (64–64)", "1.00 (1.00–1.00)", "200", "32.0%"]
-    assert many == ["32", "ours", "2,048 (2,048–2,048)", "", "6,400", "32.0%"]
-
-
 def test_bench_table_is_markdown():
     """Catches: a table that GitHub shows as text."""
     assert bench.markdown([["a", "b"], ["1", "2"]]) == "| a | b |\n| --- | --- |\n| 1 | 2 |"
@@ -118,33 +101,22 @@ def with_other_theta(llama):
     """transformers' network with a mistake in its config."""
     config = llama.config
     llama.config = replace(config, rope_theta=10_000.0)
-    network = bench_in_transformers(llama)
+    network = in_transformers(llama)
     llama.config = config
     return network
 
 
-def with_moved_head(llama):
-    network = bench_in_transformers(llama)
-    network.lm_head.weight = torch.nn.Parameter(network.lm_head.weight.detach().roll(1, 0))
-    return network
+in_transformers = step.in_transformers
 
 
-bench_in_transformers = bench.in_transformers
-
-
-@pytest.mark.parametrize("flags, mistake, message", [
-    (SIZES, with_other_theta, "ours and transformers are different networks: model.layers.0."),
-    (DECODE, with_moved_head, "ours and transformers are different networks: they generate"),
-])
-def test_networks_that_differ_are_refused(flags, mistake, message, no_processes, monkeypatch,
-                                          capsys):
+def test_networks_that_differ_are_refused(no_processes, monkeypatch, capsys):
     """Catches: two networks compared that do not compute the same. (The runs below are the control:
     without the mistake they end with a table.)"""
     pytest.importorskip("transformers")
-    monkeypatch.setattr(bench, "in_transformers", mistake)
-    assert exit_code(bench.main, [*flags, "--no-compile"]) == 2
+    monkeypatch.setattr(step, "in_transformers", with_other_theta)
+    assert exit_code(bench.main, [*SIZES, "--no-compile"]) == 2
     printed = capsys.readouterr()
-    assert message in printed.err
+    assert "ours and transformers are different networks: model.layers.0." in printed.err
     assert printed.out == ""
     assert no_processes == []  # it was refused before anything was measured
 
@@ -154,16 +126,12 @@ def test_one_optimizer_trains_all_networks():
     pytest.importorskip("transformers")
     args = bench.read_arguments(SIZES)
     llama = bench.make_network(args)
-    networks = bench.IMPLEMENTATIONS["train"]
-    losses = {name: networks[name](llama) for name in ("ours", "transformers")}
-    windows = bench.random_ids(llama.config, (2, 17), torch.device("cpu"))
-    inputs = windows[:, :-1].contiguous()
-    targets = windows[:, 1:].contiguous()
-    autocast = torch.autocast("cpu", enabled=False)
-    step = bench.training_step(llama, inputs, targets, autocast, torch.float32)
+    losses = {name: step.IMPLEMENTATIONS[name](llama) for name in ("ours", "transformers")}
+    inputs, targets = step.random_batch(llama.config, 2, torch.device("cpu"))
+    update = step.training_step(llama, inputs, targets, torch.float32)
     before = losses["ours"](inputs, targets).item()
     for name in ("ours", "transformers"):
-        step(losses[name])
+        update(losses[name])
     after = losses["ours"](inputs, targets).item()
     assert losses["transformers"](inputs, targets).item() == pytest.approx(after, rel=1e-6)
     assert after < before - 1e-4  # control
@@ -208,37 +176,6 @@ def test_rounds_take_turns_and_share_a_compile_cache(no_processes, capsys):
     caches = [environment["TORCHINDUCTOR_CACHE_DIR"] for _, environment in no_processes]
     assert caches[:2] == caches[2:]
     assert not Path(caches[0]).parent.exists()  # nothing is left
-
-
-def test_bench_measures_generation(capsys):
-    """Catches: a run of --mode decode that ends without its table."""
-    pytest.importorskip("transformers")
-    assert exit_code(bench.main, DECODE) is None
-    rows = cells(capsys.readouterr().out)[1:]
-    assert [row[:2] for row in rows] == [
-        [batch, name] for batch in ("1", "32")
-        for name in ("ours", "transformers", "transformers-static")]
-
-
-def test_bench_counts_what_is_generated(monkeypatch, capsys):
-    """Catches: one network timed under all names, fewer tokens than are counted, a bound of weights
-    that are not read."""
-    pytest.importorskip("transformers")
-    timed = []
-
-    def invented(turn, device):
-        timed.append((f"{turn.func.__name__} {turn.keywords}", tuple(turn().shape)))
-        return 0.5
-    monkeypatch.setattr(bench, "seconds_of", invented)
-    monkeypatch.setattr(bench, "read_bandwidth", lambda device: 1e9)
-    assert exit_code(bench.main, [*DECODE, "--dtype", "fp32"]) is None
-    assert [shape for _, shape in timed] == [(1, 128)] * 3 + [(32, 128)] * 3
-    assert len({call for call, _ in timed[:3]}) == 3
-    rows = cells(capsys.readouterr().out)[1:]
-    assert [row[2].split()[0] for row in rows] == ["256"] * 3 + ["8,192"] * 3
-    # of 4 bytes: projections, feed-forward part, three norms, output layer of 128 rows
-    read = 4 * (3 * 32 * 32 + 3 * 32 * 48 + 3 * 32 + 128 * 32)
-    assert rows[0][4] == f"{1e9 / read:,.0f}"
 
 
 def test_bench_runs_alone_in_fresh_processes(capsys):
@@ -329,12 +266,13 @@ def test_peak_is_that_of_the_process_itself():
 # -------------------------------------------------------------------------------------------------
 # What it needs, and mistakes
 
-def test_no_transformers_is_one_line(monkeypatch, capsys):
+def test_no_transformers_is_one_line(no_processes, monkeypatch, capsys):
     """Catches: a traceback where an optional package is missing; needing it for --only ours."""
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
-    assert exit_code(bench.main, DECODE) == 2
+    assert exit_code(bench.main, [*SIZES, "--no-compile"]) == 2
     assert "pip install -r requirements-extras.txt" in messages(capsys)[-1]
-    assert exit_code(bench.main, [*DECODE, "--only", "ours"]) is None  # control
+    assert no_processes == []
+    assert exit_code(bench.main, [*SIZES, "--only", "ours"]) is None  # control
 
 
 def test_no_compiler_leaves_out_what_is_compiled(monkeypatch, capsys):
@@ -342,7 +280,7 @@ def test_no_compiler_leaves_out_what_is_compiled(monkeypatch, capsys):
     def names(*argv):
         return bench.choose_names(bench.read_arguments(argv), torch.device("cpu"))
 
-    all_four = list(bench.IMPLEMENTATIONS["train"])
+    all_four = list(step.IMPLEMENTATIONS)
     monkeypatch.setattr(bench, "can_compile", lambda device: True)
     assert names() == all_four  # control
     assert capsys.readouterr().out == ""
@@ -356,7 +294,7 @@ def test_a_preset_gives_the_sizes_and_a_flag_wins():
     """Catches: sizes of the preset that win over a flag, or a window that is not the preset's."""
     llama = bench.make_network(bench.read_arguments("--preset tiny --n_layers 2".split()))
     assert llama.config == replace(bench.PRESETS["tiny"], n_layers=2)
-    assert bench.make_network(bench.read_arguments([])).config == bench.DEFAULT
+    assert bench.make_network(bench.read_arguments([])).config == step.DEFAULT
 
 
 def test_gradients_of_zero_are_equal(no_processes):
@@ -367,17 +305,15 @@ def test_gradients_of_zero_are_equal(no_processes):
 
 @pytest.mark.parametrize("flags, message", [
     ("--dim 65", "dim 65 is not divisible by n_heads 8 — give sizes that fit"),
-    ("--only transformers-static", "transformers-static is not measured in --mode train"),
     ("--only ours ours-compiled --no-compile", "--only names ours-compiled, and --no-compile"),
     ("--only theirs", "invalid choice: 'theirs'"),
-    ("--mode decode --seq_len 100", "--seq_len 100 has no room for a prompt of 8 tokens and 128"),
     ("--rounds 0", "0 is out of range"),
     ("--device tpu", "no device tpu here"),
     ("--preset huge", "invalid choice: 'huge'"),
-    ("--mode growth --dim 64", "--dim means nothing in --mode growth — leave it out"),
-    ("--mode growth --preset tiny", "means nothing in --mode growth"),
-    ("--mode decode --steps 5", "--steps means nothing in --mode decode"),
-    ("--out figures/new", "--out means nothing in --mode train"),
+    ("growth --dim 64", "unrecognized arguments: --dim 64"),
+    ("growth --device tpu", "no device tpu here"),
+    ("plan 2b", "invalid choice: '2b'"),
+    ("decode", "unrecognized arguments: decode"),
 ])
 def test_bench_mistakes_are_one_line(flags, message, capsys):
     """Catches: a traceback, or a run that begins with a wrong setting."""
@@ -407,8 +343,8 @@ def test_growth_measures_what_is_missing(tmp_path):
     first = json.dumps(size(128, 256))
     (tmp_path / "growth.jsonl").write_text(first)  # without the end of the line
     table = growth.measure_growth(tmp_path, invented)
-    assert measured == growth.SIZES[1:]
-    assert len(table) == 1 + len(growth.SIZES)
+    assert measured == growth.POINTS[1:]
+    assert len(table) == 1 + len(growth.POINTS)
     (tmp_path / "growth.png").unlink()
     measured.clear()
     assert growth.measure_growth(tmp_path, invented) == table
@@ -446,14 +382,14 @@ def test_growth_measures_a_size(monkeypatch):
     def invented(command):
         commands.append(command)
         return {"first_step": 3.0, "seconds": 0.5, "peak_bytes": 10**9}
-    monkeypatch.setattr(bench, "in_fresh_process", invented)
-    args = bench.read_arguments(["--mode", "growth", "--dtype", "fp32", "--threads", "1"])
-    found = bench.measure_size(args, torch.device("cpu"), torch.float32, 64, 128)
+    monkeypatch.setattr(growth, "in_fresh_process", invented)
+    args = bench.read_arguments(["--dtype", "fp32", "--threads", "1"])
+    found = growth.measure_size(args, torch.device("cpu"), torch.float32, 64, 128)
     assert found["tok_per_s"] == 4096  # 2,048 in 0.5 s
-    config = replace(bench.DEFAULT, dim=64, n_heads=2, n_kv_heads=1, intermediate_size=192,
+    config = replace(step.DEFAULT, dim=64, n_heads=2, n_kv_heads=1, intermediate_size=192,
                      max_seq_len=128)
     assert found["flops_per_token"] == flops_per_token(config, 128)
-    assert found["computed_bytes"] == peak_of_step(Llama, config, 16)
+    assert found["computed_bytes"] == peak_of_step(config, 16)
     args = bench.read_arguments(commands[0][3:])
     assert bench.make_network(args).config == config
     assert (args.micro_batch, args.alone) == (16, "ours")
