@@ -11,13 +11,14 @@ import functools
 import hashlib
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 
-from support.runs import UserError, parse_json
-from support.shards import check_apart, check_ids, check_meaning, check_range, open_shard
+from support.files import blocks_sha256, sha256_of
+from support.runs import UserError, first_line_of, parse_json
 
 # -------------------------------------------------------------------------------------------------
 # Tokenizer: GPT-2's byte-level BPE, optionally with only the first merges of its table.
@@ -46,9 +47,6 @@ class Tokenizer:
         if not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
             raise UserError(f"vocab_size {vocab_size} is out of range — choose 257 (bytes and "
                             f"end-of-text) to {GPT2_VOCAB_SIZE} (all of GPT-2's merges)")
-        if not MERGES.is_file():
-            raise UserError(f"{MERGES}: the merge table is missing — restore it from the "
-                            f"repository")
         table = MERGES.read_bytes()
         if hashlib.sha256(table).hexdigest() != MERGES_SHA256:
             raise UserError(f"{MERGES}: not GPT-2's merge table (its hash differs) — restore it "
@@ -66,13 +64,10 @@ class Tokenizer:
 
     def encode(self, text):
         """The ids of `text`. All of it is plain text: "<|endoftext|>" is just 13 characters."""
-        ids = []
-        for part in cut_long_blanks(text):
-            ids += self.bpe.encode_ordinary(part)
-        return ids
+        return self.encode_array(text).tolist()
 
     def encode_array(self, text):
-        """The same as (n,) uint16, without a Python list between: a fifth faster."""
+        """The same as (n,) uint16."""
         parts = [self.bpe.encode_to_numpy(part, disallowed_special=())
                  for part in cut_long_blanks(text)]
         return np.concatenate(parts).astype(np.uint16)
@@ -100,126 +95,130 @@ def cut_long_blanks(text):
 
 
 # -------------------------------------------------------------------------------------------------
-# A folder of shards. A shard is a file of uint16 token ids, memory-mapped.
+# A folder of shards, as prepare_data.py writes it
+
+ADVICE = "prepare the data again or restore the file"
+
+
+@dataclass
+class Shard:
+    """A file of token ids. It is memory-mapped: `tokens` looks like an array in memory, and the
+    system reads from the disk what is used."""
+    path: Path
+    tokens: np.ndarray  # (n,) uint16
+
+
+def open_shard(path, length, offset=None):
+    """A shard of `length` tokens: a .npy file, or a file that from the byte `offset` on holds
+    uint16 numbers. Raises UserError naming the file, what was expected and what was found."""
+    if not path.is_file():
+        raise UserError(f"{path}: shard is missing — {ADVICE}")
+    size = path.stat().st_size
+    if offset is None and path.suffix == ".bin":  # of a folder that was prepared before
+        offset = size - 2 * length
+    try:
+        if offset is None:
+            tokens = np.lib.format.open_memmap(path, mode="r")
+        else:
+            tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(length,))
+        end = tokens.offset + tokens.nbytes  # with one flipped bit a header tells another length
+    except Exception as error:  # of a damaged header NumPy raises almost any exception
+        raise UserError(f"{path}: expected {length} tokens, found {size} bytes that cannot be read "
+                        f"({first_line_of(error)}) — {ADVICE}") from None
+    if tokens.shape != (length,) or tokens.dtype != np.uint16 or end != size:
+        raise UserError(f"{path}: expected {length} tokens, found {tokens.shape} {tokens.dtype} in "
+                        f"{size} bytes — {ADVICE}")
+    return Shard(path, tokens)
+
 
 class DataFolder:
-    """The shards of a folder in two lists, `train` and `val`, with their `tokenizer`.
+    """The shards that a folder's meta.json lists, `train` and `val`, and their `tokenizer`.
 
-    `python prepare_data.py` writes a meta.json beside them. Folders of nanoGPT, build-nanogpt and
-    llm.c have none: there the names of the files tell the split, and the ids must be GPT-2's.
-    `unused` lists the files that look like shards and are in no split. Raises UserError if a split
-    or a shard is missing or cannot be used."""
+    Raises UserError if the meta.json or a shard is missing or cannot be used."""
 
     def __init__(self, path):
         self.path = Path(path)
-        self.meta = self.read_meta()
-        self.vocab_size = self.meta.get("vocab_size", GPT2_VOCAB_SIZE)
-        self.tokenizer = Tokenizer(self.vocab_size)
-        self.train = self.open_split("train")
-        self.val = self.open_split("val")
-        used = [shard.path for shard in self.train + self.val]
-        self.unused = [file for file in self.files() if file not in used]
-        if not self.meta:
-            for shard in self.train + self.val:
-                check_meaning(shard, self.tokenizer)
-
-    def files(self):
-        """All files that can be shards, sorted. (The file system of a Mac leaves hidden ones.)"""
-        found = [*self.path.glob("[!.]*.npy"), *self.path.glob("[!.]*.bin")]
-        return sorted(found)
-
-    def read_meta(self):
-        """The content of meta.json, checked; {} for a folder of another project."""
         file = self.path / "meta.json"
         if not file.exists():
-            return {}
+            has_name = self.path.name in ("pydocs", "fineweb-edu")
+            source = self.path.name if has_name else f"text FILE --out {self.path}"
+            raise UserError(f"no shards of ours in {self.path} — run: python prepare_data.py "
+                            f"{source} (or, if nanoGPT, build-nanogpt or llm.c made shards there: "
+                            f"adopt {self.path} --out data/NAME)")
         try:
-            meta = parse_json(file.read_bytes())
-            listed = meta["splits"]["train"] + meta["splits"]["val"]
-            names = [shard["file"] for shard in listed]
-            sizes = [shard["tokens"] for shard in listed]
-            fits = (meta["tokenizer"] == "gpt2"
-                    and isinstance(meta["vocab_size"], int)
-                    and meta["eot"] == meta["vocab_size"] - 1
-                    and meta["dtype"] == "uint16"
-                    and all(Path(name).name == name for name in names)  # of this folder
-                    and all(isinstance(size, int) for size in sizes)
-                    and len(set(names)) == len(names))  # no file is listed twice
-        except (OSError, ValueError, KeyError, TypeError):
-            fits = False  # not JSON, or without what we need
-        if not fits:
-            raise UserError(f"{file}: not a valid meta.json of a data folder — prepare the data "
-                            f"again")
-        return meta
+            self.meta = parse_json(file.read_bytes())
+            self.check_meta()
+            self.vocab_size = self.meta["vocab_size"]
+            self.tokenizer = Tokenizer(self.vocab_size)
+            self.train = self.open_split("train")
+            self.val = self.open_split("val")
+        except (ValueError, KeyError, TypeError) as why:
+            raise UserError(f"{file}: not the meta.json of a data folder ({why}) — prepare the "
+                            f"data again") from None
+
+    def check_meta(self):
+        if self.meta["tokenizer"] != "gpt2" or self.meta["dtype"] != "uint16":
+            raise ValueError("other tokens than ours")
+        if self.meta["eot"] != self.meta["vocab_size"] - 1:
+            raise ValueError("eot is not the last id")
+        digests = [{row["sha256"] for row in self.meta["splits"][split]}
+                   for split in ("train", "val")]
+        if not digests[0] or not digests[1]:
+            raise ValueError("a split is empty")
+        if digests[0] & digests[1]:
+            raise ValueError("a shard of validation is one of training too")
+        if len({row["file"] for row in self.rows()}) < len(self.rows()):
+            raise ValueError("a file is listed twice")
+
+    def rows(self):
+        """What meta.json tells about each shard: those of training first."""
+        return self.meta["splits"]["train"] + self.meta["splits"]["val"]
 
     def open_split(self, split):
-        """The shards of a split, memory-mapped: their `tokens` look like an array in memory, and
-        the system reads from the disk what is used."""
-        if self.meta:
-            listed = self.meta["splits"][split]
-            shards = [open_shard(self.path / shard["file"], shard["tokens"]) for shard in listed]
-        else:
-            shards = [open_shard(file) for file in self.files() if is_of_split(file, split)]
-        if not shards:
-            command = f"text FILE --out {self.path}"
-            if self.path.name in ("pydocs", "fineweb-edu"):
-                command = self.path.name
-            raise UserError(f"no {split} shards in {self.path} — run: python prepare_data.py "
-                            f"{command}")
+        shards = []
+        for row in self.meta["splits"][split]:
+            path = self.path / row["file"]  # an absolute one stays: it is of an adopted folder
+            shards.append(open_shard(path, row["tokens"], row.get("offset")))
         return shards
 
     def check_content(self):
-        """Read every byte. With a meta.json compare the SHA-256 of each shard, without one look for
-        ids outside the vocabulary and for validation text in training. Raises UserError."""
-        if not self.meta:
-            for shard in self.train + self.val:
-                check_ids(shard, self.vocab_size)
-            check_apart(self.train, self.val)
-            return
-        listed = self.meta["splits"]["train"] + self.meta["splits"]["val"]  # as they were opened
-        for shard, recorded in zip(self.train + self.val, listed):
-            if shard.sha256() != recorded.get("sha256"):
+        """Read every byte; raise UserError if a shard's SHA-256 is not the recorded one."""
+        for shard, row in zip(self.train + self.val, self.rows()):
+            if sha256_of(shard.path) != row["sha256"]:
                 raise UserError(f"{shard.path}: its content is not what meta.json recorded (the "
-                                f"SHA-256 differs) — prepare the data again or restore the file")
+                                f"SHA-256 differs) — {ADVICE}")
 
     @functools.cached_property
     def fingerprint(self):
-        """What the data is, for the checkpoint: of each shard its name, its length, and a hash of
-        64 blocks of it, which is fast for any size; and the same of the questions, if there are
-        any. Raises UserError if two are the same file, or copies: what is read for validation must
-        not be read in training too."""
-        rows = [shard.fingerprint() for shard in self.train + self.val]
+        """What the data is, for the checkpoint: [name, number of tokens, hash of some of its
+        blocks] of each shard, and the same of the questions, if there are any."""
+        rows = [[shard.path.name, len(shard.tokens), blocks_sha256(shard.path)]
+                for shard in self.train + self.val]
         questions = self.path / "cloze.jsonl"
         if os.path.lexists(questions):  # a link to nowhere is an error
-            content = questions.read_bytes()
-            rows.append([questions.name, len(content), hashlib.sha256(content).hexdigest()])
-        names = {}
-        for name, _, digest in rows:
-            if digest in names:
-                raise UserError(f"{self.path}: {names[digest]} and {name} have the same content — "
-                                f"remove one of them")
-            names[digest] = name
+            rows.append([questions.name, questions.stat().st_size, sha256_of(questions)])
         return rows
 
     def check_same(self, recorded, advice):
         """Raise UserError, naming the files, unless the fingerprint is the recorded one."""
         found = self.fingerprint
-        if found == recorded:
-            return
-        what = "which its config.json does not tell"
-        if isinstance(recorded, list):
+        if found != recorded:
+            recorded = recorded or []
             changed = [row[0] for row in found if row not in recorded]
-            gone = [row for row in recorded if row not in found]
-            changed += [str(row[0]) for row in gone if isinstance(row, list) and row]
-            changed = list(dict.fromkeys(changed))[:5]  # each once
-            what = f"changed: {', '.join(changed) or 'the order of the shards'}"
-        raise UserError(f"{self.path} is not the data of this run ({what}) — {advice}")
+            changed += [row[0] for row in recorded if row not in found]
+            names = dict.fromkeys(map(str, changed))  # each once
+            what = ", ".join(names) or "the order of the shards"
+            raise UserError(f"{self.path} is not the data of this run (changed: {what}) — {advice}")
 
 
-def is_of_split(file, split):
-    """Whether a file of another project belongs to a split: if its name contains "train" or "val"
-    as a word, as in fineweb_train_000001.bin."""
-    return split in re.split(r"[_.-]", file.name)
+def check_range(shard, start, tokens, vocab_size):
+    """Raise UserError naming shard, offset and id if one of its `tokens`, which begin at offset
+    `start`, is not in the vocabulary: it would index outside the embedding."""
+    if tokens.max() >= vocab_size:
+        at = int(np.argmax(tokens >= vocab_size))  # the first of them
+        raise UserError(f"{shard.path}: token {tokens[at]} at offset {start + at} is outside the "
+                        f"vocabulary of {vocab_size} — the shard is damaged or was made with "
+                        f"another tokenizer")
 
 
 # -------------------------------------------------------------------------------------------------

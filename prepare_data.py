@@ -4,6 +4,7 @@
     python prepare_data.py text book.txt notes/  # .txt, .md, .jsonl, .jsonl.gz, folders; data/book
     python prepare_data.py fineweb-edu --max_tokens 1000000000      # of its 10 billion tokens
     python prepare_data.py fineweb-edu --from *.parquet --out data/web     # files on this disk
+    python prepare_data.py adopt SHARDS --out data/mine    # of nanoGPT, build-nanogpt or llm.c
     python prepare_data.py hellaswag             # questions for evaluate.py; also --from
     python prepare_data.py alpaca                # conversations for sft.py; also --from
     python prepare_data.py show "The tokenizer at work." --vocab_size 512
@@ -17,8 +18,6 @@ temporary name and renamed when all of it is on the disk, so an incomplete folde
 """
 import argparse
 import contextlib
-import hashlib
-import importlib.metadata
 import json
 import multiprocessing
 import os
@@ -28,7 +27,7 @@ import signal
 import sys
 import threading
 import time
-from collections import Counter, deque
+from collections import deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import closing
 from functools import partial
@@ -37,17 +36,14 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from corpus import hub, tables
+from corpus import alpaca, fineweb, hellaswag, hub, pydocs, tables
 from corpus.documents import Documents, PassageCounter
-from corpus.pydocs import (
-    PACKAGES, VAL_SHARE, build_corpus, cloze_items, dependencies, instruct_rows, shuffle_sentences)
-from corpus.textfiles import PIECE_SIZE, SUFFIXES, has_suffix, read_all_pieces, text_files
-from data import GPT2_VOCAB_SIZE, Tokenizer, is_of_split
-from support import chat
-from support.files import PROGRESS, delete, new_folder, sync, write_json
+from corpus.foreign_shards import check_meaning, foreign_shards, open_foreign, split_of
+from corpus.textfiles import PIECE_SIZE, SUFFIXES, find_files, has_suffix, read_all_pieces
+from data import GPT2_VOCAB_SIZE, Tokenizer, check_range, open_shard
+from support.files import PROGRESS, delete, new_folder, sha256_of, sync, write_json
 from support.flags import Parser, number, text as valid_text
 from support.runs import UserError, parse_json, script
-from support.shards import check_ids, check_meaning, open_shard
 
 # With 4,096 ids a tiny model spends its arithmetic on its layers, not on the output layer (see
 # data.Tokenizer).
@@ -57,7 +53,7 @@ MIN_TOKENS = 64  # in each split; the loss on fewer tokens measures nothing
 
 
 # -------------------------------------------------------------------------------------------------
-# Encode texts on all cores.
+# Encode texts on all cores
 
 LARGE = 1 << 24  # characters or bytes; less is encoded before other processes have started
 worker_tokenizer = None  # of this process, if it is a worker
@@ -184,7 +180,7 @@ class ShardWriter:
         tokens = self.buffer[:self.used]
         path = self.folder / f"{self.split}_{len(self.done['shards']):04d}.npy"
         np.save(path, tokens)
-        record(self.done, open_shard(path), self.tokenizer)
+        record(self.done, open_shard(path, len(tokens)), self.tokenizer)
         self.used = 0
 
     def finish(self):
@@ -194,7 +190,7 @@ class ShardWriter:
         tokens = tokens_in(self.done)
         if tokens < MIN_TOKENS:
             raise UserError(f"too little text: {tokens} tokens for {self.split} — add text "
-                            f"(validation is {VAL_SHARE:.0%} of it and needs at least "
+                            f"(validation is {pydocs.VAL_SHARE:.0%} of it and needs at least "
                             f"{MIN_TOKENS} tokens)")
         print_summary(self.split, self.done)
 
@@ -204,13 +200,18 @@ def nothing_done():
     return {"shards": [], "bytes": 0, "documents": 0}
 
 
-def record(done, shard, tokenizer):
-    """Add a shard to what is done of a split."""
-    tokens = shard.tokens
-    done["shards"].append({"file": shard.path.name, "tokens": len(tokens),
-                           "sha256": shard.sha256()})
-    for start in range(0, len(tokens), 1 << 20):
-        part = tokens[start:start + (1 << 20)]
+def record(done, shard, tokenizer, file=None, offset=None):
+    """Add a shard to what is done of a split. file: what meta.json calls it, if not its name;
+    offset: where its ids begin, if it is not a .npy. Raises UserError for an id outside the
+    vocabulary."""
+    row = {"file": file or shard.path.name, "tokens": len(shard.tokens),
+           "sha256": sha256_of(shard.path)}
+    if offset is not None:
+        row["offset"] = offset
+    done["shards"].append(row)
+    for start in range(0, len(shard.tokens), 1 << 20):
+        part = shard.tokens[start:start + (1 << 20)]
+        check_range(shard, start, part, tokenizer.vocab_size)
         done["bytes"] += int(tokenizer.byte_lengths[part].sum())
         done["documents"] += int(np.count_nonzero(part == tokenizer.eot))  # one before each
 
@@ -304,58 +305,24 @@ def listed_in(meta):
 
 
 # -------------------------------------------------------------------------------------------------
-# pydocs: the corpus on every computer that has Python.
+# The sources that are encoded at once
 
 def prepare_pydocs(out, vocab_size=DEFAULT_VOCAB_SIZE, quality="prose", val_quality="prose"):
-    """Write the corpus of docstrings into the folder `out`.
-
-    `quality` is that of the training shard, `val_quality` that of the validation shard; questions
-    and instructions are prose. "prose": sentences. "raw": the docstrings with their code, tables
-    and markup. "shuffled": every sentence is moved to a random place in its split."""
+    """Write the manuals on this computer into the folder `out`: the training shard in one quality
+    of `pydocs.pieces_of`, the validation shard in another; questions and instructions are prose."""
     tokenizer = Tokenizer(vocab_size)  # first, so that an error comes before the work
     with new_folder(Path(out), partial(check_replaceable, name="pydocs")) as folder:
-        versions = dependencies()
-        absent = [package for package, version in versions.items() if version is None]
+        absent = [package for package, version in pydocs.dependencies().items() if version is None]
         if absent:
             print(f"not installed, so not in the training text: {', '.join(absent)}")
-        documents = build_corpus()
-        training = [document for document in documents if document.split == "train"]
-        validation = [document for document in documents if document.split == "val"]
-        training_texts = texts_of(training, quality)
-        validation_texts = texts_of(validation, val_quality)
-
-        pieces = [("train", text, True) for text in training_texts]
-        pieces += [("val", text, True) for text in validation_texts]
-        texts = training_texts + validation_texts
+        documents = pydocs.build_corpus()
+        pieces = pydocs.pieces_of(documents, quality, val_quality)
         source = {"name": "pydocs", "quality": quality, "val_quality": val_quality,
-                  "python": sys.version.split()[0]}
-        for package in PACKAGES:
-            source[package] = importlib.metadata.version(package)
-        source["dependencies"] = versions
-        source["fingerprint"] = hashlib.sha256("\0".join(texts).encode()).hexdigest()
-        write_shards(folder, pieces, tokenizer, source, total=sum(map(len, texts)))
+                  **pydocs.source_of(pieces)}
+        total = sum(len(text) for _, text, _ in pieces)
+        write_shards(folder, pieces, tokenizer, source, total)
+        pydocs.write_questions(folder, documents)
 
-        items = cloze_items(validation)
-        lines = [json.dumps(item) + "\n" for item in items]
-        (folder / "cloze.jsonl").write_text("".join(lines))
-        # As the validation text, questions and answers do not depend on the dependencies.
-        rows = instruct_rows([document for document in documents
-                              if document.package not in versions])
-        (folder / "instruct.json").write_text(json.dumps(rows, indent=1) + "\n")
-    print(f"cloze.jsonl: {len(items):,} questions; instruct.json: {len(rows):,} rows")
-
-
-def texts_of(documents, quality):
-    """The text of each document, in a quality of `prepare_pydocs`."""
-    if quality == "raw":
-        return [f"{document.name}\n{document.raw}" for document in documents]
-    if quality == "shuffled":
-        return shuffle_sentences(documents)
-    return [document.text() for document in documents]
-
-
-# -------------------------------------------------------------------------------------------------
-# text: the user's own files.
 
 def prepare_text(paths, out, vocab_size=DEFAULT_VOCAB_SIZE, separator=None):
     """Write the user's own text into the folder `out`.
@@ -364,7 +331,7 @@ def prepare_text(paths, out, vocab_size=DEFAULT_VOCAB_SIZE, separator=None):
     if separator and "\n" in separator:
         raise UserError("a separator must be within one line — choose another --separator")
     tokenizer = Tokenizer(vocab_size)
-    files = text_files(paths)
+    files = find_files(paths, SUFFIXES)
     documents = Documents(files, separator)
     pieces = documents.split(read_all_pieces(files, separator))
     passages = PassageCounter(documents.total)
@@ -376,82 +343,28 @@ def prepare_text(paths, out, vocab_size=DEFAULT_VOCAB_SIZE, separator=None):
 
 
 # -------------------------------------------------------------------------------------------------
-# fineweb-edu: web pages chosen for what they teach (Penedo et al. 2024, arXiv 2406.17557).
-
-FINEWEB = "HuggingFaceFW/fineweb-edu"
-TOKENIZED = "kjj0/finewebedu10B-gpt2"  # the same as tokens, in llm.c's format
-TOKEN_FILES = (".bin", ".npy")
-
+# fineweb-edu, which takes hours: what is done stays if it is stopped, and the same command goes on.
 
 def prepare_fineweb(out, vocab_size, sample, max_tokens, paths, tokenized):
     """Write the shards of a sample of FineWeb-Edu, or of the files in `paths`, into `out`: the
-    first is for validation, as in the paper.
-
-    What is done stays there if it is stopped, and the same command goes on from the last whole
-    shard."""
+    first is for validation, as in the paper."""
     tokenizer = Tokenizer(vocab_size)
     with new_folder(Path(out), partial(check_replaceable, name="fineweb-edu"), keep=True) as folder:
         downloads = folder / "downloads"
         if paths:
-            files = hub.LocalFiles(files_of_rows(paths))
-            source = {"name": "fineweb-edu", "files": [Path(name).name for name in files.names]}
+            source, files = fineweb.from_disk(paths)
         else:
-            source, files = open_hub(folder, downloads, sample, tokenized)
+            saved = read_progress(folder)
+            source, files = fineweb.from_hub(sample, tokenized, downloads,
+                                             saved and saved["settings"])
         settings = {"source": source, "files": files.rows, "vocab_size": vocab_size,
                     "max_tokens": max_tokens}
-        if has_suffix(Path(files.names[0]), TOKEN_FILES):
-            check_whole_vocabulary(vocab_size)
-            copy_shards(folder, tokenizer, settings, files)
+        progress = begin_or_go_on(folder, settings)
+        if tokenized:
+            take_shards(folder, tokenizer, settings, progress, files)
         else:
-            encode_files(folder, tokenizer, settings, files)
+            encode_files(folder, tokenizer, settings, progress, files)
         delete(downloads)
-
-
-def files_of_rows(paths, column="text"):
-    """The files among `paths` and in the folders among them, sorted. Raises UserError if there are
-    none, of two kinds, damaged ones, or parquet files without the column."""
-    found = {}  # real path → path
-    for path in paths:
-        if not path.exists():
-            raise UserError(f"{path}: no such file or folder — check the path")
-        suffixes = (*tables.SUFFIXES, *TOKEN_FILES) if column == "text" else tables.SUFFIXES
-        files = [path]
-        if path.is_dir():  # a .json in it tells about the other files, rather than being one
-            suffixes = tuple(suffix for suffix in suffixes if suffix != ".json")
-            files = [file for file in sorted(path.rglob("*")) if file.is_file()
-                     and not any(part.startswith(".") for part in file.relative_to(path).parts)]
-        files = [file for file in files if has_suffix(file, suffixes)]
-        if not files:
-            raise UserError(f"{path}: expected {', '.join(suffixes)}, or a folder of these — "
-                            f"convert it to one of them")
-        for file in files:
-            found.setdefault(file.resolve(), file)  # each once
-    found = list(found.values())
-    of_tokens = [has_suffix(file, TOKEN_FILES) for file in found]
-    if any(of_tokens) and not all(of_tokens):
-        raise UserError("files of text and files of tokens are mixed — give one kind with --from")
-    for file in found:  # at once, not after hours
-        if has_suffix(file, ".parquet"):
-            tables.open_parquet(file, column)
-    return found
-
-
-def open_hub(folder, downloads, sample, tokenized):
-    """(what is read, Downloads). A preparation that goes on stays with its commit."""
-    repo = TOKENIZED if tokenized else FINEWEB
-    saved = read_progress(folder)
-    source = {} if saved is None else saved["settings"]["source"]
-    if source.get("repo") == repo and source.get("sample") == sample:
-        listed = [hub.HubFile(*row) for row in saved["settings"]["files"]]
-    else:
-        commit, listed = hub.list_files(repo, None if tokenized else f"sample/{sample}")
-        suffix = ".bin" if tokenized else ".parquet"
-        listed = [file for file in listed if file.name.endswith(suffix)]
-        if not listed:
-            raise UserError(f"{repo} has no {suffix} files of this sample any more — look at it on "
-                            f"the hub, download its files, and give them with --from")
-        source = {"name": "fineweb-edu", "repo": repo, "sample": sample, "commit": commit}
-    return source, hub.Downloads(repo, source["commit"], listed, downloads)
 
 
 def read_progress(folder):
@@ -467,7 +380,7 @@ def read_progress(folder):
                 and isinstance(saved["settings"]["source"], dict))
         for split in ("train", "val"):
             for shard in saved[split]["shards"]:
-                open_shard(folder / shard["file"], shard["tokens"])
+                open_shard(folder / shard["file"], shard["tokens"], shard.get("offset"))
             fits = fits and saved[split]["bytes"] >= 0 and saved[split]["documents"] >= 0
     except UserError as why:
         raise UserError(f"{str(why).split(' — ')[0]} — delete {folder} to begin again") from None
@@ -496,14 +409,13 @@ def begin_or_go_on(folder, settings):
     return saved
 
 
-def encode_files(folder, tokenizer, settings, files):
+def encode_files(folder, tokenizer, settings, progress, files):
     """Encode the column "text" of the files into shards.
 
     Everything is read in one order, and cut where a shard is full, so a position in the texts is
     all that a later process needs to go on: [file, row, tokens of this row that are stored]."""
     wanted = settings["max_tokens"] or sys.maxsize
     shard_tokens = min(SHARD_TOKENS, max(MIN_TOKENS, wanted // 20))
-    progress = begin_or_go_on(folder, settings)
     writers = {}
     for split in ("val", "train"):
         writers[split] = ShardWriter(folder, split, tokenizer, shard_tokens)
@@ -512,7 +424,7 @@ def encode_files(folder, tokenizer, settings, files):
     if total > 0:
         print(f"going on after {total:,} tokens")
     first_file, first_row, stored = progress["position"]
-    pieces = read_from(files, first_file, first_row)
+    pieces = fineweb.read_from(files, first_file, first_row)
     parallel = sum(size for _, size, *_ in files.rows) > LARGE
     batches = encode_all(batched(pieces), tokenizer, parallel)
     bar = tqdm(initial=total, desc="encoding", unit=" tokens", unit_scale=True)
@@ -530,14 +442,10 @@ def encode_files(folder, tokenizer, settings, files):
                     save_progress(folder, settings, position, writers)
                     files.done_before(position[0])
             stored = 0
-            file, _, share = items[-1]
+            _, _, share = items[-1]
             show_progress(bar, total, wanted, share)
             if total >= wanted:
                 break
-            # How many tokens are expected before the next file begins: will it be needed?
-            expected = total / share * (file + 1) / len(files.names)
-            if share * len(files.names) - file > 0.05 and expected < wanted:
-                files.expect(file + 1)
     finish_files(folder, tokenizer, settings["source"], writers)
 
 
@@ -547,18 +455,6 @@ def position_at(stored, items, encoded):
         if stored <= len(ids):
             return [file, row, stored]
         stored -= len(ids)
-
-
-def read_from(files, file, row):
-    """Yield ((file, row, share of all files read), text, True) of all texts from a row of a file
-    on. Texts of blanks, and rows without one, are left out."""
-    n_files = len(files.names)
-    for i in range(file, n_files):
-        path = files.get(i)
-        for first, texts, share in tables.read_rows(path, "text", row if i == file else 0):
-            for place, text in enumerate(texts):
-                if text is not None and text.strip():
-                    yield (i, first + place, (i + share) / n_files), text, True
 
 
 def save_progress(folder, settings, position, writers):
@@ -592,118 +488,100 @@ def finish_files(folder, tokenizer, source, writers):
     write_meta(folder, tokenizer, writers["train"].done, val.done, source)
 
 
-def copy_shards(folder, tokenizer, settings, files):
-    """Take files of tokens as they are, whole ones until there are enough. Those with the word
-    "val" in their name are for validation. Raises UserError if one cannot be read, holds other ids
-    than GPT-2's, or a split has none."""
-    names = files.names
+def take_shards(folder, tokenizer, settings, progress, files):
+    """Download files of tokens and keep them as they are: whole ones until there are enough. Those
+    with the word "val" in their name are for validation."""
     wanted = settings["max_tokens"] or sys.maxsize
-    progress = begin_or_go_on(folder, settings)
     done = {split: progress[split] for split in ("val", "train")}
-    repeated = [name for name, n in Counter(Path(name).name for name in names).items() if n > 1]
-    if repeated:
-        raise UserError(f"two files have the name {repeated[0]} — rename one of them")
     ready = [shard["file"] for split in done.values() for shard in split["shards"]]
     # Those for validation first, so that --max_tokens does not leave them out.
-    order = sorted(range(len(names)), key=lambda i: not is_of_split(Path(names[i]), "val"))
-    for name in names:  # before anything is copied
-        if not is_of_split(Path(name), "train") and not is_of_split(Path(name), "val"):
-            raise UserError(f"{name}: its name has neither the word \"train\" nor \"val\" — "
-                            f"rename it")
-    for i in tqdm(order, desc="copying", unit=" files"):
-        target = folder / Path(names[i]).name
+    order = sorted(range(len(files.names)), key=lambda i: split_of(Path(files.names[i])) != "val")
+    for i in tqdm(order, desc="downloading", unit=" files"):
+        target = folder / Path(files.names[i]).name
+        split = split_of(target)
         enough = tokens_in(done["val"]) + tokens_in(done["train"]) >= wanted
-        split = "val" if is_of_split(target, "val") else "train"
-        if target.name in ready or enough and done[split]["shards"]:
+        if target.name in ready or split is None or enough and done[split]["shards"]:
             continue
-        shard = open_shard(files.get(i))
-        check_ids(shard, tokenizer.vocab_size)
+        shard = open_foreign(files.get(i))
         check_meaning(shard, tokenizer)
-        files.take(i, target)
-        record(done[split], open_shard(target), tokenizer)
+        os.replace(shard.path, target)
+        record(done[split], open_shard(target, len(shard.tokens), shard.offset), tokenizer,
+               offset=shard.offset)
         sync(target)
         note_progress(folder, settings, [0, 0, 0], done)  # the position is that of texts
     for split, found in done.items():
         if not found["shards"]:
-            raise UserError(f"no file for {split} among {', '.join(names[:3])} … — their names "
-                            f"need the word \"train\" or \"val\"")
+            raise UserError(f"no file for {split} among {', '.join(files.names[:3])} … — look at "
+                            f"{settings['source']['repo']} on the hub")
         print_summary(split, found)
     write_meta(folder, tokenizer, done["train"], done["val"], settings["source"])
 
 
 # -------------------------------------------------------------------------------------------------
-# hellaswag, alpaca: questions for evaluate.py, and conversations for sft.py, one in a line.
+# adopt: shards that other projects have made
+
+def prepare_adopted(out, shards_of, trust=False):
+    """Let meta.json in the folder `out` point to the shards of another project in the folder
+    `shards_of`: nothing is copied. trust: do not ask what their ids stand for. Raises UserError if
+    they cannot be used."""
+    if not shards_of.is_dir():
+        raise UserError(f"{shards_of}: no such folder — give the one with the shards")
+    if (shards_of / "meta.json").exists():
+        raise UserError(f"{shards_of} has a meta.json, so it is a data folder already — give it to "
+                        f"train.py --data")
+    tokenizer = Tokenizer()
+    with new_folder(Path(out), partial(check_replaceable, name="adopt")) as folder:
+        done = {}
+        digests = {}
+        for split, shards in foreign_shards(shards_of.resolve(), tokenizer, trust).items():
+            done[split] = nothing_done()
+            for found in tqdm(shards, desc=f"reading {split}", unit=" files"):
+                shard = open_shard(found.path, len(found.tokens), found.offset)
+                record(done[split], shard, tokenizer, file=str(found.path), offset=found.offset)
+                same = digests.setdefault(done[split]["shards"][-1]["sha256"], found.path)
+                if same != found.path:
+                    raise UserError(f"{same} and {found.path} have the same content — remove one "
+                                    f"of them")
+        for split, found in done.items():
+            print_summary(split, found)
+        source = {"name": "adopt", "folder": str(shards_of.resolve()), "trusted": trust}
+        write_meta(folder, tokenizer, done["train"], done["val"], source)
+
+
+# -------------------------------------------------------------------------------------------------
+# hellaswag, alpaca: questions for evaluate.py, and conversations for sft.py, one in a line
 
 def prepare_hellaswag(out, paths):
-    """Write the validation questions of HellaSwag (Zellers et al. 2019, arXiv 1905.07830)."""
+    """Write the validation questions of HellaSwag."""
     with new_folder(out, partial(check_replaceable, name="hellaswag")) as folder:
-        rows = rows_of(folder, paths, "Rowan/hellaswag", "validation")
-        write_rows(folder / "hellaswag.jsonl", (question_of(row, place) for place, row in rows))
-
-
-def question_of(row, place):
-    """The fields of a question that evaluate.py reads. Raises UserError if one is missing."""
-    texts = ("ctx", "ctx_a", "ctx_b", "activity_label")
-    try:
-        endings = row["endings"]
-        label = int(str(row["label"]))  # a string in some releases; "" in the test split
-        fits = (all(isinstance(row[name], str) for name in texts)
-                and isinstance(endings, list)
-                and all(isinstance(ending, str) and ending.strip() for ending in endings)
-                and 0 <= label < len(endings)
-                and len(endings) >= 2)
-    except (KeyError, TypeError, ValueError):
-        fits = False
-    if not fits:
-        raise UserError(f"{place}: not a question in HellaSwag's format with its answer — give the "
-                        f"validation split")
-    return {**{name: row[name] for name in texts}, "endings": endings, "label": label}
+        rows = rows_from(folder, paths, hellaswag.REPO, hellaswag.SPLIT)
+        questions = (hellaswag.question_of(row, place) for place, row in rows)
+        write_rows(folder / "hellaswag.jsonl", questions)
 
 
 def prepare_alpaca(out, paths):
-    """Write the instructions of alpaca-cleaned, or others in its form. Rows that cannot be trained
-    on, without an answer for example, are left out and counted."""
+    """Write the instructions of alpaca-cleaned, or others in its form."""
     with new_folder(out, partial(check_replaceable, name="alpaca")) as folder:
-        rows = rows_of(folder, paths, "yahma/alpaca-cleaned", "")
-        write_rows(folder / "alpaca.jsonl", usable(rows))
+        rows = rows_from(folder, paths, alpaca.REPO, "")
+        write_rows(folder / "alpaca.jsonl", alpaca.usable(rows))
 
 
-def usable(rows):
-    """Yield the fields that sft.py reads of each row that it can use; tell how many it cannot."""
-    bad = []
-    for place, row in rows:
-        row = {name: row[name] for name in ("instruction", "input", "output", "messages", "split")
-               if name in row}
-        try:
-            chat.messages_of(row)
-            if not isinstance(row.get("split"), str | None):
-                raise ValueError('"split" must be a string')
-            yield row
-        except ValueError as why:
-            bad.append(f"{place}: {why}")
-    if bad:
-        print(f"{len(bad)} rows cannot be used and are left out; the first is {bad[0]}")
-
-
-def rows_of(folder, paths, repo, word):
-    """Yield (place, row as a dict) of all rows of local files, or of those files of a dataset on
-    the hub whose name has the word, which are downloaded into the folder for now."""
+def rows_from(folder, paths, repo, word):
+    """Yield (place, row) of all rows of local files, or of those files of a dataset on the hub
+    whose name has the word, which are downloaded into the folder for now."""
     downloads = folder / "downloads"
     if paths:
-        files = hub.LocalFiles(files_of_rows(paths, column=None))
+        files = hub.LocalFiles(tables.find(paths))
     else:
         commit, listed = hub.list_files(repo)
-        listed = [file for file in listed
-                  if word in file.name and has_suffix(Path(file.name), tables.SUFFIXES)
-                  and "infos" not in file.name]
+        listed = [[name, size] for name, size in listed
+                  if word in name and has_suffix(Path(name), tables.SUFFIXES)
+                  and "infos" not in name]
         if not listed:
             raise UserError(f"{repo} has no such files any more — look at it on the hub, download "
                             f"its files, and give them with --from")
         files = hub.Downloads(repo, commit, listed, downloads)
-    for i, name in enumerate(files.names):
-        for first, rows, _ in tables.read_rows(files.get(i)):
-            for place, row in enumerate(rows, first):
-                yield f"{name}, row {place}", row
+    yield from tables.rows_of(files)
     delete(downloads)
 
 
@@ -721,7 +599,7 @@ def write_rows(file, rows):
 
 
 # -------------------------------------------------------------------------------------------------
-# The command line.
+# The command line
 
 def show(text, vocab_size):
     """Print the tokens of a text: as pieces, as ids, and how many bytes each stands for."""
@@ -735,70 +613,71 @@ def show(text, vocab_size):
           f"{size / max(1, len(ids)):.2f} bytes per token (vocabulary {vocab_size:,})")
 
 
+COMMANDS = {
+    "pydocs": "the manuals of Python and the required packages",
+    "text": "your own files, or folders of them",
+    "fineweb-edu": "a sample of FineWeb-Edu, from the hub",
+    "adopt": "shards of GPT-2's tokens that nanoGPT, build-nanogpt or llm.c have made",
+    "hellaswag": "questions for evaluate.py, from the hub",
+    "alpaca": "conversations for sft.py, from the hub",
+    "show": "the tokens of a text",
+}
+
+
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", required=True)
+    parsers = parser.add_subparsers(dest="command", required=True)
+    add = {name: parsers.add_parser(name, help=text, description=text).add_argument
+           for name, text in COMMANDS.items()}
 
-    pydocs = commands.add_parser("pydocs", help="the manuals of Python and the required packages")
     qualities = ("prose", "raw", "shuffled")
-    pydocs.add_argument("--quality", default="prose", choices=qualities,
-                        help="of the training shard")
-    pydocs.add_argument("--val_quality", default="prose", choices=qualities,
-                        help="of the validation shard")
+    add["pydocs"]("--quality", default="prose", choices=qualities, help="of the training shard")
+    add["pydocs"]("--val_quality", default="prose", choices=qualities,
+                  help="of the validation shard")
 
-    text = commands.add_parser("text", help="your own files, or folders of them")
-    text.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=", ".join(SUFFIXES))
-    text.add_argument("--separator", type=valid_text,
-                      help="what stands between the documents of one .txt or .md file")
+    add["text"]("paths", nargs="+", type=Path, metavar="PATH", help=", ".join(SUFFIXES))
+    add["text"]("--separator", type=valid_text,
+                help="what stands between the documents of one .txt or .md file")
 
-    fineweb = commands.add_parser("fineweb-edu", help="a sample of FineWeb-Edu, from the hub")
-    fineweb.add_argument("--sample", default="10BT", choices=("10BT", "100BT", "350BT"),
-                         help="how many tokens, about: 10, 100 or 350 billion")
-    fineweb.add_argument("--max_tokens", type=number(int, 20 * MIN_TOKENS, 2**40),
-                         help="only the first so many; a shard is then a twentieth of them, at "
-                              "most 100 million")
-    fineweb.add_argument("--tokenized", action="store_true", help="10BT as tokens, 20 GB that "
-                         "others have prepared")
+    add["fineweb-edu"]("--sample", default="10BT", choices=("10BT", "100BT", "350BT"),
+                       help="how many tokens, about: 10, 100 or 350 billion")
+    add["fineweb-edu"]("--max_tokens", type=number(int, 20 * MIN_TOKENS, 2**40),
+                       help="only the first so many; a shard is then a twentieth of them, at most "
+                            "100 million")
+    add["fineweb-edu"]("--tokenized", action="store_true",
+                       help="10BT as tokens, 20 GB that others have prepared")
 
-    hellaswag = commands.add_parser("hellaswag", help="questions for evaluate.py, from the hub")
-    alpaca = commands.add_parser("alpaca", help="conversations for sft.py, from the hub")
+    add["adopt"]("folder", type=Path, metavar="FOLDER", help="the one with the shards")
+    add["adopt"]("--trust", action="store_true", help="do not decode and encode ids again to see "
+                 "whether they are GPT-2's")
 
-    display = commands.add_parser("show", help="the tokens of a text")
-    display.add_argument("text", type=valid_text)
+    add["show"]("text", type=valid_text)
 
-    for command in (fineweb, hellaswag, alpaca):
-        kinds = tables.SUFFIXES if command is not fineweb else (*tables.SUFFIXES, *TOKEN_FILES)
-        command.add_argument("--from", dest="paths", nargs="+", type=Path, metavar="PATH",
-                             help=f"files on this disk instead, or folders of them: "
-                                  f"{', '.join(kinds)}")
-    for command in (pydocs, text, fineweb, hellaswag, alpaca):
-        command.add_argument("--out", type=Path, help="folder to write; if not given, data/ and "
-                             "the name of the source")
-    vocab_size = number(int, 257, GPT2_VOCAB_SIZE)
-    for command, default in ((pydocs, DEFAULT_VOCAB_SIZE), (text, DEFAULT_VOCAB_SIZE),
-                             (fineweb, GPT2_VOCAB_SIZE), (display, GPT2_VOCAB_SIZE)):
-        command.add_argument("--vocab_size", type=vocab_size, default=default,
-                             help=f"257 to {GPT2_VOCAB_SIZE}")
+    for name in ("fineweb-edu", "hellaswag", "alpaca"):
+        add[name]("--from", dest="paths", nargs="+", type=Path, metavar="PATH", help="files on "
+                  f"this disk instead, or folders of them: {', '.join(tables.SUFFIXES)}")
+    for name in ("pydocs", "text", "fineweb-edu", "adopt", "hellaswag", "alpaca"):
+        add[name]("--out", type=Path, help="folder to write; if not given, data/ and the name of "
+                  "the source")
+    for name, default in (("pydocs", DEFAULT_VOCAB_SIZE), ("text", DEFAULT_VOCAB_SIZE),
+                          ("fineweb-edu", GPT2_VOCAB_SIZE), ("show", GPT2_VOCAB_SIZE)):
+        add[name]("--vocab_size", type=number(int, 257, GPT2_VOCAB_SIZE), default=default,
+                  help=f"257 to {GPT2_VOCAB_SIZE}")
     args = parser.parse_args(argv)
-    if args.command == "fineweb-edu":
-        check_fineweb(args)
+    if args.command == "fineweb-edu" and args.tokenized:
+        check_tokenized(args)
     return args
 
 
-def check_whole_vocabulary(vocab_size):
-    if vocab_size != GPT2_VOCAB_SIZE:
-        raise UserError("these are tokens of GPT-2's whole vocabulary — leave out --vocab_size")
-
-
-def check_fineweb(args):
-    """Raise UserError for flags that do not go together."""
-    if args.tokenized and args.paths:
-        raise UserError("--tokenized downloads — leave it out: files given with --from are known "
-                        "by their suffix")
-    if args.tokenized and args.sample != "10BT":
+def check_tokenized(args):
+    """Raise UserError for flags that do not go together with --tokenized."""
+    if args.paths:
+        raise UserError("--tokenized downloads — give files on this disk to: python "
+                        "prepare_data.py adopt FOLDER")
+    if args.sample != "10BT":
         raise UserError("--tokenized is there for --sample 10BT only")
-    if args.tokenized:
-        check_whole_vocabulary(args.vocab_size)
+    if args.vocab_size != GPT2_VOCAB_SIZE:
+        raise UserError("these are tokens of GPT-2's whole vocabulary — leave out --vocab_size")
 
 
 NEXT = {  # what to do with the result
@@ -817,6 +696,8 @@ def main(argv=None):
     name = args.command
     if name == "text":
         name = args.paths[0].resolve().name.split(".")[0]
+    if name == "adopt":
+        name = args.folder.resolve().name
     out = args.out or Path("data", name)
     if args.command == "pydocs":
         prepare_pydocs(out, args.vocab_size, args.quality, args.val_quality)
@@ -825,6 +706,8 @@ def main(argv=None):
     elif args.command == "fineweb-edu":
         prepare_fineweb(out, args.vocab_size, args.sample, args.max_tokens, args.paths,
                         args.tokenized)
+    elif args.command == "adopt":
+        prepare_adopted(out, args.folder, args.trust)
     elif args.command == "hellaswag":
         prepare_hellaswag(out, args.paths)
     else:

@@ -338,9 +338,6 @@ def open_data(path, state):
         prepare_pydocs(Path(EMBEDDED), PRESETS["tiny"].vocab_size)
     wait_for_rank_0()
     data = DataFolder(path)
-    if data.unused:
-        say(f"{path}: {len(data.unused)} files are in no split and not used: "
-            f"{', '.join(file.name for file in data.unused[:5])}")
     if state is not None:
         data.check_same(state["data"], "restore it, or choose another --run")
     elif rank == 0:
@@ -472,8 +469,7 @@ def read_settings(argv, saved=None):
     parser = flags.Parser(description=__doc__.split("\n")[0], parents=[preset_parser])
     flags.add_settings(parser)
     add = parser.add_argument_group("pretraining").add_argument
-    add("--data", default="data/fineweb-edu", help="folder from prepare_data.py, or shards of "
-        "nanoGPT, build-nanogpt, llm.c")
+    add("--data", default="data/fineweb-edu", help="folder from prepare_data.py")
     add("--init_from", metavar="RUN", help="start from the weights of this run")
     add("--batch_tokens", type=flags.count, default=524_288,
         help="tokens per step, over all processes")

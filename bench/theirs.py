@@ -1,6 +1,4 @@
 """theirs.py — transformers' LLaMA with the parameters of ours: for comparisons."""
-import torch
-
 from support.runs import UserError, first_line_of
 
 

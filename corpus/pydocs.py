@@ -13,6 +13,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
+import json
 import os
 import pickle
 import random
@@ -605,6 +606,34 @@ def build_corpus():
     return sorted(corpus, key=mixed_order)
 
 
+def pieces_of(documents, quality, val_quality):
+    """[(split, text, True)]: the text of each document, those to train on first. A quality is
+    "prose": sentences; "raw": the docstrings with their code, tables and markup; or "shuffled":
+    every sentence is moved to a random place in its split."""
+    pieces = []
+    for split, wanted in (("train", quality), ("val", val_quality)):
+        chosen = [document for document in documents if document.split == split]
+        if wanted == "raw":
+            texts = [f"{document.name}\n{document.raw}" for document in chosen]
+        elif wanted == "shuffled":
+            texts = shuffle_sentences(chosen)
+        else:
+            texts = [document.text() for document in chosen]
+        pieces += [(split, text, True) for text in texts]
+    return pieces
+
+
+def source_of(pieces):
+    """What the corpus was made from, for meta.json: versions, and a hash of the text."""
+    source = {"python": sys.version.split()[0]}
+    for package in PACKAGES:
+        source[package] = importlib.metadata.version(package)
+    source["dependencies"] = dependencies()
+    texts = [text for _, text, _ in pieces]
+    source["fingerprint"] = hashlib.sha256("\0".join(texts).encode()).hexdigest()
+    return source
+
+
 def mixed_order(document):
     return stable_hash(document.module + document.name), document.raw
 
@@ -752,3 +781,15 @@ def instruct_rows(documents):
                 "split": document.split,
             }
     return list(rows.values())
+
+
+def write_questions(folder, documents):
+    """Write cloze.jsonl and instruct.json into the data folder."""
+    items = cloze_items([document for document in documents if document.split == "val"])
+    lines = [json.dumps(item) + "\n" for item in items]
+    (folder / "cloze.jsonl").write_text("".join(lines))
+    # As the validation text, questions and answers do not depend on the dependencies.
+    installed = dependencies()
+    rows = instruct_rows([document for document in documents if document.package not in installed])
+    (folder / "instruct.json").write_text(json.dumps(rows, indent=1) + "\n")
+    print(f"cloze.jsonl: {len(items):,} questions; instruct.json: {len(rows):,} rows")

@@ -3,11 +3,31 @@
 Of a parquet file only the wanted column is read, and little of it at a time: FineWeb-Edu's files
 have 2 GB each. pyarrow is imported where it is used: without parquet it is not needed.
 """
+from corpus.textfiles import find_files, has_suffix, read_lines
 from support.runs import UserError, first_line_of, parse_json
-from corpus.textfiles import has_suffix, read_lines
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json")
 ROWS_AT_ONCE = 64  # 300 kB of FineWeb-Edu; but a text may have millions of characters
+
+
+def find(paths, column=None):
+    """The files of rows among `paths` and in the folders among them. Raises UserError if there are
+    none, or parquet files that are damaged or have no such column of text."""
+    # A .json in a folder tells about the other files, rather than being one.
+    in_folders = tuple(suffix for suffix in SUFFIXES if suffix != ".json")
+    files = find_files(paths, SUFFIXES, in_folders)
+    for file in files:
+        if has_suffix(file, ".parquet"):
+            open_parquet(file, column)  # at once, not after hours
+    return files
+
+
+def rows_of(files):
+    """Yield (place, row as a dict) of all rows of all files."""
+    for i, name in enumerate(files.names):
+        for first, rows, _ in read_rows(files.get(i)):
+            for place, row in enumerate(rows, first):
+                yield f"{name}, row {place}", row
 
 
 def read_rows(path, column=None, start=0):

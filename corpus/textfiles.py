@@ -18,45 +18,58 @@ def has_suffix(path, suffixes):
     return path.name.lower().endswith(suffixes)
 
 
-def text_files(paths):
-    """The files among `paths`, and the text files in the folders among them, each of them once."""
+def find_files(paths, suffixes, in_folders=None):
+    """The files among `paths`, and those in the folders among them, each of them once. in_folders:
+    the suffixes that count there, if not all. Raises UserError if a path gives none."""
     found = {}  # real path → path, because two paths can lead to one file
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder — check the path")
+        wanted = suffixes
         files = [path]
         if path.is_dir():
-            files = files_in(path)
-        if not files or not has_suffix(files[0], SUFFIXES):
-            raise UserError(f"{path}: expected {', '.join(SUFFIXES)}, or a folder of these — "
+            wanted = in_folders or suffixes
+            files = files_in(path, wanted)
+        if not files or not has_suffix(files[0], wanted):
+            raise UserError(f"{path}: expected {', '.join(wanted)}, or a folder of these — "
                             f"convert it to one of them")
         for file in files:
             found.setdefault(file.resolve(), file)
     return list(found.values())
 
 
-def files_in(folder):
-    """The text files in a folder and the folders in it; prints what else is there and is not read.
+def files_in(folder, suffixes):
+    """The files with one of these suffixes in a folder and the folders in it; prints what else is
+    there and is not read.
 
     Hidden ones are left out: editors and notebooks keep older versions in them. The files are
     sorted, because a file system lists them in any order."""
     files = []
-    unread = Counter()
+    unread = []
     for path in sorted(folder.rglob("*")):
         if path.is_dir() and not path.is_symlink():
             continue
-        names = path.relative_to(folder).parts
-        if any(name.startswith(".") for name in names):
-            unread["hidden"] += 1
-        elif path.is_file() and has_suffix(path, SUFFIXES):
+        if path.is_file() and has_suffix(path, suffixes) and not is_hidden(path, folder):
             files.append(path)
         else:
-            unread[path.suffix or path.name] += 1
-    if unread:
-        kinds = ", ".join(f"{n} {kind}" for kind, n in unread.most_common(8))
-        print(f"{folder}: {unread.total()} files are not read ({kinds}): only "
-              f"{', '.join(SUFFIXES)} are")
+            unread.append(path)
+    report_unread(folder, unread, f"only {', '.join(suffixes)} are")
     return files
+
+
+def is_hidden(path, folder):
+    """Whether a file, or a folder between it and `folder`, has a name that begins with a dot."""
+    return any(name.startswith(".") for name in path.relative_to(folder).parts)
+
+
+def report_unread(folder, unread, why):
+    """Print how many files in a folder are not read, of which kinds, and why."""
+    kinds = Counter()
+    for path in unread:
+        kinds["hidden" if is_hidden(path, folder) else path.suffix or path.name] += 1
+    if unread:
+        listed = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common(8))
+        print(f"{folder}: {len(unread)} files are not read ({listed}): {why}")
 
 
 def read_lines(path):

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.utils.serialization import config as serialization
 
-from support.files import sync, write_json
+from support.files import sha256_of, sync, write_json
 from support.runs import (UserError, due, first_line_of, holds_steps, is_out_of_memory,
                           parse_json)
 from support.trees import named_tensors
@@ -139,8 +139,7 @@ def verify(folder, name, files):
         size = path.stat().st_size
         if size != promised[0]:
             raise Damaged(f"{name} has {size} bytes instead of {promised[0]}")
-        with open(path, "rb") as file:
-            sha256 = hashlib.file_digest(file, "sha256").hexdigest()
+        sha256 = sha256_of(path)
     except OSError as error:
         raise Damaged(f"{name}: {error.strerror}") from None
     except (KeyError, TypeError):

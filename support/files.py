@@ -3,6 +3,7 @@
 They are written under a temporary name beside the final one, forced to the disk, and renamed.
 """
 import contextlib
+import hashlib
 import json
 import os
 import shutil
@@ -98,6 +99,29 @@ def sync(path):
 
 # -------------------------------------------------------------------------------------------------
 # Files
+
+BLOCKS = 64     # that `blocks_sha256` reads
+BLOCK = 65_536  # bytes of each
+
+
+def sha256_of(path):
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def blocks_sha256(path):
+    """The SHA-256 of 64 evenly spaced blocks of 64 KiB, so that even a terabyte is recognized in
+    seconds. A file below 4 MiB is hashed whole."""
+    size = path.stat().st_size
+    if size < BLOCKS * BLOCK:
+        return sha256_of(path)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        for block in range(BLOCKS):
+            file.seek((size - BLOCK) * block // (BLOCKS - 1))
+            digest.update(file.read(BLOCK))
+    return digest.hexdigest()
+
 
 def link_or_copy(source, target):
     """A hard link, which costs no room; a copy on another file system, or on one without links."""

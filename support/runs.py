@@ -244,7 +244,7 @@ def is_argument(value):
 # The settings that other scripts use, and their types.
 READ_BY_OTHERS = {"data": str | None, "seq_len": int, "preset": str | None, "base": str | None,
                   "benchmark": str | None, "benchmark_items": int | None, "system": str | None,
-                  "sample_prompt": str | None}
+                  "sample_prompt": str | None, "fingerprint": list | None}
 
 
 def settings_of(run):
@@ -258,6 +258,9 @@ def settings_of(run):
             value = settings.get(name)
             in_range = not isinstance(value, int) or 1 <= value <= 2**40
             if not isinstance(value, kind) or not in_range or not is_argument(value):
+                raise TypeError
+        for row in settings.get("fingerprint") or []:  # [name, tokens, hash]
+            if not isinstance(row, list) or not row:
                 raise TypeError
         return settings
     except (OSError, ValueError, TypeError, AttributeError):

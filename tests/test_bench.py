@@ -1,7 +1,6 @@
 """bench/: what it refuses, what its tables follow from, and whole runs of tiny networks."""
 import json
 import math
-import re
 import subprocess
 import sys
 from dataclasses import replace

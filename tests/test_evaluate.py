@@ -16,12 +16,11 @@ import evaluate
 import sample
 from checkpoint import load_model, load_weights
 from conftest import evals, exit_code, messages, run, write_lines
-from data import Tokenizer, Windows
+from data import Shard, Tokenizer, Windows
 from evaluate import Benchmark
 from model import PRESETS, Llama
 from support import durable
 from support.runs import UserError
-from support.shards import Shard
 
 FP32 = torch.autocast("cpu", enabled=False)
 TOKENIZER = Tokenizer(300)

@@ -18,9 +18,9 @@ import pytest
 
 import prepare_data
 from conftest import exit_code
+from corpus import tables
 from data import DataFolder, Tokenizer
 from hub_server import Hub
-from corpus import tables
 from support import chat
 from test_prepare_data import KILLED, contents, fails, names_in
 
@@ -209,11 +209,10 @@ def test_bad_arguments_are_refused_in_one_line(tmp_path, capsys):
     for argv, expected in [
             (["--from", tmp_path / "absent"], "no such file or folder"),
             (["--from", tmp_path / "empty"], "expected .parquet, .jsonl"),
-            (["--from", path, tmp_path / "b.bin"], "are mixed"),
+            (["--from", path, tmp_path / "b.bin"], "b.bin: expected .parquet"),
             (["--from", path, "--tokenized"], "--tokenized downloads"),
             (["--tokenized", "--sample", "100BT"], "for --sample 10BT only"),
             (["--tokenized", "--vocab_size", 4096], "leave out --vocab_size"),
-            (["--from", tmp_path / "b.bin", "--vocab_size", 4096], "leave out --vocab_size"),
             (["--from", path, "--max_tokens", 0], "out of range"),
             (["--sample", "1BT"], "invalid choice")]:
         assert expected in fails(capsys, "fineweb-edu", *argv, "--out", tmp_path / "out")
@@ -222,37 +221,43 @@ def test_bad_arguments_are_refused_in_one_line(tmp_path, capsys):
 # -------------------------------------------------------------------------------------------------
 # Kills
 
-def killed_before(n, argv):
+def killed_before(n, argv, env=None):
     command = [sys.executable, "-c", KILLED, str(n), *map(str, argv)]
-    return subprocess.run(command, capture_output=True, cwd=ROOT, text=True)
+    return subprocess.run(command, capture_output=True, cwd=ROOT, text=True, env=env)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["parquet", "bin"])
-def test_kill_leaves_the_same_shards(tmp_path, kind):
+@pytest.mark.parametrize("kind", ["parquet", "tokenized"])
+def test_kill_leaves_the_same_shards(tmp_path, serve, kind):
     """Catches: half a shard that is taken for whole, tokens lost or repeated where a killed
     preparation went on. (Row 35.)"""
+    out = tmp_path / "out"
     if kind == "parquet":
         write_parquet(tmp_path / "in/a.parquet", TEXTS[:150])
         write_parquet(tmp_path / "in/b.parquet", TEXTS[150:])
-        argv = ["fineweb-edu", "--from", tmp_path / "in", "--max_tokens", 1600]
+        argv = ["fineweb-edu", "--from", tmp_path / "in", "--max_tokens", 1600, "--out", out]
+        env = None
+        every = 3
     else:
-        write_token_files(tmp_path / "in")
-        argv = ["fineweb-edu", "--from", tmp_path / "in"]
-    out = tmp_path / "out"
-    argv += ["--out", out]
-    assert prepare(*argv) == 0
+        argv = ["fineweb-edu", "--tokenized", "--out", out]
+        env = hub_environment(tokenized_hub(serve, tmp_path / "in"), tmp_path)
+        every = 23
+
+    def whole_run():
+        assert killed_before(10**9, argv, env).returncode == 0
+
+    whole_run()
     whole = contents(out)
     shutil.rmtree(out)
     kills = 0
-    for n in itertools.count(1, 3):
-        process = killed_before(n, argv)
+    for n in itertools.count(1, every):
+        process = killed_before(n, argv, env)
         if process.returncode == 0:
             break
         assert process.returncode == -9, process.stderr
         kills += 1
         if not out.exists():
-            assert prepare(*argv) == 0
+            whole_run()
         found = contents(out)
         found.pop("progress.json", None)  # of a kill just after the rename
         assert found == whole
@@ -323,62 +328,6 @@ def test_files_of_the_user_stay(tmp_path, capsys):
     assert (mine / "alpaca.jsonl").read_text() == before
     for _ in range(2):  # control: our own is replaced
         assert prepare("alpaca", "--from", mine / "alpaca.jsonl", "--out", tmp_path / "out") == 0
-    write_token_files(tmp_path / "in")
-    assert prepare("fineweb-edu", "--from", tmp_path / "in", "--out", tmp_path / "tokens") == 0
-    whole = contents(tmp_path / "tokens")
-    for file in (tmp_path / "in").iterdir():
-        file.write_bytes(b"")  # in place: a hard link would change too
-    assert contents(tmp_path / "tokens") == whole
-    shutil.copytree(tmp_path / "tokens", tmp_path / "again")
-    assert "two files have the name" in fails(capsys, "fineweb-edu", "--from", tmp_path / "tokens",
-                                              tmp_path / "again", "--out", tmp_path / "both")
-
-
-# -------------------------------------------------------------------------------------------------
-# Files of tokens
-
-def write_token_files(folder, texts=TEXTS):
-    """llm.c's files, and one of build-nanogpt."""
-    folder.mkdir()
-    ids = stream(texts)
-    parts = np.array_split(ids, 4)
-    for name, part in zip(("web_val_000000", "web_train_000001", "web_train_000002"), parts):
-        header = np.zeros(256, dtype="<i4")
-        header[:3] = 20240520, 1, len(part)
-        (folder / f"{name}.bin").write_bytes(header.tobytes() + part.tobytes())
-    np.save(folder / "web_train_000003.npy", parts[3])
-    return parts
-
-
-def test_token_files_are_taken_as_they_are(tmp_path, capsys):
-    """Catches: tokens that are changed on the way, a file in the wrong split."""
-    parts = write_token_files(tmp_path / "in")
-    assert prepare("fineweb-edu", "--from", tmp_path / "in", "--out", tmp_path / "out") == 0
-    for found, part in zip(tokens_of(tmp_path / "out"), parts):
-        assert np.array_equal(found, part)
-    assert prepare("fineweb-edu", "--from", tmp_path / "in", "--max_tokens", len(parts[0]) + 1,
-                   "--out", tmp_path / "out") == 0  # it replaces its own folder
-    assert names_in(tmp_path / "out") == ["meta.json", "web_train_000001.bin", "web_val_000000.bin"]
-    (tmp_path / "in/web_val_000000.bin").unlink()
-    shutil.rmtree(tmp_path / "out")
-    assert "no file for val" in fails(capsys, "fineweb-edu", "--from", tmp_path / "in", "--out",
-                                      tmp_path / "out")
-    np.save(tmp_path / "in/other.npy", parts[0])
-    shutil.rmtree(tmp_path / ".out.preparing")
-    assert "neither the word" in fails(capsys, "fineweb-edu", "--from", tmp_path / "in", "--out",
-                                       tmp_path / "out")
-
-
-@pytest.mark.parametrize("damage, expected", [
-    (lambda file: os.truncate(file, 2000), "expected"),
-    (lambda file: file.write_bytes(file.read_bytes()[:-2] + b"\xff\xff"), "token 65535 at offset"),
-    (lambda file: file.write_bytes(b"no magic"), "magic number")])
-def test_damaged_token_files_are_named(tmp_path, capsys, damage, expected):
-    """Catches: half a shard, or ids outside the vocabulary, in the folder."""
-    write_token_files(tmp_path / "in")
-    damage(tmp_path / "in/web_train_000002.bin")
-    message = fails(capsys, "fineweb-edu", "--from", tmp_path / "in", "--out", tmp_path / "out")
-    assert "web_train_000002.bin" in message and expected in message
 
 
 # -------------------------------------------------------------------------------------------------
@@ -403,14 +352,20 @@ def parquet_bytes(texts):
     return buffer.getvalue()
 
 
-def from_hub(hub, *argv, tmp_path):
-    """The script in a process that takes the server for the hub."""
+def hub_environment(hub, tmp_path):
+    """That of a process that takes the server for the hub."""
     env = {**os.environ, "HF_ENDPOINT": hub if isinstance(hub, str) else hub.address,
            "HF_HOME": str(tmp_path / "home"), "HF_TOKEN": "secret", "HF_HUB_DOWNLOAD_TIMEOUT": "2",
            "HF_HUB_ETAG_TIMEOUT": "2", "HF_HUB_DISABLE_XET": "1"}
     env.pop("HF_HUB_OFFLINE", None)
+    return env
+
+
+def from_hub(hub, *argv, tmp_path):
+    """The script with the server for the hub."""
     command = [sys.executable, str(ROOT / "prepare_data.py"), *map(str, argv)]
-    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, env=hub_environment(hub, tmp_path), capture_output=True,
+                          text=True, timeout=120)
 
 
 def fineweb_hub(serve):
@@ -470,21 +425,53 @@ def test_without_network_one_line(tmp_path):
         assert "Traceback" not in process.stderr
 
 
+def tokenized_hub(serve, folder, damage=None):
+    """A hub with files of tokens in llm.c's format."""
+    folder.mkdir()
+    parts = np.array_split(stream(), 3)
+    names = ("web_val_000000", "web_train_000001", "web_train_000002")
+    files = {"README.md": b""}
+    for name, part in zip(names, parts):
+        header = np.zeros(256, dtype="<i4")
+        header[:3] = 20240520, 1, len(part)
+        content = header.tobytes() + part.tobytes()
+        if damage is not None and name == names[2]:
+            content = damage(content)
+        files[f"{name}.bin"] = content
+    return serve("kjj0/finewebedu10B-gpt2", files)
+
+
 def test_tokenized_is_downloaded(tmp_path, serve):
-    """Catches: tokens that are encoded again, or a file that is not verified."""
-    parts = write_token_files(tmp_path / "in")
-    files = {file.name: file.read_bytes() for file in (tmp_path / "in").glob("*.bin")}
-    hub = serve("kjj0/finewebedu10B-gpt2", {**files, "README.md": b""})
+    """Catches: tokens that are encoded again, a file in the wrong split or that is not verified,
+    more files than --max_tokens needs."""
+    hub = tokenized_hub(serve, tmp_path / "in")
     argv = ("fineweb-edu", "--tokenized", "--out", tmp_path / "out")
     process = from_hub(hub, *argv, tmp_path=tmp_path)
     assert process.returncode == 0, process.stderr
-    for found, part in zip(tokens_of(tmp_path / "out"), parts[:3]):
+    parts = np.array_split(stream(), 3)
+    for found, part in zip(tokens_of(tmp_path / "out"), parts, strict=True):
         assert np.array_equal(found, part)
+    process = from_hub(hub, *argv, "--max_tokens", len(parts[0]) + 1, tmp_path=tmp_path)
+    assert process.returncode == 0, process.stderr
+    assert names_in(tmp_path / "out") == ["meta.json", "web_train_000001.bin", "web_val_000000.bin"]
     hub.altered = 1
     process = from_hub(hub, *argv, tmp_path=tmp_path)
     assert process.returncode == 2
     assert "was deleted" in last_line(process)
-    assert len(tokens_of(tmp_path / "out")) == 3  # the old one is still there
+    assert len(tokens_of(tmp_path / "out")) == 2  # the old one is still there
+
+
+@pytest.mark.parametrize("damage, expected", [
+    (lambda content: content[:2000], "expected"),
+    (lambda content: content[:-2] + b"\xff\xff", "token 65535 at offset"),
+    (lambda content: b"no magic", "magic number")])
+def test_damaged_token_files_are_named(tmp_path, serve, damage, expected):
+    """Catches: half a shard, or ids outside the vocabulary, in the folder. (Row 24.)"""
+    hub = tokenized_hub(serve, tmp_path / "in", damage)
+    process = from_hub(hub, "fineweb-edu", "--tokenized", "--out", tmp_path / "out",
+                       tmp_path=tmp_path)
+    assert process.returncode == 2
+    assert "web_train_000002.bin" in last_line(process) and expected in last_line(process)
 
 
 # -------------------------------------------------------------------------------------------------

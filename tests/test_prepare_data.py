@@ -74,7 +74,7 @@ def corpus(tmp_path_factory):
     root = tmp_path_factory.mktemp("corpus")
     documents = pydocs.build_corpus()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare_data, "build_corpus", lambda: copy.deepcopy(documents))
+        patch.setattr(pydocs, "build_corpus", lambda: copy.deepcopy(documents))
         for quality in QUALITIES:
             run("pydocs", "--quality", quality, "--out", root / quality)
         run("pydocs", "--quality", "raw", "--val_quality", "raw", "--out", root / "all raw")
@@ -385,7 +385,7 @@ def test_dependencies_add_training_text_only(tmp_path, monkeypatch, small):
         files.append((name, name, file))
     monkeypatch.setattr(pydocs, "dependency_files", lambda: files)
     # `copy` and `new` stand for dependencies, whose documents are not in instruct.json
-    monkeypatch.setattr(prepare_data, "dependencies", lambda: {"copy": "1.0", "new": "1.0"})
+    monkeypatch.setattr(pydocs, "dependencies", lambda: {"copy": "1.0", "new": "1.0"})
     run("pydocs", "--out", tmp_path / "with")
 
     train = documents_of(tmp_path / "with", "train")

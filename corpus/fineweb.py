@@ -1,0 +1,44 @@
+"""fineweb.py — FineWeb-Edu: web pages chosen for what they teach (Penedo et al. 2024, arXiv
+2406.17557), from the hub or from files on this disk."""
+from corpus import hub, tables
+from support.runs import UserError
+
+REPO = "HuggingFaceFW/fineweb-edu"
+TOKENIZED = "kjj0/finewebedu10B-gpt2"  # the same as tokens, in llm.c's format
+
+
+def from_disk(paths):
+    """(where the text is from, files) of files and folders on this disk."""
+    files = hub.LocalFiles(tables.find(paths, column="text"))
+    return {"name": "fineweb-edu", "files": [path.name for path in files.paths]}, files
+
+
+def from_hub(sample, tokenized, downloads, saved):
+    """(where the text is from, files) of a sample; they are fetched into the folder `downloads`.
+
+    saved: {"source", "files"} of a preparation that goes on: it stays with its commit."""
+    repo = TOKENIZED if tokenized else REPO
+    source = {} if saved is None else saved["source"]
+    if source.get("repo") == repo and source.get("sample") == sample:
+        listed = saved["files"]
+    else:
+        commit, listed = hub.list_files(repo, None if tokenized else f"sample/{sample}")
+        suffix = ".bin" if tokenized else ".parquet"
+        listed = [[name, size] for name, size in listed if name.endswith(suffix)]
+        if not listed:
+            raise UserError(f"{repo} has no {suffix} files of this sample any more — look at it on "
+                            f"the hub, download its files, and give them with --from")
+        source = {"name": "fineweb-edu", "repo": repo, "sample": sample, "commit": commit}
+    return source, hub.Downloads(repo, source["commit"], listed, downloads)
+
+
+def read_from(files, file, row):
+    """Yield ((file, row, share of all files read), text, True) of all texts from a row of a file
+    on. Texts of blanks, and rows without one, are left out."""
+    n_files = len(files.names)
+    for i in range(file, n_files):
+        path = files.get(i)
+        for first, texts, share in tables.read_rows(path, "text", row if i == file else 0):
+            for place, text in enumerate(texts):
+                if text is not None and text.strip():
+                    yield (i, first + place, (i + share) / n_files), text, True
