@@ -17,18 +17,12 @@ The same sources give the same bytes, with any number of cores. A folder is writ
 temporary name and renamed when all of it is on the disk, so an incomplete folder is never visible.
 """
 import argparse
-import contextlib
 import json
-import multiprocessing
 import os
 import re
 import shlex
-import signal
 import sys
-import threading
 import time
-from collections import deque
-from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from contextlib import closing
 from functools import partial
 from pathlib import Path
@@ -38,8 +32,9 @@ from tqdm import tqdm
 
 from corpus import alpaca, fineweb, hellaswag, hub, pydocs, tables
 from corpus.documents import Documents, PassageCounter
+from corpus.encode import batched, encode_all
 from corpus.foreign_shards import check_meaning, foreign_shards, open_foreign, split_of
-from corpus.textfiles import PIECE_SIZE, SUFFIXES, find_files, has_suffix, read_all_pieces
+from corpus.textfiles import SUFFIXES, find_files, has_suffix, read_all_pieces
 from data import GPT2_VOCAB_SIZE, Tokenizer, check_range, open_shard
 from support.files import PROGRESS, delete, new_folder, sha256_of, sync, write_json
 from support.flags import Parser, number, text as valid_text
@@ -50,99 +45,7 @@ from support.runs import UserError, parse_json, script
 DEFAULT_VOCAB_SIZE = 4096
 SHARD_TOKENS = 100_000_000
 MIN_TOKENS = 64  # in each split; the loss on fewer tokens measures nothing
-
-
-# -------------------------------------------------------------------------------------------------
-# Encode texts on all cores
-
 LARGE = 1 << 24  # characters or bytes; less is encoded before other processes have started
-worker_tokenizer = None  # of this process, if it is a worker
-
-
-def start_worker(vocab_size):
-    """Prepare a worker process: its tokenizer, and that it ends when this process does."""
-    global worker_tokenizer
-    worker_tokenizer = Tokenizer(vocab_size)
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-def end_with_parent():
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-@contextlib.contextmanager
-def interrupts_held_back():
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def encode(text, starts, tokenizer=None):
-    """The ids of a piece, (n,) uint16, after end-of-text if a document begins with it."""
-    tokenizer = tokenizer or worker_tokenizer
-    ids = tokenizer.encode_array(text)
-    if starts:
-        return np.concatenate((np.array([tokenizer.eot], dtype=np.uint16), ids))
-    return ids
-
-
-def encode_in_worker(pieces):
-    return [encode(text, starts) for text, starts in pieces]
-
-
-def encode_all(batches, tokenizer, parallel):
-    """Yield (items, ids of each) for all batches, in order; ids as from `encode`.
-
-    batches: lists of (item, text, starts). parallel: in processes, one for each core. (Threads are
-    not enough: on two cores they were 1.6 times as fast as one, two processes 1.9 times.)"""
-    if not parallel:
-        for batch in batches:
-            items = [item for item, _, _ in batch]
-            yield items, [encode(text, starts, tokenizer) for _, text, starts in batch]
-        return
-    cores = os.cpu_count()
-    # Enough for a second, in which a shard is written, and so few that they fit in memory.
-    most = max(128, 4 * cores)
-    context = multiprocessing.get_context("spawn")  # a fork would take our locks along
-    workers = ProcessPoolExecutor(cores, context, start_worker, (tokenizer.vocab_size,))
-    try:
-        running = deque()  # (items, future), oldest first
-        for batch in batches:
-            items = [item for item, _, _ in batch]
-            pieces = [(text, starts) for _, text, starts in batch]
-            with interrupts_held_back():  # a new process inherits this: a Ctrl-C is for this one
-                running.append((items, workers.submit(encode_in_worker, pieces)))
-            if len(running) > most:
-                items, future = running.popleft()
-                yield items, future.result()
-        for items, future in running:
-            yield items, future.result()
-    except BrokenExecutor:
-        raise UserError("a process that encodes was killed, perhaps for lack of memory — close "
-                        "other programs, and run the same command again") from None
-    finally:
-        workers.shutdown(cancel_futures=True)
-
-
-def batched(pieces, size=PIECE_SIZE // 4):
-    """Yield the pieces (item, text, starts) in lists of about `size` characters."""
-    batch = []
-    waiting = 0
-    for piece in pieces:
-        batch.append(piece)
-        waiting += len(piece[1])
-        if waiting >= size:
-            yield batch
-            batch = []
-            waiting = 0
-    if batch:
-        yield batch
 
 
 # -------------------------------------------------------------------------------------------------

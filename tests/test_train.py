@@ -1047,7 +1047,7 @@ def test_compiled_run_resumes_bitwise(data, whole, tmp_path):
     assert compiled != losses  # control: it was compiled
 
 
-@pytest.mark.parametrize("script", ["train", "sft", "evaluate", "sample", "bench"])
+@pytest.mark.parametrize("script", ["train", "sft", "evaluate", "sample", "bench.__main__"])
 @pytest.mark.parametrize("given, expected", [
     ({}, "5000 1"),
     ({"GOMP_SPINCOUNT": "7", "THP_MEM_ALLOC_ENABLE": "0"}, "7 0"),  # what the user set stays
