@@ -38,6 +38,17 @@ FLAGS = ("--preset test --max_steps 20 --seq_len 16 --batch_tokens 128 --micro_b
          "--sample_every 0 --save_every 5 --keep_every 0").split()
 
 
+def pytest_addoption(parser):
+    parser.addoption("--row", type=int, help="run only the tests of this promise (test_rows.py)")
+
+
+def pytest_collection_modifyitems(config, items):
+    number = config.getoption("row")
+    if number is not None:
+        items[:] = [item for item in items
+                    if any(number in mark.args for mark in item.iter_markers("row"))]
+
+
 @pytest.fixture(autouse=True)
 def preset(monkeypatch):
     monkeypatch.setitem(PRESETS, "test", TEST)

@@ -59,6 +59,7 @@ def refused(folder, *flags):
 HALF = len(IDS) // 2
 
 
+@pytest.mark.row(45)
 @pytest.mark.parametrize("pack, train, val", [
     (npy, "edufineweb_train_000001.npy", "edufineweb_val_000000.npy"),
     (npy, "medieval_train_000001.npy", "val.npy"),
@@ -67,7 +68,7 @@ HALF = len(IDS) // 2
 ])
 def test_shards_of_other_projects_are_adopted(tmp_path, capsys, pack, train, val):
     """Catches: a header that is read as tokens; a file in the wrong split, as when "val" is only a
-    part of a word; a copy of 20 GB; a file that is not read, without a word. (Row 45.)"""
+    part of a word; a copy of 20 GB; a file that is not read, without a word."""
     theirs = folder_of(tmp_path / "theirs", IDS[HALF:], IDS[:HALF], (train, val), pack)
     (theirs / f"trainer_valid{Path(val).suffix}").write_bytes(pack(IDS))
     (theirs / f".{train}").write_bytes(b"of a Mac")
@@ -96,9 +97,10 @@ def adopted(tmp_path):
     return tmp_path / "adopted"
 
 
+@pytest.mark.row(24, 25)
 def test_run_on_adopted_shards_resumes_after_they_moved(adopted, tmp_path, capsys):
     """Catches: a fingerprint of paths, after which moved shards are other data; shards that are
-    gone, without a line that names them. (Rows 24, 25.)"""
+    gone, without a line that names them."""
     assert run(adopted, tmp_path / "whole", "--max_steps", 4) == 0
     assert run(adopted, tmp_path / "r", "--max_steps", 4, "--stop_at", 2) == 75
     shutil.move(tmp_path / "theirs", tmp_path / "elsewhere")
@@ -115,9 +117,10 @@ def test_run_on_adopted_shards_resumes_after_they_moved(adopted, tmp_path, capsy
     assert "not the data of this run (changed: val.bin)" in messages(capsys)[-1]
 
 
+@pytest.mark.row(42)
 @pytest.mark.parametrize("script", ["train", "evaluate"])
 def test_folder_that_was_not_adopted_names_the_command(whole, tmp_path, capsys, script):
-    """Catches: shards of others that are read without a check. (Row 42.)"""
+    """Catches: shards of others that are read without a check."""
     theirs = folder_of(tmp_path / "theirs", IDS[HALF:], IDS[:HALF])
     if script == "train":
         assert run(theirs, tmp_path / "r") == 2
@@ -149,10 +152,11 @@ OF_OTHERS = {
 }
 
 
+@pytest.mark.row(42)
 @pytest.mark.parametrize("kind", OF_OTHERS)
 def test_ids_of_other_tokenizers_are_refused(tmp_path, kind):
     """Catches: a run on numbers that stand for something else, with bits per byte that mean
-    nothing. (Row 42.)"""
+    nothing."""
     ids = OF_OTHERS[kind]
     theirs = folder_of(tmp_path / "theirs", IDS[HALF:], IDS[:HALF])
     prepare_data.prepare_adopted(tmp_path / "out", theirs)  # control
@@ -163,8 +167,9 @@ def test_ids_of_other_tokenizers_are_refused(tmp_path, kind):
     assert ("32-bit numbers" in line) == ("bits" in kind)
 
 
+@pytest.mark.row(42)
 def test_trust_is_noted(tmp_path):
-    """Catches: ids that nobody has checked, of which the folder does not tell. (Row 42.)"""
+    """Catches: ids that nobody has checked, of which the folder does not tell."""
     theirs = folder_of(tmp_path / "theirs", IDS, characters())
     assert "are not those of GPT-2's" in refused(theirs)  # control
     assert adopt(theirs, tmp_path / "out", "--trust") is None
@@ -172,8 +177,9 @@ def test_trust_is_noted(tmp_path):
     assert source == {"name": "adopt", "folder": str(theirs), "trusted": True}
 
 
+@pytest.mark.row(42)
 def test_table_of_another_vocabulary_is_evidence(tmp_path):
-    """Catches: nanoGPT's meta.pkl, which no one reads. (Row 42.)"""
+    """Catches: nanoGPT's meta.pkl, which no one reads."""
     theirs = folder_of(tmp_path / "theirs", IDS[HALF:], IDS[:HALF])
     prepare_data.prepare_adopted(tmp_path / "out", theirs)  # control
     (theirs / "meta.pkl").write_bytes(b"")
@@ -185,6 +191,7 @@ def line_by_line():
     return np.concatenate([Tokenizer().encode(line) for line in SOURCE.splitlines(True)])
 
 
+@pytest.mark.row(42)
 @pytest.mark.parametrize("ids", [
     IDS[:HALF],
     IDS[:1],
@@ -193,7 +200,7 @@ def line_by_line():
     np.concatenate([[50_256, *Tokenizer().encode(line)] for line in SOURCE.splitlines()]),
 ])
 def test_ids_of_gpt2_are_not_refused(tmp_path, ids):
-    """Catches: a guard that refuses real data. The control of the others. (Row 42.)"""
+    """Catches: a guard that refuses real data. The control of the others."""
     theirs = folder_of(tmp_path / "theirs", IDS[HALF:], ids)
     prepare_data.prepare_adopted(tmp_path / "out", theirs)
     assert len(DataFolder(tmp_path / "out").val[0].tokens) == len(ids)
@@ -202,11 +209,11 @@ def test_ids_of_gpt2_are_not_refused(tmp_path, ids):
 # -------------------------------------------------------------------------------------------------
 # No text in both splits
 
+@pytest.mark.row(43)
 @pytest.mark.parametrize("how", [Path.hardlink_to, Path.symlink_to, shutil.copy])
 @pytest.mark.parametrize("name", ["val.bin", "x_train_1.npy"])
 def test_one_content_is_adopted_once(tmp_path, how, name):
-    """Catches: validation on training text, or training on a shard twice, by a link or a copy.
-    (Row 43.)"""
+    """Catches: validation on training text, or training on a shard twice, by a link or a copy."""
     theirs = folder_of(tmp_path / "theirs", IDS[HALF:], IDS[:HALF], ("x_train_0.npy", "val.npy"),
                        npy)
     prepare_data.prepare_adopted(tmp_path / "out", theirs)  # control
@@ -220,10 +227,11 @@ def test_one_content_is_adopted_once(tmp_path, how, name):
     assert "is in the training shards too" in line or "have the same content" in line
 
 
+@pytest.mark.row(43)
 @pytest.mark.parametrize("name", ["train.bin", "x_train_0.npy"])
 def test_validation_text_within_training_is_refused(tmp_path, name):
     """Catches: a validation shard that was copied out of the training text and not removed from it,
-    or that is the same text in another format. (Row 43.)"""
+    or that is the same text in another format."""
     pack = npy if name.endswith(".npy") else nanogpt
     theirs = folder_of(tmp_path / "theirs", IDS, IDS[HALF:])
     (theirs / "train.bin").unlink()
@@ -236,6 +244,7 @@ def test_validation_text_within_training_is_refused(tmp_path, name):
 # -------------------------------------------------------------------------------------------------
 # Damage and mistakes
 
+@pytest.mark.row(24)
 @pytest.mark.parametrize("name, content, message", [
     ("train.npy", npy(IDS[:0]), "empty"),
     ("train.npy", npy(IDS.astype(np.int64)), "found 1-D int64"),
@@ -254,8 +263,7 @@ def test_validation_text_within_training_is_refused(tmp_path, name):
     ("train.bin", b"", "empty"),
 ])
 def test_damaged_foreign_shard_is_refused(tmp_path, name, content, message):
-    """Catches: training on bytes that are not tokens, a message without file and reason. (Row
-    24.)"""
+    """Catches: training on bytes that are not tokens, a message without file and reason."""
     theirs = folder_of(tmp_path / "theirs", IDS[:HALF], IDS[HALF:])
     prepare_data.prepare_adopted(tmp_path / "out", theirs)  # control
     (theirs / "train.bin").unlink()
@@ -264,8 +272,9 @@ def test_damaged_foreign_shard_is_refused(tmp_path, name, content, message):
     assert f"{name}: expected" in line and message in line
 
 
+@pytest.mark.row(54)
 def test_link_to_nowhere_is_refused(tmp_path):
-    """Catches: a traceback, or a split without its shard. (Row 54.)"""
+    """Catches: a traceback, or a split without its shard."""
     theirs = folder_of(tmp_path / "theirs", IDS)
     (theirs / "val.bin").unlink()
     (theirs / "val.bin").symlink_to(tmp_path / "nowhere")

@@ -195,9 +195,10 @@ def test_few_rows_are_still_divided(n, share, sizes):
     assert [len(part) for part in parts] == sizes
 
 
+@pytest.mark.row(43)
 def test_repeated_rows_are_on_one_side():
     """Catches: rows that are scored and trained on, as copies, or as copies but for white space or
-    the system prompt. (Row 43.)"""
+    the system prompt."""
     chats = different(20) * 3
     training, held_out = hold_out(chats, [None] * 60, 0.2, seed=0)
     assert sorted(row % 20 for row in [*training, *held_out]) == list(range(20))
@@ -317,7 +318,7 @@ def test_most_frequent_answer():
 
 
 # -------------------------------------------------------------------------------------------------
-# Bad files: row 27 of the table of faults
+# Bad files
 
 GOOD = {"instruction": "a?", "output": "b"}
 GOOD_LINE = json.dumps(GOOD)
@@ -363,6 +364,7 @@ def refusal(file):
     return str(error.value)
 
 
+@pytest.mark.row(27)
 @pytest.mark.parametrize("line, why", (NOT_JSON | NOT_A_CHAT).values(),
                          ids=(NOT_JSON | NOT_A_CHAT).keys())
 def test_bad_line_is_named_with_its_reason(tmp_path, line, why):
@@ -382,6 +384,7 @@ def test_bad_line_is_named_with_its_reason(tmp_path, line, why):
         read_instructions(file, skip_bad=True)
 
 
+@pytest.mark.row(27)
 @pytest.mark.parametrize("row, why", NOT_A_CHAT.values(), ids=NOT_A_CHAT.keys())
 def test_bad_row_of_an_array_is_named_by_its_index(tmp_path, row, why):
     """Catches: a message that does not tell which row of an array it is about."""
@@ -398,6 +401,7 @@ def test_bad_row_of_an_array_is_named_by_its_index(tmp_path, row, why):
 LATIN = b'{"instruction": "\xff", "output": "b"}'  # not UTF-8
 
 
+@pytest.mark.row(27)
 @pytest.mark.parametrize("content, place, why", [
     (b"\xef\xbb\xbf" + GOOD_LINE.encode(), ":1: ", "not valid JSON (Unexpected UTF-8 BOM"),
     (b"\xef\xbb\xbf[]", ":1: ", "not valid JSON (Unexpected UTF-8 BOM"),
@@ -423,6 +427,7 @@ def test_bad_file_is_named_with_its_reason(tmp_path, content, place, why):
     assert read_instructions(file)[0] == [messages_of(GOOD)]  # control
 
 
+@pytest.mark.row(27)
 def test_array_and_lines_give_the_same_rows(tmp_path):
     """Catches: a form of the file in which a row, or its "split", is lost."""
     rows = [GOOD, {**GOOD, "split": "val"}, {"messages": TALK}]

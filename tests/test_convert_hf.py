@@ -540,9 +540,10 @@ REFUSED = {
 }
 
 
+@pytest.mark.row(40)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_we_cannot_be_is_refused(folder, tmp_path, capsys, name):
-    """Catches: a model that is imported, and says nonsense; a traceback; half a run. (Row 40.)"""
+    """Catches: a model that is imported, and says nonsense; a traceback; half a run."""
     change, expected = REFUSED[name]
     change(folder)
     assert convert("import", folder, tmp_path / "back") == 2
@@ -625,8 +626,9 @@ def test_tensors_of_no_llama_are_refused(change, tmp_path, capsys):
     assert call(convert_hf.main, "export", run, tmp_path / "hf2", "--step", 3) == 0  # control
 
 
+@pytest.mark.row(38)
 def test_export_of_a_damaged_run_is_refused(exported, tmp_path, capsys):
-    """Catches: half a folder of a damaged checkpoint. (Row 38.)"""
+    """Catches: half a folder of a damaged checkpoint."""
     shutil.copytree(exported[0], tmp_path / "run")
     cut("model.pt")(tmp_path / "run/checkpoints/step_00000003")
     assert convert("export", tmp_path / "run", tmp_path / "hf") == 2

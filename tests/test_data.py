@@ -169,6 +169,7 @@ def test_order_depends_on_seed_and_position_alone():
     assert not np.array_equal(expected[:n], expected[n:2 * n])  # control
 
 
+@pytest.mark.row(26)
 def test_id_outside_the_vocabulary_is_named():
     """Catches: an index outside the embedding; a message that does not tell the place."""
     damaged = shards(41, 33)
@@ -199,6 +200,7 @@ def npy(tokens):
     return file.getvalue()
 
 
+@pytest.mark.row(24)
 @pytest.mark.parametrize("content, message", [
     (npy(TOKENS[:0]), "found .0,. uint16|cannot be read"),
     (npy(TOKENS[:299]), "found .299,. uint16"),
@@ -212,7 +214,7 @@ def npy(tokens):
 ])
 def test_damaged_shard_is_refused(tmp_path, content, message):
     """Catches: training on bytes that are not tokens, a pickle that is run, a message without file
-    and reason. (Row 24.)"""
+    and reason."""
     file = tmp_path / "a.npy"
     with pytest.raises(UserError, match="a.npy: shard is missing"):
         open_shard(file, 300)
@@ -223,11 +225,11 @@ def test_damaged_shard_is_refused(tmp_path, content, message):
     assert np.array_equal(open_shard(file, 300).tokens, TOKENS)  # control
 
 
+@pytest.mark.row(24)
 @pytest.mark.parametrize("size, offset", [(723, 124), (724, 123), (100, 124), (0, 124), (724, -2),
                                           (724, 10**30), (724, "124"), (724, 1.5)])
 def test_raw_shard_of_another_size_is_refused(tmp_path, size, offset):
-    """Catches: half a token, a header that is read as tokens, the end of another shard. (Row
-    24.)"""
+    """Catches: half a token, a header that is read as tokens, the end of another shard."""
     content = bytes(124) + TOKENS.tobytes()
     file = tmp_path / "a.bin"
     file.write_bytes(content)
@@ -238,6 +240,7 @@ def test_raw_shard_of_another_size_is_refused(tmp_path, size, offset):
         open_shard(file, 300, offset)
 
 
+@pytest.mark.row(54)
 def test_flipped_bit_in_a_header_is_refused_or_harmless(tmp_path):
     """Catches: a traceback, or wrong tokens, from a .npy file with one flipped bit in its first 128
     bytes, which are its header. All 1024 of them are tried."""
@@ -280,6 +283,7 @@ def our_folder(path, train=TOKENS, **changes):
     return path
 
 
+@pytest.mark.row(43, 54)
 @pytest.mark.parametrize("changes", [
     {"tokenizer": "llama"},
     {"vocab_size": "512"},
@@ -303,6 +307,7 @@ def test_meta_that_does_not_fit_is_refused(tmp_path, changes):
         DataFolder(our_folder(tmp_path / "b", **changes))
 
 
+@pytest.mark.row(54, 55)
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b"[" * 100_000])
 def test_broken_meta_is_refused(tmp_path, content):
     """Catches: a traceback from a damaged meta.json."""
@@ -311,6 +316,7 @@ def test_broken_meta_is_refused(tmp_path, content):
         DataFolder(tmp_path)
 
 
+@pytest.mark.row(24)
 def test_missing_data_names_the_command(tmp_path):
     """Catches: a split that is short or empty; advice that does not make the missing data."""
     splits = {"train": [{**TRAIN, "tokens": 301}], "val": [VAL]}
@@ -323,6 +329,7 @@ def test_missing_data_names_the_command(tmp_path):
             DataFolder(tmp_path / name)
 
 
+@pytest.mark.row(54)
 @pytest.mark.parametrize("name", ["train_0000.npy", "val_0000.npy"])
 def test_hashes_find_one_flipped_bit(tmp_path, name):
     """Catches: a damaged shard that nothing notices, since its length is right."""
@@ -335,6 +342,7 @@ def test_hashes_find_one_flipped_bit(tmp_path, name):
         DataFolder(folder).check_content()
 
 
+@pytest.mark.row(25)
 def test_fingerprint_finds_a_changed_token(tmp_path):
     """Catches: a resume on other data, since names and lengths are the same."""
     def fingerprint(name, train):

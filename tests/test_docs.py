@@ -3,6 +3,7 @@ import ast
 import copy
 import re
 import textwrap
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -202,30 +203,46 @@ def test_exercises_change_existing_lines(file, change):
     compile(source.replace(old, new), file, "exec")
 
 
-def modules_imported(file):
-    """The first names of all modules that a file imports."""
+FOLDERS = (".", "support", "corpus", "huggingface", "bench", "experiments")
+MODULES = {".".join(file.relative_to(ROOT).with_suffix("").parts): file
+           for folder in FOLDERS for file in sorted((ROOT / folder).glob("*.py"))}
+
+
+def imported(file):
+    """The modules of this project that a file imports, wherever it does."""
     names = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names |= {alias.name.split(".")[0] for alias in node.names}
+            names |= {alias.name for alias in node.names}
         if isinstance(node, ast.ImportFrom):
-            names.add(node.module.split(".")[0])
-    return names
+            names.add(node.module)
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return names & set(MODULES)
 
 
-def test_support_never_imports_from_the_root():
-    """Catches: an import that goes the other way, so that a file cannot be read on its own."""
-    root = {file.stem for file in ROOT.glob("*.py")}
-    files = sorted((ROOT / "support").glob("*.py"))
-    assert {file.name: modules_imported(file) & root for file in files} == {
-        file.name: set() for file in files}
-    assert "model" in modules_imported(ROOT / "checkpoint.py") & root  # control
+def folder_of(module):
+    """The folder that a module stands in, "" at the root."""
+    return module.rpartition(".")[0]
 
 
-SCRIPTS = [file for folder in (".", "support", "experiments", "tests")
-           for file in sorted((ROOT / folder).glob("*.py"))]
+def test_imports_go_one_way():
+    """Catches: two files that need each other; a folder that needs the root, or one above it."""
+    graph = {module: imported(file) for module, file in MODULES.items()}
+    order = list(TopologicalSorter(graph).static_order())  # raises CycleError
+    assert order.index("model") < order.index("checkpoint") < order.index("train")  # control
+    below = {"": {"", "support", "corpus", "huggingface"}, "support": {"support"},
+             "corpus": {"corpus", "support"}, "huggingface": {"huggingface", "support"}}
+    for module, found in graph.items():
+        allowed = below.get(folder_of(module))  # bench and experiments stand above all
+        assert allowed is None or set(map(folder_of, found)) <= allowed, module
+    assert "" in map(folder_of, graph["bench.step"])  # control
+    assert graph["model"] == set()
 
 
+SCRIPTS = [*MODULES.values(), *sorted((ROOT / "tests").glob("*.py"))]
+
+
+@pytest.mark.row(48)
 @pytest.mark.parametrize("file", SCRIPTS, ids=[file.name for file in SCRIPTS])
 def test_lines_fit_the_screen(file):
     """Catches: a line of more than 100 columns; an assert for input, which python -O removes."""

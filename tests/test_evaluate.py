@@ -404,8 +404,9 @@ def own_data(copied, data, monkeypatch):
     return Path(folder)
 
 
+@pytest.mark.row(44)
 def test_data_of_another_preparation_is_refused(copied, own_data, capsys):
-    """Catches: a score, noted in the run's log, on text that the run was trained on. (Row 44.)"""
+    """Catches: a score, noted in the run's log, on text that the run was trained on."""
     assert not evaluate.main([])  # control
     assert [event.get("same_data") for event in events(copied)] == [True, None]
     prepare_again(own_data)
@@ -418,9 +419,10 @@ def test_data_of_another_preparation_is_refused(copied, own_data, capsys):
     assert [event.get("same_data") for event in events(copied)] == [True, None, False, None]
 
 
+@pytest.mark.row(47)
 def test_scores_are_printed_before_they_are_noted(copied, capsys):
     """Catches: scores of questions that are never computed, because those of the text cannot be
-    noted. (Row 47.)"""
+    noted."""
     (copied / "evaluations.jsonl").mkdir()
     assert exit_code(evaluate.main, []) == 2
     printed, error = capsys.readouterr()
@@ -429,10 +431,11 @@ def test_scores_are_printed_before_they_are_noted(copied, capsys):
     assert "evaluations.jsonl: Is a directory" in error
 
 
+@pytest.mark.row(52)
 @pytest.mark.parametrize("reader, flags", [(evaluate.main, []), (sample.main, ["--trajectory"])])
 def test_score_of_a_run_that_was_started_over_is_not_noted(copied, data, capsys, monkeypatch,
                                                            reader, flags):
-    """Catches: a score of the old weights in the log of the new run. (Row 52.)"""
+    """Catches: a score of the old weights in the log of the new run."""
     module = sys.modules[reader.__module__]
     note = module.note
 
@@ -449,8 +452,9 @@ def test_score_of_a_run_that_was_started_over_is_not_noted(copied, data, capsys,
     assert len(events(copied)) >= 2
 
 
+@pytest.mark.row(55)
 def test_half_a_row_is_not_joined_to_the_next(copied):
-    """Catches: a row that a full disk cut, and the next one lost with it. (Row 55.)"""
+    """Catches: a row that a full disk cut, and the next one lost with it."""
     (copied / "evaluations.jsonl").write_text('{"event": "ev')
     assert not evaluate.main([])
     lines = (copied / "evaluations.jsonl").read_text().splitlines()
@@ -458,8 +462,9 @@ def test_half_a_row_is_not_joined_to_the_next(copied):
     assert [json.loads(line)["event"] for line in lines[1:]] == ["eval", "benchmark"]
 
 
+@pytest.mark.row(45)
 def test_a_style_without_questions_is_refused(copied, own_data, capsys):
-    """Catches: a flag that does nothing. (Row 45.)"""
+    """Catches: a flag that does nothing."""
     (own_data / "cloze.jsonl").unlink()
     flags = ["--data", "own_data"]
     assert exit_code(evaluate.main, [*flags, "--style", "harness"]) == 2
@@ -467,10 +472,11 @@ def test_a_style_without_questions_is_refused(copied, own_data, capsys):
     assert not evaluate.main(flags)  # control
 
 
+@pytest.mark.row(44)
 @pytest.mark.parametrize("change", ["fewer", "gone", "link to nowhere"])
 def test_other_questions_are_refused(copied, own_data, data, capsys, change):
     """Catches: scores on other questions, under the same name, in the log of a run, or none any
-    more. (Row 44.)"""
+    more."""
     file = own_data / "cloze.jsonl"
     flags = ("--resume", "--max_steps", 21)
     assert run(own_data, copied, *flags) == 0  # control
@@ -486,8 +492,9 @@ def test_other_questions_are_refused(copied, own_data, data, capsys, change):
     assert "cloze.jsonl" in messages(capsys)[-1]
 
 
+@pytest.mark.row(53)
 def test_model_that_gives_no_numbers_is_not_scored(copied, capsys):
-    """Catches: accuracies of a choice among NaN, which look like chance. (Row 53.)"""
+    """Catches: accuracies of a choice among NaN, which look like chance."""
     weights, _ = load_weights(copied)
     weights["model"]["model.norm.weight"][0] = math.nan
     folder = copied / "checkpoints/step_00000020"
@@ -501,8 +508,9 @@ def test_model_that_gives_no_numbers_is_not_scored(copied, capsys):
     assert [event["step"] for event in events(copied)] == [16, 16]
 
 
+@pytest.mark.row(46)
 def test_several_processes_are_refused(copied, capsys, monkeypatch):
-    """Catches: torchrun, with which each process scores everything and notes it. (Row 46.)"""
+    """Catches: torchrun, with which each process scores everything and notes it."""
     for name, value in dict(RANK=1, WORLD_SIZE=2, LOCAL_RANK=1, MASTER_ADDR="h",
                             MASTER_PORT=1).items():
         monkeypatch.setenv(name, str(value))

@@ -85,7 +85,7 @@ def log_of(folder):
 
 
 # -------------------------------------------------------------------------------------------------
-# Killed: rows 3, 4, 9, 28, 41
+# Killed
 
 SHORT = ("--max_steps", 6, "--save_every", 3)  # saves at 0, 1, 2, 3, 4 and 6, and prunes
 
@@ -127,21 +127,24 @@ def survives_kill(resume, folder, short, n):
     return True
 
 
+@pytest.mark.row(4, 28, 30)
 def test_kill_at_some_file_operations_changes_nothing(resume, short, tmp_path):
-    """Catches: a save or a prune that is not whole at some moment. (Rows 4, 28, 30.)"""
+    """Catches: a save or a prune that is not whole at some moment."""
     for n in random.Random(0).sample(range(1, short.operations + 1), 12):
         assert survives_kill(resume, tmp_path / "r", short, n)
 
 
+@pytest.mark.row(4, 28, 30)
 @pytest.mark.slow
 def test_kill_at_every_file_operation_changes_nothing(resume, short, tmp_path):
-    """Catches: as the test before, at every moment. (Rows 4, 28, 30.)"""
+    """Catches: as the test before, at every moment."""
     for n in range(1, short.operations + 1):
         assert survives_kill(resume, tmp_path / "r", short, n)
 
 
+@pytest.mark.row(3)
 def test_kill_at_20_random_moments_changes_nothing(resume, short, tmp_path):
-    """Catches: a moment without a file operation at which a kill changes the run. (Row 3.)"""
+    """Catches: a moment without a file operation at which a kill changes the run."""
     draw = random.Random(os.getpid())
     folder = tmp_path / "r"
     kills = 0
@@ -160,11 +163,12 @@ def test_kill_at_20_random_moments_changes_nothing(resume, short, tmp_path):
     assert ends_like(resume, folder, short)
 
 
+@pytest.mark.row(41)
 @pytest.mark.parametrize("step", [0, 4, 6])
 @pytest.mark.parametrize("where", ["evaluate", "benchmark", "sample"])
 def test_kill_in_an_evaluation_loses_no_step(resume, short, tmp_path, where, step):
     """Catches: an evaluation or a sample before the save that is due at the same step; a resume
-    that does not repeat it, or that logs it twice. (Row 41.)"""
+    that does not repeat it, or that logs it twice."""
     folder = tmp_path / "r"
     fault = ["signal", where, step, "SIGKILL"]
     assert resume(folder, *SHORT, fault=fault)["code"] == -signal.SIGKILL
@@ -182,9 +186,10 @@ def test_kill_in_a_step_loses_the_steps_since_the_save(resume, short, tmp_path):
     assert ends_like(resume, folder, short)
 
 
+@pytest.mark.row(9, 28)
 def test_leftovers_of_a_kill_are_removed_by_the_holder_of_the_lock(resume, copy):
     """Catches: half a checkpoint that stays; a second process that removes what the first one is
-    writing. (Rows 9, 28.)"""
+    writing."""
     half = copy / "checkpoints/.tmp_step_00000030"
     half.mkdir()
     (half / "model.pt").write_bytes(b"half")
@@ -229,10 +234,11 @@ def prune_killed_at(number, folder, keep_every):
     return False
 
 
+@pytest.mark.row(4)
 @pytest.mark.parametrize("keep_every", [0, 10])  # step 10 is removed, or shrinks to its weights
 def test_prune_is_whole_at_every_moment(stopped, tmp_path, keep_every):
     """Catches: an old checkpoint that is half removed, or whose meta.json promises a file that is
-    gone. (Row 4.)"""
+    gone."""
     expected = shutil.copytree(stopped, tmp_path / "expected")
     durable.prune(expected, 15, keep_last=1, keep_every=keep_every)
     assert files_of(expected) != files_of(stopped)
@@ -251,9 +257,10 @@ def test_prune_is_whole_at_every_moment(stopped, tmp_path, keep_every):
     assert number > 2
 
 
+@pytest.mark.row(4)
 @pytest.mark.slow
 def test_kill_while_starting_over_never_mixes_two_runs(server, data, stopped, tmp_path):
-    """Catches: rows or checkpoints of the run before in the one that overwrites it. (Row 4.)"""
+    """Catches: rows or checkpoints of the run before in the one that overwrites it."""
     other = ("--data", data, "--seed", 2, *SHORT)
     whole = tmp_path / "whole"
     folder = tmp_path / "r"
@@ -274,7 +281,7 @@ def test_kill_while_starting_over_never_mixes_two_runs(server, data, stopped, tm
 
 
 # -------------------------------------------------------------------------------------------------
-# Damaged: rows 5, 6, 7, 8, 31, 32, 38
+# Damaged
 
 def cut(path, size):
     """Keep that many bytes; a negative number counts from the end, a share from the start."""
@@ -314,10 +321,10 @@ for name in ("model.pt", "train_state.pt"):
         DAMAGES[f"{name} flipped at {share}"] = (name, functools.partial(flip, share=share))
 
 
+@pytest.mark.row(5, 6, 7)
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damaged_checkpoint_is_named_and_skipped(resume, copy, whole, damage):
-    """Catches: a damaged state that is trained on, or that ends a run with an older good one.
-    (Rows 5, 6, 7.)"""
+    """Catches: a damaged state that is trained on, or that ends a run with an older good one."""
     name, spoil = DAMAGES[damage]
     spoil(place(copy, 15) / name)
     found = resume(copy)
@@ -328,18 +335,19 @@ def test_damaged_checkpoint_is_named_and_skipped(resume, copy, whole, damage):
     assert steps(copy) == first(20)
 
 
+@pytest.mark.row(5)
 @pytest.mark.parametrize("damage", ["meta.json missing", "model.pt cut to 0.5"])
 def test_damaged_checkpoint_is_replaced(resume, copy, damage):
-    """Catches: a damaged folder in the way of the good one of the same step. (Row 5.)"""
+    """Catches: a damaged folder in the way of the good one of the same step."""
     name, spoil = DAMAGES[damage]
     spoil(place(copy, 15) / name)
     assert resume(copy, "--stop_at", 15)["code"] == 75
     assert newest(copy) == 15
 
 
+@pytest.mark.row(5)
 def test_damaged_newer_checkpoint_is_not_one_of_the_kept(resume, copy):
-    """Catches: a damaged state that counts as kept, so that the last good one is removed. (Row
-    5.)"""
+    """Catches: a damaged state that counts as kept, so that the last good one is removed."""
     flip(place(copy, 15) / "model.pt", 0.5)
     assert resume(copy, "--save_every", 12, "--stop_at", 12)["code"] == 75
     for step in (10, 12):
@@ -355,8 +363,9 @@ def test_undamaged_checkpoint_is_used(resume, copy, whole):
     assert same(copy, whole)
 
 
+@pytest.mark.row(8)
 def test_run_without_a_good_checkpoint_never_starts_over(resume, copy):
-    """Catches: a silent restart from step 0 that deletes the run. (Row 8.)"""
+    """Catches: a silent restart from step 0 that deletes the run."""
     log = (copy / "metrics.jsonl").read_bytes()
     for folder in durable.checkpoints(copy).values():
         flip(folder / "model.pt", 0.5)
@@ -368,9 +377,9 @@ def test_run_without_a_good_checkpoint_never_starts_over(resume, copy):
     assert (copy / "metrics.jsonl").read_bytes() == log
 
 
+@pytest.mark.row(8)
 def test_run_without_checkpoints_never_starts_over(resume, copy):
-    """Catches: checkpoints on a disk that is not mounted taken for a run that has not begun.
-    (Row 8.)"""
+    """Catches: checkpoints on a disk that is not mounted taken for a run that has not begun."""
     (copy / "checkpoints").rename(copy / "elsewhere")
     log = (copy / "metrics.jsonl").read_bytes()
     found = resume(copy)
@@ -385,9 +394,10 @@ def test_run_without_checkpoints_never_starts_over(resume, copy):
 READERS = {"sample": sample.main, "evaluate": evaluate.main}
 
 
+@pytest.mark.row(38)
 @pytest.mark.parametrize("reader", READERS)
 def test_readers_skip_damaged_checkpoints(copy, tmp_path, capsys, reader):
-    """Catches: a sample or a score of damaged weights; a traceback. (Row 38.)"""
+    """Catches: a sample or a score of damaged weights; a traceback."""
     def read(*argv):
         code = exit_code(READERS[reader], [copy, *argv])
         return code, capsys.readouterr().err
@@ -408,10 +418,11 @@ def test_readers_skip_damaged_checkpoints(copy, tmp_path, capsys, reader):
     assert "no usable checkpoint (step 15: " in message.splitlines()[-1]
 
 
+@pytest.mark.row(38)
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("name", ["empty", "absent"])
 def test_readers_refuse_a_folder_without_a_run(tmp_path, capsys, reader, name):
-    """Catches: a traceback at a wrong path. (Row 38.)"""
+    """Catches: a traceback at a wrong path."""
     (tmp_path / "empty").mkdir()
     assert exit_code(READERS[reader], [tmp_path / name]) == 2
     message, = messages(capsys)
@@ -428,10 +439,10 @@ class Bomb:
         return Path.touch, (self.path,)
 
 
+@pytest.mark.row(31)
 @pytest.mark.parametrize("name", ["model.pt", "train_state.pt"])
 def test_checkpoint_that_runs_code_is_refused(data, copy, tmp_path, capsys, name):
-    """Catches: code in a downloaded checkpoint that runs, or that is skipped in silence. (Row
-    31.)"""
+    """Catches: code in a downloaded checkpoint that runs, or that is skipped in silence."""
     contents = {file: durable.load_file(place(copy, 15) / file)
                 for file in ("model.pt", "train_state.pt")}
     contents[name]["bomb"] = Bomb(tmp_path / "exploded")
@@ -470,9 +481,9 @@ def saved(stopped):
 UP = [f"model.layers.{layer}.mlp.up_proj.weight" for layer in (0, 1)]  # of one shape
 
 
+@pytest.mark.row(32)
 def test_moments_are_restored_by_name(saved, restored):
-    """Catches: moments that another parameter gets when the code creates them in another order.
-    (Row 32.)"""
+    """Catches: moments that another parameter gets when the code creates them in another order."""
     moments = saved["optimizer"]
     saved["optimizer"] = dict(reversed(moments.items()))
     model, optimizer = restored(saved)
@@ -531,6 +542,7 @@ def lose_random_state(state):
     del state["rng"]["cpu"]
 
 
+@pytest.mark.row(32)
 @pytest.mark.parametrize("spoil, message", [
     (rename_weight, r"weights do not fit .* 2 parameters: .*model.norm.scale \(.*absent in the"),
     (reshape_weight, r"weights do not fit .* 1 parameters: .*up_proj.weight \(\(2048,\) float32"),
@@ -545,8 +557,7 @@ def lose_random_state(state):
     (lose_random_state, r"the checkpoint cannot be used \(KeyError: 'cpu'\)"),
 ])
 def test_state_of_another_network_is_refused(saved, restored, spoil, message):
-    """Catches: weights or moments that are left out, or loaded into another parameter. (Row
-    32.)"""
+    """Catches: weights or moments that are left out, or loaded into another parameter."""
     spoil(saved)
     with pytest.raises(UserError, match=message):
         restored(saved)
@@ -599,12 +610,12 @@ def test_config_that_is_older_has_the_defaults(saved, capsys):
 
 
 # -------------------------------------------------------------------------------------------------
-# The disk: rows 10, 11, 12, 30
+# The disk
 
+@pytest.mark.row(10)
 @pytest.mark.parametrize("n", [5, 100, 150, 260, 500])  # which write into a checkpoint fails
 def test_full_disk_keeps_older_checkpoints(resume, whole, tmp_path, n):
-    """Catches: half a checkpoint in the place of a whole one; a reason that is not told. (Row
-    10.)"""
+    """Catches: half a checkpoint in the place of a whole one; a reason that is not told."""
     folder = tmp_path / "r"
     found = resume(folder, fault=["full", n])
     assert found["code"] == 4
@@ -618,9 +629,10 @@ def test_full_disk_keeps_older_checkpoints(resume, whole, tmp_path, n):
     assert same(folder, whole)
 
 
+@pytest.mark.row(10)
 @pytest.mark.parametrize("limit", [60_000, 200_000])  # within model.pt, within train_state.pt
 def test_reason_of_the_system_is_told(resume, whole, tmp_path, limit):
-    """Catches: PyTorch's "unexpected pos" in the place of the system's reason. (Row 10.)"""
+    """Catches: PyTorch's "unexpected pos" in the place of the system's reason."""
     found = resume(tmp_path / "r", fault=["limit", limit])
     assert found["code"] == 4
     assert "File too large" in found["stderr"]
@@ -629,8 +641,9 @@ def test_reason_of_the_system_is_told(resume, whole, tmp_path, limit):
     assert same(tmp_path / "r", whole)
 
 
+@pytest.mark.row(12)
 def test_disk_too_small_for_one_state_ends_before_the_first_step(resume, whole, tmp_path):
-    """Catches: hours of training that cannot be saved. (Row 12.)"""
+    """Catches: hours of training that cannot be saved."""
     folder = tmp_path / "r"
     found = resume(folder, fault=["full", 1])
     assert found["code"] == 4
@@ -640,9 +653,9 @@ def test_disk_too_small_for_one_state_ends_before_the_first_step(resume, whole, 
     assert same(folder, whole)
 
 
+@pytest.mark.row(12)
 def test_unusable_folder_is_one_line(data, tmp_path, capsys):
-    """Catches: a run folder that cannot be made, or not be written, found after the first step.
-    (Row 12.)"""
+    """Catches: a run folder that cannot be made, or not be written, found after the first step."""
     (tmp_path / "file").write_text("")
     (tmp_path / "closed").mkdir(mode=0o500)
     assert run(data, tmp_path / "file/r") == 2
@@ -654,9 +667,10 @@ def test_unusable_folder_is_one_line(data, tmp_path, capsys):
         assert "r: Permission denied" in message
 
 
+@pytest.mark.row(11)
 @pytest.mark.parametrize("n", [1, 7, 30])  # which line of the log is cut
 def test_half_a_line_of_a_full_disk_is_not_taken_for_a_line(resume, whole, tmp_path, n):
-    """Catches: a log that goes on after half a line; a full disk that nobody sees. (Row 11.)"""
+    """Catches: a log that goes on after half a line; a full disk that nobody sees."""
     folder = tmp_path / "r"
     found = resume(folder, fault=["log full", n])
     assert found["code"] == 4
@@ -667,8 +681,9 @@ def test_half_a_line_of_a_full_disk_is_not_taken_for_a_line(resume, whole, tmp_p
     assert steps(folder) == first(20)
 
 
+@pytest.mark.row(30)
 def test_log_longer_than_the_checkpoint_is_cut(resume, copy, whole):
-    """Catches: steps that stand twice in the log, or a row behind half a row. (Row 30.)"""
+    """Catches: steps that stand twice in the log, or a row behind half a row."""
     with open(copy / "metrics.jsonl", "a") as log:
         log.write('{"event": "train", "step": 16, "loss": 1.0}\n{"event": "train", "st')
     assert resume(copy)["code"] == 0
@@ -676,10 +691,10 @@ def test_log_longer_than_the_checkpoint_is_cut(resume, copy, whole):
     assert same(copy, whole)
 
 
+@pytest.mark.row(30)
 @pytest.mark.parametrize("change", ["shorter", "edited", "deleted"])
 def test_log_that_was_changed_is_refused(resume, copy, change):
-    """Catches: rows that are lost or cut in the middle because the log is not the saved one. (Row
-    30.)"""
+    """Catches: rows that are lost or cut in the middle because the log is not the saved one."""
     log = copy / "metrics.jsonl"
     text = log.read_text()
     if change == "shorter":
@@ -696,9 +711,10 @@ def test_log_that_was_changed_is_refused(resume, copy, change):
     assert resume(copy, "--stop_at", 15)["code"] == 75
 
 
+@pytest.mark.row(4)
 def test_save_is_forced_to_the_disk_before_its_rename(data, tmp_path, monkeypatch):
     """Catches: a checkpoint that after a power failure has its name but not its bytes, or that
-    counts rows of the log that are not on the disk. (Row 4.)"""
+    counts rows of the log that are not on the disk."""
     fsync = os.fsync
     rename = os.rename
     log = tmp_path / "r/metrics.jsonl"
@@ -842,15 +858,16 @@ def test_processes_share_what_they_load(tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
-# Signals: rows 18, 50
+# Signals
 
+@pytest.mark.row(18)
 @pytest.mark.parametrize("where, name", [
     ("step", "SIGTERM"), ("step", "SIGINT"), ("step", "SIGHUP"), ("step", "SIGUSR1"),
     ("evaluate", "SIGTERM"), ("evaluate", "SIGINT"),
     ("save", "SIGTERM"), ("save", "SIGINT"),
 ])
 def test_signal_saves_the_step(resume, whole, tmp_path, where, name):
-    """Catches: a step that is lost, or half done, when the run is told to stop. (Row 18.)"""
+    """Catches: a step that is lost, or half done, when the run is told to stop."""
     folder = tmp_path / "r"
     found = resume(folder, fault=["signal", where, 8, name])
     assert found["code"] == 75
@@ -879,6 +896,7 @@ def test_stop_at_the_last_step_leaves_its_evaluation_to_the_resume(
     assert rows(folder, "end", ("step", "reason")) == [(20, "done")]
 
 
+@pytest.mark.row(18, 50)
 @pytest.mark.parametrize("names, code", [
     (["SIGTERM", "SIGTERM"], 75),
     (["SIGINT", "SIGTERM"], 75),
@@ -887,7 +905,7 @@ def test_stop_at_the_last_step_leaves_its_evaluation_to_the_resume(
 ])
 def test_second_signal_at_once(resume, whole, tmp_path, names, code):
     """Catches: a cluster that sends one stop twice and so prevents the save; a second Ctrl-C that
-    does not end the process. (Rows 18, 50.)"""
+    does not end the process."""
     folder = tmp_path / "r"
     assert resume(folder, fault=["signal", "step", 7, *names])["code"] == code
     saved_at = 7 if code == 75 else 5
@@ -896,9 +914,10 @@ def test_second_signal_at_once(resume, whole, tmp_path, names, code):
     assert same(folder, whole)
 
 
+@pytest.mark.row(50)
 @pytest.mark.parametrize("seconds, ends", [(9, []), (11, [signal.SIGTERM])])
 def test_second_signal_after_10_seconds_ends_the_process(monkeypatch, seconds, ends):
-    """Catches: a process that cannot be stopped any more, as its save hangs. (Row 50.)"""
+    """Catches: a process that cannot be stopped any more, as its save hangs."""
     now = [1000.0]
     raised = []
     monkeypatch.setattr(devices.time, "monotonic", lambda: now[0])
@@ -912,8 +931,9 @@ def test_second_signal_after_10_seconds_ends_the_process(monkeypatch, seconds, e
     assert raised == ends
 
 
+@pytest.mark.row(18)
 def test_ignored_hangup_stays_ignored():
-    """Catches: a run under nohup that ends with its terminal. (Row 18.)"""
+    """Catches: a run under nohup that ends with its terminal."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     stop = devices.StopSignals(SimpleNamespace(say=print))
     os.kill(os.getpid(), signal.SIGHUP)
@@ -925,7 +945,7 @@ def test_ignored_hangup_stays_ignored():
 
 
 # -------------------------------------------------------------------------------------------------
-# Whole processes, one or two: rows 15, 18, 19, 20
+# Whole processes, one or two
 
 def start(data, folder, *flags, stdout=subprocess.DEVNULL, rank=None, port=None, before=""):
     """train.py --resume as a process of its own; as one of two if `rank` is given. before: what it
@@ -973,9 +993,10 @@ def distance(folder, other):
     return np.abs(ours / theirs - 1).max()
 
 
+@pytest.mark.row(15)
 def test_number_of_processes_may_change(data, whole, tmp_path):
     """Catches: a batch that two processes read twice or in part, gradients that are averaged
-    where the sum is meant; a state that only as many processes can read. (Row 15.)"""
+    where the sum is meant; a state that only as many processes can read."""
     folder = tmp_path / "r"
     assert run(data, folder, "--stop_at", 5) == 75
     codes, _ = ends(two(data, folder, "--stop_at", 14))
@@ -990,10 +1011,11 @@ def test_number_of_processes_may_change(data, whole, tmp_path):
     assert distance(tmp_path / "other", whole) > 1e-3
 
 
+@pytest.mark.row(15)
 @pytest.mark.slow
 def test_two_processes_train_the_same_run(data, tmp_path):
     """Catches: as the test before, over 50 steps; evaluations of a part of the text or of the
-    questions. (Row 15.)"""
+    questions."""
     flags = ("--max_steps", 50, "--micro_batch", 2)
     codes, _ = ends(two(data, tmp_path / "two", *flags))
     assert codes == [0, 0]
@@ -1041,9 +1063,10 @@ def test_gradients_of_several_processes_are_held_once(data, tmp_path):
     assert lines[-1] == f"gradients {parameters} {parameters}"  # control
 
 
+@pytest.mark.row(18)
 @pytest.mark.slow
 def test_ctrl_c_at_a_random_moment_changes_nothing(data, tmp_path):
-    """Catches: a moment at which Ctrl-C ends a real process without a save. (Row 18.)"""
+    """Catches: a moment at which Ctrl-C ends a real process without a save."""
     flags = ("--max_steps", 150, "--eval_every", 50)
     process = start(data, tmp_path / "r", *flags)
     wait_for(tmp_path / "r", 20)
@@ -1056,9 +1079,10 @@ def test_ctrl_c_at_a_random_moment_changes_nothing(data, tmp_path):
     assert same(tmp_path / "r", tmp_path / "straight", 150)
 
 
+@pytest.mark.row(18)
 @pytest.mark.slow
 def test_second_ctrl_c_ends_a_long_step(data, tmp_path):
-    """Catches: a second Ctrl-C that waits for the end of the step. (Row 18.)"""
+    """Catches: a second Ctrl-C that waits for the end of the step."""
     long = ("--max_steps", 100_000, "--batch_tokens", 128 * 512)
     process = start(data, tmp_path / "r", *long)
     wait_for(tmp_path / "r", 1)
@@ -1079,9 +1103,10 @@ def test_closed_screen_does_not_end_the_training(data, whole, tmp_path):
     assert same(tmp_path / "r", whole)
 
 
+@pytest.mark.row(47)
 def test_surroundings_do_not_end_a_run_in_a_traceback(data, tmp_path):
     """Catches: a log that takes the number of the closed stdout, and what is printed; a matplotlib
-    backend that a notebook set and that does not exist here. (Row 47.)"""
+    backend that a notebook set and that does not exist here."""
     child = tmp_path / "child.py"
     child.write_text(CHILD)
     argv = [*FLAGS, "--data", data, "--run", tmp_path / "r", "--max_steps", 2]
@@ -1120,11 +1145,12 @@ train.Observer.evaluate = hang
 """
 
 
+@pytest.mark.row(51)
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [FULL, FULL + HANGING], ids=["exchanges", "hangs"])
 def test_failure_of_one_process_ends_the_other(data, tmp_path, before):
     """Catches: a rank that waits ten minutes for another one that could not save; one that ends in
-    a traceback of gloo, or with another code. (Row 51.)"""
+    a traceback of gloo, or with another code."""
     processes = two(data, tmp_path / "r", "--benchmark_items", 1, before=before)
     begin = time.monotonic()
     codes, errors = ends(processes)
@@ -1142,20 +1168,21 @@ if os.environ["RANK"] == "1":
 """
 
 
+@pytest.mark.row(46)
 @pytest.mark.slow
 def test_processes_with_other_settings_are_refused(data, tmp_path):
-    """Catches: two processes of which one takes more steps and waits for the other for ever. (Row
-    46.)"""
+    """Catches: two processes of which one takes more steps and waits for the other for ever."""
     codes, errors = ends(two(data, tmp_path / "r", before=OTHERWISE))
     assert codes == [2, 2]
     assert "other settings or data than rank 0 (max_steps)" in errors[1]
     assert "another process failed with exit code 2" in errors[0]
 
 
+@pytest.mark.row(46)
 @pytest.mark.slow
 def test_waiting_for_other_processes_is_reported(data, tmp_path):
     """Catches: a start that waits without a word for a process that does not come, or that Ctrl-C
-    does not end. (Row 46.)"""
+    does not end."""
     first, second = two(data, tmp_path / "r")
     first.kill()
     watchdog = threading.Timer(50, second.kill)
@@ -1167,10 +1194,11 @@ def test_waiting_for_other_processes_is_reported(data, tmp_path):
     assert codes == [-signal.SIGKILL, -signal.SIGINT]
 
 
+@pytest.mark.row(19, 20)
 @pytest.mark.slow
 def test_signal_to_one_of_two_processes_stops_both(data, tmp_path):
     """Catches: one process that goes on alone and waits for ever; a killed one that leaves half a
-    checkpoint. (Rows 19, 20.)"""
+    checkpoint."""
     folder = tmp_path / "r"
     processes = two(data, folder, "--max_steps", 2000)
     wait_for(folder, 20)
@@ -1202,9 +1230,10 @@ def test_mistake_is_one_line_on_each_process(data, copy):
     assert "Traceback" not in found[0] + found[1]
 
 
+@pytest.mark.row(18)
 @pytest.mark.slow
 def test_torchrun_passes_the_stop_on(data, tmp_path):
-    """Catches: a launcher that is stopped before its workers have saved. (Row 18.)"""
+    """Catches: a launcher that is stopped before its workers have saved."""
     folder = tmp_path / "r"
     (tmp_path / "child.py").write_text(CHILD)
     flags = [*FLAGS, "--data", data, "--run", folder, "--max_steps", 5000, "--micro_batch", 2]
@@ -1222,7 +1251,7 @@ def test_torchrun_passes_the_stop_on(data, tmp_path):
 
 
 # -------------------------------------------------------------------------------------------------
-# Another experiment, or the same one elsewhere: rows 13, 14, 16, 25, 36
+# Another experiment, or the same one elsewhere
 
 CHANGES = {
     "preset": ["--preset", "tiny"],
@@ -1243,9 +1272,10 @@ CHANGES = {
 }
 
 
+@pytest.mark.row(13)
 @pytest.mark.parametrize("name", CHANGES)
 def test_resume_of_another_experiment_is_refused(data, copy, capsys, name):
-    """Catches: a flag that turns the run into another one half way. (Row 13.)"""
+    """Catches: a flag that turns the run into another one half way."""
     fixed = vars(train.read_settings(FLAGS)).keys() - {*flags.MAY_CHANGE, *flags.ONCE}
     assert set(CHANGES) == fixed
     saved = json.loads((copy / "config.json").read_text())
@@ -1256,17 +1286,18 @@ def test_resume_of_another_experiment_is_refused(data, copy, capsys, name):
     assert (copy / "metrics.jsonl").read_bytes() == log
 
 
+@pytest.mark.row(13)
 def test_resume_of_another_experiment_names_all_settings(data, copy, capsys):
-    """Catches: a message that has to be met once for each setting. (Row 13.)"""
+    """Catches: a message that has to be met once for each setting."""
     assert run(data, copy, "--resume", "--lr", 0.02, "--seed", 3) == 2
     message, = messages(capsys)
     assert "seed (saved 1337, given 3), lr (saved 0.01, given 0.02)" in message
     assert run(data, copy, "--resume", "--lr", 0.01, "--stop_at", 15) == 75  # control
 
 
+@pytest.mark.row(13, 16, 36)
 def test_harmless_changes_are_printed_and_logged(data, copy, whole, capsys, one_thread_afterwards):
-    """Catches: a change of speed or last bits that nobody can find afterwards. (Rows 13, 16,
-    36.)"""
+    """Catches: a change of speed or last bits that nobody can find afterwards."""
     changes = ("--eval_every", 2, "--micro_batch", 2, "--threads", 2)
     assert run(data, copy, "--resume", *changes, "--stop_at", 16) == 75
     printed = capsys.readouterr().out
@@ -1284,9 +1315,10 @@ def test_harmless_changes_are_printed_and_logged(data, copy, whole, capsys, one_
 WITHOUT_END = FLAGS[:2] + FLAGS[4:]  # FLAGS without --max_steps 20
 
 
+@pytest.mark.row(14)
 @pytest.mark.parametrize("flags, end", [([], 20), (["--max_steps", 30], 30)])
 def test_end_moves_only_on_request(data, copy, whole, capsys, flags, end):
-    """Catches: an end that moves by itself, or a schedule that changes in silence. (Row 14.)"""
+    """Catches: an end that moves by itself, or a schedule that changes in silence."""
     assert run(data, copy, "--resume", *flags, base=WITHOUT_END) == 0
     assert steps(copy) == first(end)
     assert (rows(copy)[:20] == rows(whole)) == (end == 20)
@@ -1306,8 +1338,9 @@ def data_copy(data, tmp_path):
     return shutil.copytree(data, tmp_path / "data")
 
 
+@pytest.mark.row(25)
 def test_data_edited_between_stop_and_resume_is_refused(copy, data, data_copy, capsys):
-    """Catches: the rest of a run on other text. (Row 25.)"""
+    """Catches: the rest of a run on other text."""
     tokens = np.load(data_copy / "train_0001.npy")
     tokens[700] = (tokens[700] + 1) % 299
     np.save(data_copy / "train_0001.npy", tokens)
@@ -1319,10 +1352,11 @@ def test_data_edited_between_stop_and_resume_is_refused(copy, data, data_copy, c
     assert run(data_copy, copy, "--resume", "--stop_at", 15) == 75
 
 
+@pytest.mark.row(25)
 @pytest.mark.parametrize("change, what", [("reordered", "the order of the shards"),
                                           ("fewer", "train_0001.npy")])
 def test_data_with_other_shards_is_refused(copy, data_copy, capsys, change, what):
-    """Catches: the same shards in another order, or not all of them. (Row 25.)"""
+    """Catches: the same shards in another order, or not all of them."""
     meta = json.loads((data_copy / "meta.json").read_text())
     if change == "reordered":
         meta["splits"]["train"].reverse()
@@ -1334,9 +1368,10 @@ def test_data_with_other_shards_is_refused(copy, data_copy, capsys, change, what
     assert f"is not the data of this run (changed: {what})" in message
 
 
+@pytest.mark.row(24)
 @pytest.mark.parametrize("name", ["train_0001.npy", "val_0000.npy"])
 def test_flipped_bit_in_a_shard_is_refused_at_a_fresh_start(data_copy, tmp_path, capsys, name):
-    """Catches: shards whose hashes are written but never compared. (Row 24.)"""
+    """Catches: shards whose hashes are written but never compared."""
     assert run(data_copy, tmp_path / "r", "--stop_at", 0) == 75  # control
     flip(data_copy / name, 0.7)
     assert run(data_copy, tmp_path / "fresh") == 2
@@ -1347,7 +1382,7 @@ def test_flipped_bit_in_a_shard_is_refused_at_a_fresh_start(data_copy, tmp_path,
 
 
 # -------------------------------------------------------------------------------------------------
-# NaN and infinity: rows 21, 22
+# NaN and infinity
 
 def break_gradient(patch, step=7):
     """The gradient of a step has a NaN."""
@@ -1378,13 +1413,14 @@ def break_loss(patch):
     patch.setattr(train.Llama, "forward", broken)
 
 
+@pytest.mark.row(21)
 @pytest.mark.parametrize("fail, message", [
     (break_gradient, "gradient norm nan, lr 1.00e-02; this update was not made"),
     (break_loss, "step 7: loss inf, gradient norm "),
 ])
 def test_nan_never_reaches_the_weights(data, whole, tmp_path, capsys, monkeypatch, fail, message):
     """Catches: an update with a NaN or an infinity, after which every weight is NaN; good steps
-    that are lost with it. (Row 21.)"""
+    that are lost with it."""
     folder = tmp_path / "r"
     with monkeypatch.context() as patch:
         fail(patch)
@@ -1398,9 +1434,10 @@ def test_nan_never_reaches_the_weights(data, whole, tmp_path, capsys, monkeypatc
     assert same(folder, whole)
 
 
+@pytest.mark.row(21)
 def test_failure_after_an_evaluation_does_not_repeat_it(data, whole, tmp_path, monkeypatch):
     """Catches: a state that is saved again after its evaluation, so that the log of the resumed run
-    has the evaluation twice. (Row 21.)"""
+    has the evaluation twice."""
     folder = tmp_path / "r"
     with monkeypatch.context() as patch:
         break_gradient(patch, step=9)
@@ -1410,8 +1447,9 @@ def test_failure_after_an_evaluation_does_not_repeat_it(data, whole, tmp_path, m
     assert evals(folder) == evals(whole)
 
 
+@pytest.mark.row(21)
 def test_diverging_run_ends_with_its_last_good_state(data, tmp_path, capsys):
-    """Catches: a NaN in a checkpoint after too high a learning rate. (Row 21.)"""
+    """Catches: a NaN in a checkpoint after too high a learning rate."""
     folder = tmp_path / "r"
     diverging = ("--lr", 1e12, "--grad_clip", 0, "--warmup_steps", 0)
     assert run(data, folder, *diverging) == 3
@@ -1421,8 +1459,9 @@ def test_diverging_run_ends_with_its_last_good_state(data, tmp_path, capsys):
         assert tensor.isfinite().all()
 
 
+@pytest.mark.row(22)
 def test_nan_is_never_saved(data, tmp_path, capsys, monkeypatch):
-    """Catches: a checkpoint with an infinity, whatever made it. (Row 22.)"""
+    """Catches: a checkpoint with an infinity, whatever made it."""
     step = torch.optim.AdamW.step
     calls = []
 

@@ -198,8 +198,9 @@ def open_data(folder):
             for split in ("train", "val")}, data.vocab_size
 
 
+@pytest.mark.row(54, 55)
 def test_data_folder_with_a_mutated_meta_json_is_refused_or_right(data, tmp_path):
-    """Catches: a meta.json that ends in a traceback, or that lets other tokens in. (Row 53.)"""
+    """Catches: a meta.json that ends in a traceback, or that lets other tokens in."""
     folder = shutil.copytree(data, tmp_path / "data")
     meta = json.loads((folder / "meta.json").read_text())
     expected, vocab_size = open_data(folder)  # control
@@ -218,9 +219,10 @@ def test_data_folder_with_a_mutated_meta_json_is_refused_or_right(data, tmp_path
 HEADERS = {"train_0.npy": 128, "fineweb_train_0.bin": foreign_shards.LLMC_HEADER}
 
 
+@pytest.mark.row(54, 55)
 @pytest.mark.parametrize("name", HEADERS)
 def test_shard_with_a_mutated_header_is_refused_or_right(tmp_path, name):
-    """Catches: a header that ends in a traceback, or that shifts or cuts the tokens. (Row 53.)"""
+    """Catches: a header that ends in a traceback, or that shifts or cuts the tokens."""
     file = tmp_path / name
     ids = np.arange(20_000, dtype=np.uint16)
     if file.suffix == ".npy":
@@ -255,9 +257,10 @@ NAMES = ["step_15", "step_000000015", "step_0000001５", "step_00000015 ", ".tmp
          "step_+0000015", "step_0000_015", "step_00000015\n", "step_00000016", "step_99999999"]
 
 
+@pytest.mark.row(7, 55)
 def test_checkpoint_with_a_mutated_meta_json_is_passed_over(tmp_path):
     """Catches: damage that ends a run which has an older good state; a prune that removes the last
-    good one. (Row 54.)"""
+    good one."""
     def contents(step):
         weights = {"config": {}, "model": {"w": torch.full((2,), float(step))}}
         return {"model.pt": weights, "train_state.pt": {"step": step}}
@@ -351,9 +354,10 @@ def states(data, tmp_path, capsys):
     return contents, trial
 
 
+@pytest.mark.row(53)
 def test_resume_from_a_mutated_state_is_refused_or_right(states):
     """Catches: a state with the right hash and other content that ends in a traceback, or from
-    which another run goes on. (Row 55.)"""
+    which another run goes on."""
     contents, resumed_trial = states
 
     def trial(draw):
@@ -369,9 +373,9 @@ def test_resume_from_a_mutated_state_is_refused_or_right(states):
     assert hold(draws(430), trial)
 
 
+@pytest.mark.row(53)
 def test_resume_with_another_number_is_refused_or_right(states):
-    """Catches: a number of the state that is too large, too small or that contradicts others.
-    (Row 55.)"""
+    """Catches: a number of the state that is too large, too small or that contradicts others."""
     contents, resumed_trial = states
     cases = []
     for name, whole in contents.items():
@@ -415,9 +419,10 @@ def lines(whole):
     return found, json.dumps(tuning).encode()
 
 
+@pytest.mark.row(30, 55)
 def test_log_to_resume_that_was_mutated_is_refused_or_cut(whole, tmp_path):
     """Catches: a resume behind a log that is shorter, or that ends in half a line. What was changed
-    within the log nothing tells. (Row 54.)"""
+    within the log nothing tells."""
     content = (whole / "metrics.jsonl").read_bytes()
     last = len(content.splitlines()[-1]) + 1  # bytes
     file = tmp_path / "metrics.jsonl"
@@ -442,8 +447,9 @@ def test_log_to_resume_that_was_mutated_is_refused_or_cut(whole, tmp_path):
     assert hold(draws(2500), trial)
 
 
+@pytest.mark.row(55)
 def test_last_line_that_was_mutated_is_not_the_end_of_a_run(tmp_path):
-    """Catches: a traceback, or a run that is taken for finished and is not. (Row 54.)"""
+    """Catches: a traceback, or a run that is taken for finished and is not."""
     end = {"event": "end", "step": 20, "reason": "done", "seconds": 1.0}
     file = tmp_path / "metrics.jsonl"
     file.write_text(json.dumps(end) + "\n")
@@ -459,10 +465,10 @@ def test_last_line_that_was_mutated_is_not_the_end_of_a_run(tmp_path):
     assert 400 < sum(finished) < 1600
 
 
+@pytest.mark.row(55)
 @pytest.mark.parametrize("tuned", [False, True])
 def test_mutated_log_is_read_without_the_broken_lines(lines, tmp_path, capsys, tuned):
-    """Catches: a wrong type in a row that ends in a traceback, or that takes other rows with it.
-    (Row 54.)"""
+    """Catches: a wrong type in a row that ends in a traceback, or that takes other rows with it."""
     pretrained, tuning = lines
     log = [*pretrained, tuning] if tuned else pretrained
     file = tmp_path / "metrics.jsonl"
@@ -482,9 +488,10 @@ def test_mutated_log_is_read_without_the_broken_lines(lines, tmp_path, capsys, t
     assert hold(draws(1000), trial, refused_share=0)
 
 
+@pytest.mark.row(55)
 @pytest.mark.parametrize("tuned", [False, True])
 def test_mutated_log_is_drawn(lines, tmp_path, monkeypatch, capsys, tuned):
-    """Catches: a number or a text that the figure cannot show. (Row 54.)"""
+    """Catches: a number or a text that the figure cannot show."""
     pretrained, tuning = lines
     log = [*pretrained, tuning] if tuned else pretrained
     file = tmp_path / "metrics.jsonl"
@@ -503,9 +510,10 @@ def test_mutated_log_is_drawn(lines, tmp_path, monkeypatch, capsys, tuned):
 # -------------------------------------------------------------------------------------------------
 # Settings
 
+@pytest.mark.row(38, 55)
 def test_readers_of_a_mutated_config_json_refuse_it_or_are_right(whole, tmp_path, capsys):
     """Catches: a setting of another type that ends in a traceback of evaluate.py or sft.py. Another
-    plausible seq_len, preset or benchmark nothing else tells. (Row 54.)"""
+    plausible seq_len, preset or benchmark nothing else tells."""
     folder = shutil.copytree(whole, tmp_path / "r")
     settings = json.loads((folder / "config.json").read_text())
     tuning = functools.partial(sft.read_settings, [str(folder), "--lora", "4"])
@@ -526,8 +534,9 @@ def test_readers_of_a_mutated_config_json_refuse_it_or_are_right(whole, tmp_path
     assert hold(draws(1500), trial)
 
 
+@pytest.mark.row(44, 55)
 def test_evaluate_with_a_mutated_config_json_is_refused_or_right(whole, tmp_path, capsys):
-    """Catches: as the test before, in evaluate.py. (Row 54.)"""
+    """Catches: as the test before, in evaluate.py."""
     sys.stderr.reconfigure(errors="backslashreplace")  # as it is outside of pytest
     folder = shutil.copytree(whole, tmp_path / "r")
     settings = json.loads((folder / "config.json").read_text())
@@ -554,8 +563,9 @@ def test_evaluate_with_a_mutated_config_json_is_refused_or_right(whole, tmp_path
 # -------------------------------------------------------------------------------------------------
 # Text, questions, instructions, the base of a LoRA run
 
+@pytest.mark.row(55)
 def test_mutated_questions_are_refused_or_right(tmp_path):
-    """Catches: a question that ends in a traceback, or that changes others. (Row 53.)"""
+    """Catches: a question that ends in a traceback, or that changes others."""
     tokenizer = Tokenizer(300)
     file = tmp_path / "questions.jsonl"
     write_lines(file, QUESTIONS)
@@ -578,10 +588,10 @@ def test_mutated_questions_are_refused_or_right(tmp_path):
     assert hold(draws(2500), trial)
 
 
+@pytest.mark.row(27, 55)
 @pytest.mark.parametrize("as_array", [False, True])
 def test_mutated_instructions_are_refused_or_right(tmp_path, as_array):
-    """Catches: a row that ends in a traceback here or in what follows, or that changes others.
-    (Row 53.)"""
+    """Catches: a row that ends in a traceback here or in what follows, or that changes others."""
     tokenizer = Tokenizer(300)
     file = tmp_path / "rows.json"
     valid = [INSTRUCTIONS[0], INSTRUCTIONS[1], INSTRUCTIONS[-1]]
@@ -610,10 +620,10 @@ def test_mutated_instructions_are_refused_or_right(tmp_path, as_array):
     assert hold(draws(2500), trial)
 
 
+@pytest.mark.row(55)
 @pytest.mark.parametrize("suffix", [".jsonl", ".jsonl.gz"])
 def test_mutated_text_is_refused_or_right(tmp_path, suffix):
-    """Catches: a line that ends in a traceback, or a damaged file that is read in part. (Row
-    53.)"""
+    """Catches: a line that ends in a traceback, or a damaged file that is read in part."""
     file = tmp_path / f"text{suffix}"
     valid = [{"text": f"Text {n}.\nIts end.", "id": n, "meta": {"a": [1]}} for n in range(4)]
     pack = gzip.compress if suffix.endswith("gz") else bytes
@@ -639,8 +649,9 @@ def test_mutated_text_is_refused_or_right(tmp_path, suffix):
     assert hold(draws(2500), trial)
 
 
+@pytest.mark.row(55)
 def test_mutated_base_json_is_refused_or_right(tmp_path):
-    """Catches: a traceback, or a base that is not verified. (Row 54.)"""
+    """Catches: a traceback, or a base that is not verified."""
     recorded = durable.write_file(tmp_path / "base.pt", {"config": {}, "model": {}})
     base = {"base.pt": recorded}
     write_json(tmp_path / "base.json", base)

@@ -226,11 +226,12 @@ def killed_before(n, argv, env=None):
     return subprocess.run(command, capture_output=True, cwd=ROOT, text=True, env=env)
 
 
+@pytest.mark.row(35)
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["parquet", "tokenized"])
 def test_kill_leaves_the_same_shards(tmp_path, serve, kind):
     """Catches: half a shard that is taken for whole, tokens lost or repeated where a killed
-    preparation went on. (Row 35.)"""
+    preparation went on."""
     out = tmp_path / "out"
     if kind == "parquet":
         write_parquet(tmp_path / "in/a.parquet", TEXTS[:150])
@@ -265,8 +266,9 @@ def test_kill_leaves_the_same_shards(tmp_path, serve, kind):
     assert kills >= 5  # control
 
 
+@pytest.mark.row(35)
 def test_kill_and_go_on(tmp_path, capsys):
-    """Catches: a preparation that begins again, or that goes on with other settings. (Row 35.)"""
+    """Catches: a preparation that begins again, or that goes on with other settings."""
     path = write_parquet(tmp_path / "in/a.parquet")
     out = tmp_path / "out"
     argv = ["fineweb-edu", "--from", path, "--max_tokens", 4000, "--out", out]
@@ -298,9 +300,9 @@ def test_kill_and_go_on(tmp_path, capsys):
     assert contents(out) == whole  # the old one is still there
 
 
+@pytest.mark.row(35)
 def test_interrupt_ends_all_processes(tmp_path):
-    """Catches: a Ctrl-C that is swallowed, prints tracebacks of the workers, or leaves them. (Row
-    35.)"""
+    """Catches: a Ctrl-C that is swallowed, prints tracebacks of the workers, or leaves them."""
     path = write_parquet(tmp_path / "in/a.parquet", [f"{i} {LONG[:50_000]}" for i in range(2000)])
     command = [sys.executable, "-c", "import prepare_data as p, sys; p.LARGE = 0\n"
                "if __name__ == '__main__': sys.exit(p.main(sys.argv[1:]))",
@@ -398,10 +400,11 @@ def test_download_becomes_tokens(tmp_path, serve):
                              "val_0000.npy"]
 
 
+@pytest.mark.row(34)
 @pytest.mark.parametrize("fault", [pytest.param("cut", marks=pytest.mark.slow), "altered"])
 def test_cut_or_altered_download_is_not_used(tmp_path, serve, fault):
-    """Catches: half a file, or another one, that is taken for whole; a rerun that cannot recover.
-    (Row 34.)"""
+    """Catches: half a file, or another one, that is taken for whole; a rerun that cannot
+    recover."""
     hub = fineweb_hub(serve)
     setattr(hub, fault, 100)
     argv = ("fineweb-edu", "--max_tokens", 4000, "--out", tmp_path / "out")
@@ -461,12 +464,13 @@ def test_tokenized_is_downloaded(tmp_path, serve):
     assert len(tokens_of(tmp_path / "out")) == 2  # the old one is still there
 
 
+@pytest.mark.row(24)
 @pytest.mark.parametrize("damage, expected", [
     (lambda content: content[:2000], "expected"),
     (lambda content: content[:-2] + b"\xff\xff", "token 65535 at offset"),
     (lambda content: b"no magic", "magic number")])
 def test_damaged_token_files_are_named(tmp_path, serve, damage, expected):
-    """Catches: half a shard, or ids outside the vocabulary, in the folder. (Row 24.)"""
+    """Catches: half a shard, or ids outside the vocabulary, in the folder."""
     hub = tokenized_hub(serve, tmp_path / "in", damage)
     process = from_hub(hub, "fineweb-edu", "--tokenized", "--out", tmp_path / "out",
                        tmp_path=tmp_path)

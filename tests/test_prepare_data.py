@@ -596,9 +596,10 @@ def shards(folder):
     return {name: text for name, text in contents(folder).items() if name.endswith(".npy")}
 
 
+@pytest.mark.row(43)
 def test_a_copied_text_is_read_once(tmp_path, story, capsys):
     """Catches: one text in both splits as two files, be it with other line ends, with a byte-order
-    mark or with more blank lines. (Row 43.)"""
+    mark or with more blank lines."""
     run("text", story, "--out", tmp_path / "once")
     assert "left out" not in capsys.readouterr().out  # control
     folder = tmp_path / "folder"
@@ -610,9 +611,10 @@ def test_a_copied_text_is_read_once(tmp_path, story, capsys):
     assert "2 of 3 documents repeat another one and are left out" in capsys.readouterr().out
 
 
+@pytest.mark.row(43)
 def test_repeated_documents_are_on_one_side(tmp_path, capsys):
     """Catches: a document that is validated and trained on; one that counts twice for the share of
-    validation; blank documents. (Row 43.)"""
+    validation; blank documents."""
     texts = [f"Document {i} says something of its own." for i in range(100)]
     rows = [{"text": text} for text in [*texts, " \n", "", *texts, *[texts[0]] * 500]]
     file = tmp_path / "a.jsonl"
@@ -626,8 +628,9 @@ def test_repeated_documents_are_on_one_side(tmp_path, capsys):
     assert "700 of 801 documents repeat another one" in capsys.readouterr().out
 
 
+@pytest.mark.row(43)
 def test_two_versions_of_a_text_are_reported(tmp_path, story, capsys):
-    """Catches: a low validation loss, because most of the text is in training too. (Row 43.)"""
+    """Catches: a low validation loss, because most of the text is in training too."""
     lines = STORY.splitlines()
     version = "\n".join(f"{line} And so on, until {n}." for n, line in enumerate(lines))
     older = version.replace("Line 7:", "Row 7:")
@@ -640,9 +643,10 @@ def test_two_versions_of_a_text_are_reported(tmp_path, story, capsys):
         capsys.readouterr().out
 
 
+@pytest.mark.row(43, 45)
 def test_what_is_not_read_is_counted(tmp_path, capsys):
     """Catches: files of a folder that are passed over without a word; the older versions that
-    editors and notebooks keep; a pipe for which it waits. (Rows 43, 45.)"""
+    editors and notebooks keep; a pipe for which it waits."""
     folder = tmp_path / "notes"
     (folder / ".ipynb_checkpoints").mkdir(parents=True)
     (folder / "a.txt").write_text(STORY)
@@ -662,9 +666,10 @@ def test_what_is_not_read_is_counted(tmp_path, capsys):
     assert "1 files hold no text: " in printed
 
 
+@pytest.mark.row(47)
 @pytest.mark.parametrize("blank", [" ", "\n", "\t ", "\u00a0"])
 def test_a_million_blanks_are_encoded(tmp_path, capsys, blank):
-    """Catches: a panic of tiktoken's, in prepare_data.py or in any other script. (Row 47.)"""
+    """Catches: a panic of tiktoken's, in prepare_data.py or in any other script."""
     text = f"A word.{blank * 1_500_000}Another word. " + STORY
     ids = Tokenizer(512).encode(text)
     assert Tokenizer(512).decode(ids) == text
@@ -675,9 +680,9 @@ def test_a_million_blanks_are_encoded(tmp_path, capsys, blank):
     capsys.readouterr()
 
 
+@pytest.mark.row(52)
 def test_one_of_two_preparations_wins(tmp_path, story, capsys, monkeypatch):
-    """Catches: shards of one text beside the meta.json of another; a folder that is lost. (Row
-    52.)"""
+    """Catches: shards of one text beside the meta.json of another; a folder that is lost."""
     out = tmp_path / "out"
     run("text", story, "--out", out)
     before = contents(out)

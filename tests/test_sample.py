@@ -62,6 +62,7 @@ def test_same_seed_gives_the_same_text(whole, capsys):
     assert continuation(whole, capsys, "--samples", 2, "--seed", 1) != text  # control
 
 
+@pytest.mark.row(39)
 @pytest.mark.parametrize("prompt, note", [
     ("", ""),
     ("long " * 100, "the model reads the last 64"),
@@ -226,6 +227,7 @@ def test_chat_takes_the_system_prompt_of_the_tuning(tuned, whole, talk, answer):
     assert "was never tuned" not in talk(tuned, b"")[2]  # control
 
 
+@pytest.mark.row(39)
 def test_chat_survives_bad_questions(tuned, talk, answer):
     """Catches: a chat that ends, or forgets, at a question that is too long or not UTF-8."""
     first = answer(user("a?"))
@@ -308,6 +310,7 @@ def test_history_is_cut_between_turns(asked):
     assert numbers == set(range(1, 18, 2))  # control: every cut occurs
 
 
+@pytest.mark.row(39)
 def test_long_question_forgets_nothing(asked):
     """Catches: a history that is gone after a question that was refused."""
     chat = chat_in(40)

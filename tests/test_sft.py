@@ -494,6 +494,7 @@ GOOD = {"instruction": "a?", "output": "b"}
 HELD = {**GOOD, "split": "val"}
 
 
+@pytest.mark.row(27)
 @pytest.mark.parametrize("content, flags, why", [
     (None, [], "no such file"),
     ([GOOD, {}], [], 'rows.json, row 1: "instruction" is missing'),
@@ -529,6 +530,7 @@ def test_missing_base_is_one_line(instructions, tmp_path, capsys):
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.row(27)
 def test_bad_rows_are_skipped_and_counted(whole, tmp_path, capsys):
     """Catches: --skip_bad that stops all the same, or leaves out rows silently."""
     file = tmp_path / "rows.json"
@@ -540,9 +542,10 @@ def test_bad_rows_are_skipped_and_counted(whole, tmp_path, capsys):
     assert settings_of(tmp_path / "r").system == "?"
 
 
+@pytest.mark.row(44)
 def test_data_of_another_preparation_is_refused(whole, instructions, data, tmp_path, capsys):
     """Catches: a tuning on instructions and questions of text that the base was not trained on, or
-    that it was trained on though they are held out. (Row 44.)"""
+    that it was trained on though they are held out."""
     base = shutil.copytree(whole, tmp_path / "base")
     folder = shutil.copytree(data, tmp_path / "data")
     settings = json.loads((base / "config.json").read_text())
@@ -557,9 +560,9 @@ def test_data_of_another_preparation_is_refused(whole, instructions, data, tmp_p
     assert tune(base, instructions, tmp_path / "r", *again, *questions) == 0
 
 
+@pytest.mark.row(43, 45)
 def test_rows_and_flags_that_do_nothing_are_reported(whole, tmp_path, capsys):
-    """Catches: copies of a row that are left out, and a flag that has no effect, without a word.
-    (Rows 43, 45.)"""
+    """Catches: copies of a row that are left out, and a flag that has no effect, without a word."""
     rows_ = [{"instruction": f"{n}?", "output": "b", "split": "val" * (n == 1)} for n in range(4)]
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(rows_))
@@ -605,9 +608,10 @@ def test_out_of_memory_is_one_line(whole, instructions, tmp_path, capsys, monkey
 
 
 # -------------------------------------------------------------------------------------------------
-# Stopped, killed, damaged: row 37 of the table of faults
+# Stopped, killed, damaged
 
 # In the warm-up, right after an evaluation, amid an epoch, at the end of an epoch.
+@pytest.mark.row(37)
 @pytest.mark.parametrize("stop", [1, 4, 7, 10])
 def test_sft_resume_is_bitwise(whole, instructions, tuned, method, tmp_path, stop):
     """Catches: anything that a tuning depends on and that its state lacks, be it the moments, the
@@ -620,6 +624,7 @@ def test_sft_resume_is_bitwise(whole, instructions, tuned, method, tmp_path, sto
     assert [step for step, in rows(folder, keys=("step",))] == list(range(1, 13))
 
 
+@pytest.mark.row(37)
 def test_sft_rewarms_after_a_reset(tuned, tmp_path):
     """Catches: a --rewarm_steps that only train.py knows."""
     folder = tmp_path / "r"
@@ -636,6 +641,7 @@ def test_sft_rewarms_after_a_reset(tuned, tmp_path):
     assert not np.allclose(rewarmed, usual)  # control
 
 
+@pytest.mark.row(37)
 @pytest.mark.parametrize("mistake", ["moments", "rounded", "step", "seed", "system"])
 def test_sft_resume_differs_if_state_is_incomplete(tuned, tmp_path, mistake):
     """Catches: a comparison in the test before this one that cannot fail."""
@@ -660,6 +666,7 @@ def test_sft_resume_differs_if_state_is_incomplete(tuned, tmp_path, mistake):
     assert not same(folder, tuned, 12)
 
 
+@pytest.mark.row(37)
 def test_sft_resume_from_an_earlier_state_is_bitwise(tuned, tmp_path):
     """Catches: rows of a lost step that stay in the log. (Also the control of the test above.)"""
     folder = tmp_path / "r"
@@ -681,6 +688,7 @@ def trial(server, whole, instructions, method):
     return trial
 
 
+@pytest.mark.row(37)
 def test_sft_survives_kill_bitwise(trial, tuned, tmp_path):
     """Catches: a checkpoint that a kill leaves half, a step that is logged twice or not at all, a
     state that lacks something."""
@@ -704,6 +712,7 @@ def test_sft_survives_kill_bitwise(trial, tuned, tmp_path):
         assert events(folder) == events(tuned)
 
 
+@pytest.mark.row(37)
 def test_sft_survives_kill_in_its_last_evaluation(trial, tuned, tmp_path):
     """Catches: an evaluation before the save, which a kill takes the last steps with; a resume
     that leaves out the evaluation, or logs it twice."""
@@ -722,6 +731,7 @@ class Crash(Exception):
     pass
 
 
+@pytest.mark.row(37)
 def test_sft_survives_crash_after_its_last_evaluation(whole, instructions, tuned, method, tmp_path,
                                                       monkeypatch):
     """Catches: rows of an evaluation that stay in the log when the resume evaluates again."""
@@ -746,6 +756,7 @@ def test_sft_survives_crash_after_its_last_evaluation(whole, instructions, tuned
     assert events(folder) == events(tuned)
 
 
+@pytest.mark.row(37)
 def test_sft_saves_before_it_evaluates(whole, instructions, method, tmp_path, monkeypatch):
     """Catches: an evaluation or a sample that stands between a step and the disk; a stop that
     evaluates before it ends; a resume that does not repeat what was due."""
@@ -776,6 +787,7 @@ def test_sft_saves_before_it_evaluates(whole, instructions, method, tmp_path, mo
                      (12, "save"), (12, "evaluate"), (12, "sample")]
 
 
+@pytest.mark.row(37)
 @pytest.mark.parametrize("where, name", [
     ("step", "SIGINT"), ("evaluate", "SIGTERM"), ("save", "SIGINT")])
 def test_sft_stop_signal_loses_no_step(trial, tuned, tmp_path, where, name):
@@ -791,6 +803,7 @@ def test_sft_stop_signal_loses_no_step(trial, tuned, tmp_path, where, name):
     assert events(folder) == events(tuned)
 
 
+@pytest.mark.row(37)
 @pytest.mark.parametrize("name, length", [
     ("model.pt", 0), ("train_state.pt", 100), ("model.pt", None), ("meta.json", 3)])
 def test_sft_skips_a_damaged_checkpoint(tuned, tmp_path, capsys, name, length):
@@ -837,6 +850,7 @@ def nan_gradient(patch, number):
     patch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
 
 
+@pytest.mark.row(37)
 @pytest.mark.parametrize("put_nan", [nan_loss, nan_gradient])
 def test_sft_nan_is_never_saved(whole, instructions, tuned, method, tmp_path, capsys, monkeypatch,
                                 put_nan):
@@ -861,6 +875,7 @@ def test_sft_nan_is_never_saved(whole, instructions, tuned, method, tmp_path, ca
     assert events(folder) == events(tuned)
 
 
+@pytest.mark.row(37)
 @pytest.mark.parametrize("name, value", [
     ("lr", 0.5), ("batch_size", 3), ("system", "T."), ("lora", 2), ("max_length", 32),
     ("seed", 1), ("held_out", 0.1), ("step", 16), ("epochs", 2), ("weight_decay", 0.5)])
@@ -876,6 +891,7 @@ def test_sft_resume_refuses_another_experiment(tuned, tmp_path, capsys, name, va
     assert same(folder, tuned, 12)
 
 
+@pytest.mark.row(37)
 def test_sft_resume_refuses_another_base_or_file(tuned, instructions, tmp_path, capsys):
     """Catches: a run that goes on with other rows; a file that is taken for another because of its
     name."""
@@ -891,6 +907,7 @@ def test_sft_resume_refuses_another_base_or_file(tuned, instructions, tmp_path, 
     assert "is not the file that this run was tuned on" in messages(capsys)[-1]
 
 
+@pytest.mark.row(37)
 def test_sft_resume_of_a_finished_run(tuned, tmp_path, capsys):
     """Catches: a finished run that is begun again; a larger --max_steps that does nothing."""
     folder = tmp_path / "r"
@@ -902,6 +919,7 @@ def test_sft_resume_of_a_finished_run(tuned, tmp_path, capsys):
     assert len(rows(folder)) == 14
 
 
+@pytest.mark.row(37)
 def test_used_folder_is_refused(whole, data, instructions, tuned, method, tmp_path, capsys):
     """Catches: a run that is overwritten without --overwrite, or continued by the other script."""
     folder = tmp_path / "r"

@@ -68,13 +68,14 @@ def events(folder):
 
 
 # -------------------------------------------------------------------------------------------------
-# Stop and resume: rows 1, 2, 28, 29 of the faults
+# Stop and resume
 
 # 0: nothing trained; 3: in the warm-up; 8: an evaluation is due; 18: the next batch crosses the
 # end of an epoch; 19: in the second epoch.
+@pytest.mark.row(1)
 @pytest.mark.parametrize("stop", [0, 1, 3, 8, 18, 19])
 def test_resume_is_bitwise(data, whole, tmp_path, stop):
-    """Catches: state that a resume loses; a batch read twice or not at all. (Row 1.)"""
+    """Catches: state that a resume loses; a batch read twice or not at all."""
     folder = tmp_path / "r"
     assert run(data, folder, "--stop_at", stop) == 75
     assert steps(folder) == list(range(1, stop + 1))
@@ -113,10 +114,10 @@ MISTAKES = {
 }
 
 
+@pytest.mark.row(2)
 @pytest.mark.parametrize("mistake", MISTAKES)
 def test_resume_differs_if_state_is_incomplete(data, whole, tmp_path, mistake):
-    """Catches: a comparison of runs that cannot fail. The control of test_resume_is_bitwise.
-    (Row 2.)"""
+    """Catches: a comparison of runs that cannot fail. The control of test_resume_is_bitwise."""
     folder = tmp_path / "r"
     assert run(data, folder, "--stop_at", 10) == 75
     state = checkpoint.load(durable.find(folder, full=True))
@@ -203,8 +204,9 @@ def dropout(monkeypatch):
     monkeypatch.setattr(SwiGLU, "forward", with_dropout)
 
 
+@pytest.mark.row(1)
 def test_resume_with_dropout_is_bitwise(data, tmp_path, dropout, monkeypatch):
-    """Catches: a random state that is not saved, or not restored. (Row 1.)"""
+    """Catches: a random state that is not saved, or not restored."""
     short = ("--max_steps", 6, "--save_every", 0)
     assert run(data, tmp_path / "straight", *short) == 0
     assert run(data, tmp_path / "r", *short, "--stop_at", 3) == 75
@@ -233,8 +235,9 @@ def test_finished_run_stays_as_it_is(data, finished, capsys):
     assert contents(finished) == before
 
 
+@pytest.mark.row(29)
 def test_used_folder_is_refused(data, finished, capsys):
-    """Catches: two runs mixed in one folder. (Row 29.)"""
+    """Catches: two runs mixed in one folder."""
     before = contents(finished)
     assert run(data, finished) == 2
     message, = messages(capsys)
@@ -243,9 +246,10 @@ def test_used_folder_is_refused(data, finished, capsys):
     assert contents(finished) == before
 
 
+@pytest.mark.row(28)
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
 def test_folder_in_use_is_refused(data, finished, capsys, flag):
-    """Catches: two processes that write into one run. (Row 28; that a killed process leaves no
+    """Catches: two processes that write into one run. (That a killed process leaves no
     lock is tested by each kill in test_faults.py.)"""
     before = contents(finished)
     lock = runs.hold(finished)
@@ -280,6 +284,7 @@ def test_init_from_takes_the_weights_only(data, whole, tmp_path):
     assert first_eval[1:] != evals(whole)[0][1:]  # control
 
 
+@pytest.mark.row(42)
 @pytest.mark.parametrize("change, message", [
     ({"vocab_size": 290}, "vocab_size 300, here 290"),  # both are padded to 384
     ({"n_heads": 4, "n_kv_heads": 2}, "n_heads 2, here 4"),
@@ -287,7 +292,7 @@ def test_init_from_takes_the_weights_only(data, whole, tmp_path):
 ])
 def test_weights_of_another_network_are_refused(data, whole, tmp_path, capsys, monkeypatch, change,
                                                 message):
-    """Catches: weights that fit, but whose ids or heads mean something else. (Row 42.)"""
+    """Catches: weights that fit, but whose ids or heads mean something else."""
     folder = shutil.copytree(data, tmp_path / "data")
     small = {name: value for name, value in change.items() if name != "vocab_size"}
     monkeypatch.setitem(PRESETS, "test", replace(TEST, **small))
@@ -306,11 +311,12 @@ def test_weights_of_another_network_are_refused(data, whole, tmp_path, capsys, m
 
 
 # -------------------------------------------------------------------------------------------------
-# Evaluating, sampling and saving: row 33
+# Evaluating, sampling and saving
 
+@pytest.mark.row(33)
 def test_evaluation_does_not_change_training(data, whole, tmp_path):
     """Catches: an evaluation, a sample or a save that draws the run's random numbers or changes
-    its weights. (Row 33.)"""
+    its weights."""
     often = ("--eval_every", 1, "--sample_every", 2, "--save_every", 3, "--eval_tokens", 64)
     assert run(data, tmp_path / "often", *often, "--stop_at", 10) == 75
     assert rows(tmp_path / "often") == rows(whole)[:10]
@@ -459,8 +465,9 @@ def test_training_equals_a_plain_loop(data, tmp_path, clip, decay, equal):
     assert min(norm for _, _, norm in found) > 0.5  # every step is clipped
 
 
+@pytest.mark.row(16)
 def test_micro_batch_changes_nothing_but_speed(data, whole, tmp_path):
-    """Catches: micro-batches that count twice, or are averaged one by one. (Row 16.)"""
+    """Catches: micro-batches that count twice, or are averaged one by one."""
     stop = ("--stop_at", 6)
     assert run(data, tmp_path / "small", *stop, "--micro_batch", 1) == 75
     assert np.allclose(rows(tmp_path / "small"), rows(whole)[:6], rtol=1e-4)
@@ -601,9 +608,10 @@ def optimizer(monkeypatch):
     return use
 
 
+@pytest.mark.row(1)
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_optimizer_resumes_bitwise(data, tmp_path, optimizer, name):
-    """Catches: a checkpoint that knows AdamW alone. (Row 1.)"""
+    """Catches: a checkpoint that knows AdamW alone."""
     optimizer(OPTIMIZERS[name])
     short = ("--max_steps", 6, "--save_every", 0)
     assert run(data, tmp_path / "straight", *short) == 0
@@ -864,10 +872,11 @@ def test_lr_of_a_longer_run_is_as_documented():
 
 
 # -------------------------------------------------------------------------------------------------
-# fp16: rows 21, 23
+# fp16
 
+@pytest.mark.row(23)
 def test_fp16_resume_keeps_the_loss_scale(data, tmp_path):
-    """Catches: a loss scale, or its count of good steps, that starts anew. (Row 23.)"""
+    """Catches: a loss scale, or its count of good steps, that starts anew."""
     fp16 = ("--dtype", "fp16", "--max_steps", 8)
     assert run(data, tmp_path / "straight", *fp16) == 0
     assert run(data, tmp_path / "resumed", *fp16, "--stop_at", 5) == 75
@@ -878,9 +887,10 @@ def test_fp16_resume_keeps_the_loss_scale(data, tmp_path):
     assert scaler["_growth_tracker"] == 8  # control: 3 if the resume had started anew
 
 
+@pytest.mark.row(13)
 @pytest.mark.parametrize("before, after", [("fp32", "fp16"), ("fp16", "fp32"), ("fp32", "bf16")])
 def test_resume_in_another_precision_goes_on(data, tmp_path, capsys, before, after):
-    """Catches: a loss scaler without a saved state, after a move to another machine. (Row 13.)"""
+    """Catches: a loss scaler without a saved state, after a move to another machine."""
     short = ("--max_steps", 4, "--save_every", 0)
     assert run(data, tmp_path / "r", *short, "--dtype", before, "--stop_at", 2) == 75
     capsys.readouterr()
@@ -906,8 +916,9 @@ def skipped(folder):
     return [row["step"] for row in events(folder) if "skipped" in row]
 
 
+@pytest.mark.row(21)
 def test_skipped_updates_are_printed_and_change_nothing(data, tmp_path, capsys, start_scale):
-    """Catches: a skip that ends the run, that nobody sees, or that changes weights. (Row 21.)"""
+    """Catches: a skip that ends the run, that nobody sees, or that changes weights."""
     start_scale(2.0**34)
     assert run(data, tmp_path / "r", "--dtype", "fp16") == 0
     found = skipped(tmp_path / "r")
@@ -920,8 +931,9 @@ def test_skipped_updates_are_printed_and_change_nothing(data, tmp_path, capsys, 
     assert not torch.equal(weights(tmp_path / "r", 20), start)  # control
 
 
+@pytest.mark.row(21)
 def test_20_skipped_updates_in_a_row_end_the_run(data, tmp_path, capsys, start_scale):
-    """Catches: a run that skips for ever, or one that cannot go on afterwards. (Row 21.)"""
+    """Catches: a run that skips for ever, or one that cannot go on afterwards."""
     start_scale(2.0**44)
     flags = ("--dtype", "fp16", "--max_steps", 24, "--eval_every", 0)
     assert run(data, tmp_path / "r", *flags) == 3
@@ -934,8 +946,9 @@ def test_20_skipped_updates_in_a_row_end_the_run(data, tmp_path, capsys, start_s
     assert steps(tmp_path / "r") == list(range(1, 25))
 
 
+@pytest.mark.row(21)
 def test_loss_scale_below_1_ends_the_run(data, tmp_path, capsys, start_scale):
-    """Catches: gradients that no scale saves from an overflow. (Row 21.)"""
+    """Catches: gradients that no scale saves from an overflow."""
     start_scale(0.5)
     assert run(data, tmp_path / "r", "--dtype", "fp16") == 3
     message, = messages(capsys)
@@ -971,8 +984,9 @@ def test_first_last_and_skipped_steps_are_printed(tmp_path, capsys):
     assert steps(tmp_path) == list(range(1, 31))
 
 
+@pytest.mark.row(51)
 def test_reason_in_the_log_is_what_a_job_script_looks_for(data, tmp_path):
-    """Catches: a job of README's example that is never put into the queue again. (Row 51.)"""
+    """Catches: a job of README's example that is never put into the queue again."""
     pattern = '"reason": "stopped"'
     assert f"grep -q '{pattern}'" in (ROOT / "README.md").read_text()
     assert run(data, tmp_path / "r", "--stop_at", 2) == 75
@@ -985,9 +999,10 @@ def test_reason_in_the_log_is_what_a_job_script_looks_for(data, tmp_path):
     assert pattern not in log.read_text().splitlines()[-1]  # control
 
 
+@pytest.mark.row(49)
 def test_slow_steps_are_reported_once(tmp_path, capsys):
     """Catches: a machine that another program slows down, and nobody knows why; a remark about one
-    slow step, or in every line. (Row 49.)"""
+    slow step, or in every line."""
     def remarks(durations):
         (tmp_path / "metrics.jsonl").unlink(missing_ok=True)
         log = runs.Log(tmp_path, 0, max_steps=1000)
@@ -1047,6 +1062,7 @@ def test_compiled_run_resumes_bitwise(data, whole, tmp_path):
     assert compiled != losses  # control: it was compiled
 
 
+@pytest.mark.row(49)
 @pytest.mark.parametrize("script", ["train", "sft", "evaluate", "sample", "bench.__main__"])
 @pytest.mark.parametrize("given, expected", [
     ({}, "5000 1"),
@@ -1055,7 +1071,7 @@ def test_compiled_run_resumes_bitwise(data, whole, tmp_path):
     ({"PLAIN_PYTORCH": "1"}, "None None"),
 ])
 def test_threads_and_memory_are_set_before_torch(script, given, expected):
-    """Catches: a setting that is made after PyTorch has read it. (Row 49.)"""
+    """Catches: a setting that is made after PyTorch has read it."""
     code = ("import os, sys\n"
             "class Finder:\n"
             "    def find_spec(name, *rest):\n"
@@ -1142,11 +1158,12 @@ def step_of_tiny(busy, **env):
     return float(printed)
 
 
+@pytest.mark.row(49)
 @pytest.mark.slow
 @pytest.mark.skipif(os.cpu_count() != 2, reason="the figures are of two cores")
 def test_a_busy_core_slows_a_step_little():
     """Catches: threads that wait in loops as long as they do by themselves, so that a step takes
-    many times as long beside another program. (Row 49.)"""
+    many times as long beside another program."""
     found = {}
     settings = {"PyTorch by itself": {"PLAIN_PYTORCH": "1"}, "with support/cpu.py": {},
                 "passive": {"OMP_WAIT_POLICY": "PASSIVE"}}
@@ -1158,8 +1175,9 @@ def test_a_busy_core_slows_a_step_little():
     assert found["with support/cpu.py"] < 4
 
 
+@pytest.mark.row(47)
 def test_failing_figure_does_not_fail_the_run(data, tmp_path, capsys, monkeypatch):
-    """Catches: a finished run that ends in a traceback of matplotlib. (Row 47.)"""
+    """Catches: a finished run that ends in a traceback of matplotlib."""
     def fail(argv):
         raise ValueError("no such backend")
     monkeypatch.setattr(plot_dynamics, "main", fail)
@@ -1184,6 +1202,7 @@ def test_help_shows_the_values_of_the_preset(capsys, preset):
     assert set(train.BY_PRESET) == set(PRESETS)  # "test" is in both
 
 
+@pytest.mark.row(13, 17)
 @pytest.mark.parametrize("flags, message", [
     (["--nonsense", 1], "unrecognized arguments: --nonsense"),
     (["--max_step", 5], "unrecognized arguments: --max_step"),  # not an abbreviation of another
@@ -1205,7 +1224,7 @@ def test_help_shows_the_values_of_the_preset(capsys, preset):
     (["--n_layers", 3, "--resume"], "n_layers (saved None, given 3)"),
     (["--device", "cuda:77"], "no device cuda:77"),
     (["--device", "meta"], "no device meta"),
-    (["--batch_tokens", 100], "use --batch_tokens 64 or 128"),  # row 17
+    (["--batch_tokens", 100], "use --batch_tokens 64 or 128"),
     (["--batch_tokens", 32], "use --batch_tokens 64, or another --micro_batch"),
     (["--data", "nowhere"], "no shards of ours in nowhere — run: python prepare_data.py text"),
     (["--seq_len", 100_000, "--batch_tokens", 400_000], "do not fill one window"),
@@ -1243,10 +1262,11 @@ ENVIRONMENTS = {
 }
 
 
+@pytest.mark.row(46)
 @pytest.mark.parametrize("name", ENVIRONMENTS)
 def test_ranks_that_torchrun_did_not_set_are_refused(data, tmp_path, capsys, monkeypatch, name):
     """Catches: a process that does nothing and says "done", that waits for ever, or a traceback,
-    because of variables that another program has left. (Row 46.)"""
+    because of variables that another program has left."""
     for variable, value in ENVIRONMENTS[name].items():
         monkeypatch.setenv(variable, value)
     assert run(data, tmp_path / "r") == 2
@@ -1255,17 +1275,19 @@ def test_ranks_that_torchrun_did_not_set_are_refused(data, tmp_path, capsys, mon
     assert not (tmp_path / "r").exists()
 
 
+@pytest.mark.row(46)
 @pytest.mark.parametrize("env", [dict(MASTER_ADDR="h"), dict(RANK="0"), dict(WORLD_SIZE="1"),
                                  dict(LOCAL_RANK="3")])
 def test_harmless_variables_are_ignored(data, tmp_path, monkeypatch, env):
-    """Catches: a guard that refuses a single process. The control of the test before. (Row 46.)"""
+    """Catches: a guard that refuses a single process. The control of the test before."""
     for variable, value in env.items():
         monkeypatch.setenv(variable, value)
     assert run(data, tmp_path / "r", "--max_steps", 1) == 0
 
 
+@pytest.mark.row(45)
 def test_resume_takes_the_saved_settings_of_the_machine(data, tmp_path, one_thread_afterwards):
-    """Catches: --threads and --deterministic that a resume logs and does not apply. (Row 45.)"""
+    """Catches: --threads and --deterministic that a resume logs and does not apply."""
     flags = ("--threads", 2, "--deterministic", "--stop_at", 1)
     assert run(data, tmp_path / "r", *flags) == 75
     torch.set_num_threads(1)
@@ -1279,9 +1301,9 @@ def test_resume_takes_the_saved_settings_of_the_machine(data, tmp_path, one_thre
     assert not torch.are_deterministic_algorithms_enabled()
 
 
+@pytest.mark.row(44)
 def test_resume_with_another_vocabulary_is_refused(data, tmp_path, capsys):
-    """Catches: a tokenizer that its data folder changed, and ids outside the embedding. (Row
-    44.)"""
+    """Catches: a tokenizer that its data folder changed, and ids outside the embedding."""
     folder = shutil.copytree(data, tmp_path / "data")
     assert run(folder, tmp_path / "r", "--stop_at", 1) == 75
     meta = (folder / "meta.json").read_text()
@@ -1292,16 +1314,16 @@ def test_resume_with_another_vocabulary_is_refused(data, tmp_path, capsys):
     assert run(folder, tmp_path / "r", "--resume", "--stop_at", 2) == 75
 
 
+@pytest.mark.row(45)
 def test_reset_without_a_state_is_refused(data, tmp_path, capsys):
-    """Catches: a flag that does nothing. (Row 45.)"""
+    """Catches: a flag that does nothing."""
     assert run(data, tmp_path / "r", "--resume", "--reset_optimizer") == 2
     assert "no state to continue without its optimizer" in messages(capsys)[-1]
     assert run(data, tmp_path / "r", "--resume", "--max_steps", 1) == 0  # control
 
 
 def test_linked_checkpoints_are_not_replaced(data, tmp_path, capsys):
-    """Catches: a link to a large disk that --overwrite turns into a folder on a small one. (Row
-    52.)"""
+    """Catches: a link to a large disk that --overwrite turns into a folder on a small one."""
     large = tmp_path / "large"
     large.mkdir()
     (tmp_path / "r").mkdir()
@@ -1318,9 +1340,10 @@ def names(folder):
     return sorted(file.name for file in folder.iterdir())
 
 
+@pytest.mark.row(47)
 def test_a_run_that_fails_gives_everything_back(data, tmp_path, capsys, monkeypatch):
     """Catches: a notebook in which Ctrl-C has no effect after a failed run, or whose run folder
-    stays locked. (Row 47.)"""
+    stays locked."""
     before = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     held = []
 
@@ -1340,8 +1363,9 @@ def test_a_run_that_fails_gives_everything_back(data, tmp_path, capsys, monkeypa
     assert run(data, tmp_path / "r", "--resume", "--max_steps", 20) == 0
 
 
+@pytest.mark.row(47)
 def test_runs_in_a_thread_too(data, tmp_path):
-    """Catches: signal handlers, which only the main thread of a program may set. (Row 47.)"""
+    """Catches: signal handlers, which only the main thread of a program may set."""
     codes = []
     thread = threading.Thread(
         target=lambda: codes.append(run(data, tmp_path / "r", "--max_steps", 1)))
