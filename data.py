@@ -114,7 +114,7 @@ def open_shard(path, length, offset=None):
     if not path.is_file():
         raise UserError(f"{path}: shard is missing — {ADVICE}")
     size = path.stat().st_size
-    if offset is None and path.suffix == ".bin":  # of a folder that was prepared before
+    if offset is None and path.suffix == ".bin":  # folders used not to tell it
         offset = size - 2 * length
     try:
         if offset is None:
@@ -140,11 +140,11 @@ class DataFolder:
         self.path = Path(path)
         file = self.path / "meta.json"
         if not file.exists():
-            has_name = self.path.name in ("pydocs", "fineweb-edu")
-            source = self.path.name if has_name else f"text FILE --out {self.path}"
-            raise UserError(f"no shards of ours in {self.path} — run: python prepare_data.py "
-                            f"{source} (or, if nanoGPT, build-nanogpt or llm.c made shards there: "
-                            f"adopt {self.path} --out data/NAME)")
+            is_source = self.path.name in ("pydocs", "fineweb-edu")
+            source = self.path.name if is_source else f"text FILE --out {self.path}"
+            raise UserError(f"no data of ours in {self.path} — run: python prepare_data.py {source} "
+                            f"(or, for shards that another project has made: python "
+                            f"prepare_data.py adopt {self.path} --out data/NAME)")
         try:
             self.meta = parse_json(file.read_bytes())
             self.check_meta()
@@ -157,6 +157,7 @@ class DataFolder:
                             f"data again") from None
 
     def check_meta(self):
+        """Raise ValueError if what meta.json tells is not what we read, or cannot be."""
         if self.meta["tokenizer"] != "gpt2" or self.meta["dtype"] != "uint16":
             raise ValueError("other tokens than ours")
         if self.meta["eot"] != self.meta["vocab_size"] - 1:

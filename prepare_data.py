@@ -280,7 +280,8 @@ def read_progress(folder):
         saved = parse_json(file.read_bytes())
         place, row, stored = saved["position"]
         fits = (0 <= place <= len(saved["settings"]["files"]) and row >= 0 and stored >= 0
-                and isinstance(saved["settings"]["source"], dict))
+                and isinstance(saved["settings"]["source"], dict)
+                and all(isinstance(row[0], str) for row in saved["settings"]["files"]))
         for split in ("train", "val"):
             for shard in saved[split]["shards"]:
                 open_shard(folder / shard["file"], shard["tokens"], shard.get("offset"))

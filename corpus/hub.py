@@ -71,7 +71,7 @@ class Downloads:
         self.commit = commit
         self.rows = rows
         self.folder = folder
-        self.names = [name for name, _ in rows]
+        self.names = [row[0] for row in rows]
 
     def get(self, i):
         """The path of file i. Raises UserError."""

@@ -322,7 +322,7 @@ def test_missing_data_names_the_command(tmp_path):
     splits = {"train": [{**TRAIN, "tokens": 301}], "val": [VAL]}
     with pytest.raises(UserError, match="expected 301 tokens, found .300,."):
         DataFolder(our_folder(tmp_path / "a", splits=splits))
-    with pytest.raises(UserError, match="no shards of ours in .*run: python prepare_data.py text"):
+    with pytest.raises(UserError, match="no data of ours in .*run: python prepare_data.py text"):
         DataFolder(tmp_path / "nowhere")
     for name in ("pydocs", "fineweb-edu"):
         with pytest.raises(UserError, match=f"prepare_data.py {name}"):

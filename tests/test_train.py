@@ -1226,7 +1226,7 @@ def test_help_shows_the_values_of_the_preset(capsys, preset):
     (["--device", "meta"], "no device meta"),
     (["--batch_tokens", 100], "use --batch_tokens 64 or 128"),
     (["--batch_tokens", 32], "use --batch_tokens 64, or another --micro_batch"),
-    (["--data", "nowhere"], "no shards of ours in nowhere — run: python prepare_data.py text"),
+    (["--data", "nowhere"], "no data of ours in nowhere — run: python prepare_data.py text"),
     (["--seq_len", 100_000, "--batch_tokens", 400_000], "do not fill one window"),
     (["--benchmark", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
     (["--init_from", "nowhere"], "nowhere: no such run"),
