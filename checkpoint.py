@@ -22,7 +22,7 @@ from support import durable, lora, sharding, trees
 from support.devices import (processes, random_state, remark, set_random_state,
                              wait_for_rank_0)
 from support.fast import NoInit
-from support.runs import UserError, as_text, refuse_hugging_face
+from support.runs import UserError, as_text, quoted, refuse_hugging_face
 
 # -------------------------------------------------------------------------------------------------
 # The full state
@@ -227,7 +227,7 @@ def load_weights(run, step=None):
     if folder is None:
         refuse_hugging_face(run)
         raise UserError(f"{run}: no such run, or one without checkpoints — train it first: "
-                        f"python train.py --run {run}")
+                        f"python train.py --run {quoted(run)}")
     weights = durable.load_weights(folder / "model.pt")
     if lora.is_lora(weights["model"]):
         weights = lora.merged(run, weights["model"])

@@ -13,12 +13,11 @@ import math
 import os
 import re
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from support import cpu  # before torch, which reads its settings once
 import torch
-from tqdm import tqdm
 
 import checkpoint
 import model
@@ -32,8 +31,9 @@ from support import durable, fast, lora
 from support.chat import jinja_template, system_of
 from support.files import new_folder, write_json
 from support.flags import Parser, number
+from support.progress import tqdm
 from support.runs import (AT_END, UserError, first_line_of, hold, is_argument, parse_json,
-                          script, settings_of)
+                          quoted, script, settings_of, trained_window, warn)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 SHARD_BYTES = 5_000_000_000  # of one file of weights
@@ -252,6 +252,11 @@ def export(run, out, step, dtype, anyway):
     with new_folder(out) as folder:
         weights, step = checkpoint.load_weights(run, step)
         config = checkpoint.read_config(weights["config"])
+        window = trained_window(settings, config.max_seq_len)
+        if window < config.max_seq_len:
+            print(f"its window is that of training, {window} tokens (ours takes "
+                  f"{config.max_seq_len})")
+            config = replace(config, max_seq_len=window)
         tokenizer = Tokenizer(config.vocab_size)
         tensors = weights.pop("model")
         check_is_llama(tensors, config, anyway)
@@ -354,7 +359,10 @@ def save(tensors, file):
 def readable_by_all(folder):
     """safetensors writes files that only their owner can read."""
     for file in folder.iterdir():
-        file.chmod(0o644)
+        try:
+            file.chmod(0o644)
+        except OSError as error:
+            warn(f"files in {folder} may be readable by their owner only ({error.strerror})")
 
 
 def origin_of(settings):
@@ -438,7 +446,7 @@ def export_adapters(run, out, step, anyway):
     step = f" --step {settings['step']}" if settings.get("step") is not None else ""
     print(f"{out}: adapters of step {durable.step_of(folder)} of {run}, for {base}. They need it "
           f"as a Hugging Face folder too:\n"
-          f"  python convert_hf.py export {settings['base']} DIR{step}")
+          f"  python convert_hf.py export {quoted(settings['base'])} DIR{step}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -472,9 +480,9 @@ def import_folder(folder, run, step):
         raise UserError(f"{str(why).split(' — ')[0]} — {advice}", why.code) from None
     shapes = {tensor.data_ptr(): tensor.numel() for tensor in tensors.values()}  # tied ones once
     print(f"{run}: step {step:,}, {sum(shapes.values()):,} parameters. Next:\n"
-          f"  python sample.py {run} --prompt \"The function\"\n"
-          f"  python evaluate.py {run} --data DIR   # in windows of {config.max_seq_len} tokens, "
-          f"or --seq_len")
+          f"  python sample.py {quoted(run)} --prompt \"The function\"\n"
+          f"  python evaluate.py {quoted(run)} --data DIR   # in windows of {config.max_seq_len} "
+          f"tokens, or --seq_len")
 
 
 def with_vocabulary(config, folder):
@@ -514,6 +522,10 @@ def check_end_of_text(folder, theirs, vocab_size):
             if found != vocab_size - 1 and found is not None:
                 print(f"note: {name} is {found} in {file}; here it is {vocab_size - 1}, "
                       f"<|endoftext|>")
+    file = folder / "tokenizer_config.json"
+    if file.exists() and read_json(file).get("add_bos_token"):
+        print("note: its tokenizer puts a begin token before each text; sample.py and evaluate.py "
+              "do not, so texts and scores differ")
 
 
 def chat_system(folder):

@@ -18,7 +18,7 @@ import numpy as np
 import tiktoken
 
 from support.files import blocks_sha256, sha256_of
-from support.runs import UserError, first_line_of, parse_json
+from support.runs import UserError, first_line_of, parse_json, quoted
 
 # -------------------------------------------------------------------------------------------------
 # Tokenizer: GPT-2's byte-level BPE, optionally with only the first merges of its table.
@@ -141,13 +141,14 @@ class DataFolder:
         file = self.path / "meta.json"
         if not file.exists():
             is_source = self.path.name in ("pydocs", "fineweb-edu")
-            source = self.path.name if is_source else f"text FILE --out {self.path}"
-            raise UserError(f"no data of ours in {self.path} — run: python prepare_data.py {source} "
-                            f"(or, for shards that another project has made: python "
-                            f"prepare_data.py adopt {self.path} --out data/NAME)")
+            path = quoted(self.path)
+            source = self.path.name if is_source else f"text FILE --out {path}"
+            raise UserError(f"no data of ours in {self.path} — run: python prepare_data.py "
+                            f"{source} (or, for shards that another project has made: python "
+                            f"prepare_data.py adopt {path} --out data/NAME)")
         try:
             self.meta = parse_json(file.read_bytes())
-            self.check_meta()
+            check_meta(self.meta)
             self.vocab_size = self.meta["vocab_size"]
             self.tokenizer = Tokenizer(self.vocab_size)
             self.train = self.open_split("train")
@@ -155,21 +156,6 @@ class DataFolder:
         except (ValueError, KeyError, TypeError) as why:
             raise UserError(f"{file}: not the meta.json of a data folder ({why}) — prepare the "
                             f"data again") from None
-
-    def check_meta(self):
-        """Raise ValueError if what meta.json tells is not what we read, or cannot be."""
-        if self.meta["tokenizer"] != "gpt2" or self.meta["dtype"] != "uint16":
-            raise ValueError("other tokens than ours")
-        if self.meta["eot"] != self.meta["vocab_size"] - 1:
-            raise ValueError("eot is not the last id")
-        digests = [{row["sha256"] for row in self.meta["splits"][split]}
-                   for split in ("train", "val")]
-        if not digests[0] or not digests[1]:
-            raise ValueError("a split is empty")
-        if digests[0] & digests[1]:
-            raise ValueError("a shard of validation is one of training too")
-        if len({row["file"] for row in self.rows()}) < len(self.rows()):
-            raise ValueError("a file is listed twice")
 
     def rows(self):
         """What meta.json tells about each shard: those of training first."""
@@ -207,9 +193,25 @@ class DataFolder:
             recorded = recorded or []
             changed = [row[0] for row in found if row not in recorded]
             changed += [row[0] for row in recorded if row not in found]
-            names = dict.fromkeys(map(str, changed))  # each once
-            what = ", ".join(names) or "the order of the shards"
+            # Each once; without any, it is their order.
+            what = ", ".join(dict.fromkeys(map(str, changed))) or "the order of the shards"
             raise UserError(f"{self.path} is not the data of this run (changed: {what}) — {advice}")
+
+
+def check_meta(meta):
+    """Raise ValueError if what a meta.json tells is not what we read, or cannot be."""
+    if meta["tokenizer"] != "gpt2" or meta["dtype"] != "uint16":
+        raise ValueError("other tokens than ours")
+    if meta["eot"] != meta["vocab_size"] - 1:
+        raise ValueError("eot is not the last id")
+    train = meta["splits"]["train"]
+    val = meta["splits"]["val"]
+    if not train or not val:
+        raise ValueError("a split is empty")
+    if {row["sha256"] for row in train} & {row["sha256"] for row in val}:
+        raise ValueError("a shard of validation is one of training too")
+    if len({row["file"] for row in train + val}) < len(train + val):
+        raise ValueError("a file is listed twice")
 
 
 def check_range(shard, start, tokens, vocab_size):

@@ -20,15 +20,15 @@ from pathlib import Path
 from support import cpu  # before torch, which reads its settings once
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from checkpoint import load_model
 from data import DataFolder, Windows
 from support.devices import (choose_device, choose_dtype, complete_rows, processes,
                              refuse_processes)
 from support.flags import Parser, count
-from support.runs import (UserError, beginning, newest_run, note, parse_json, script,
-                          settings_of)
+from support.progress import tqdm
+from support.rows import read_json_rows
+from support.runs import UserError, beginning, newest_run, note, script, settings_of
 from support.sharding import gathered
 
 BATCH_TOKENS = 4096       # tokens per forward; fixed, so that no flag changes a score
@@ -176,7 +176,7 @@ class Benchmark:
 
     A context that is too long for `window` with the longest of its endings loses its beginning.
     (lm-evaluation-harness cuts it for each ending apart, so its shorter endings see more.) items:
-    read only the first so many lines.
+    read only the first so many.
     Raises UserError naming file and line."""
 
     def __init__(self, path, tokenizer, window, style="token", items=None):
@@ -187,32 +187,30 @@ class Benchmark:
         self.endings = []   # and its endings in ids
         labels = []
         norms = []          # tokens or characters of each ending
-        with open(path, "rb") as file:
-            for number, line in enumerate(itertools.islice(file, items), 1):
-                if not line.strip():
-                    continue
-                context, space, endings, label = self.parse(line, f"{path}:{number}")
-                ids = [tokenizer.encode(space + ending) for ending in endings]
-                longest = max(len(ending) for ending in ids)
-                room = window + 1 - longest  # the last token of an ending is predicted, not read
-                if room < 1:
-                    raise UserError(f"{path}:{number}: an ending of {longest} tokens is longer "
-                                    f"than the window of {window} — remove the line, or use a "
-                                    f"longer --seq_len")
-                self.contexts.append(tokenizer.encode(context)[-room:])
-                self.endings.append(ids)
-                labels.append(label)
-                norms.append([len(ending) for ending in (ids if style == "token" else endings)])
+        self.cut = 0        # contexts that are too long for the window
+        for place, item, _ in itertools.islice(read_json_rows(path), items):
+            context, space, endings, label = self.parse(item, place)
+            ids = [tokenizer.encode(space + ending) for ending in endings]
+            longest = max(len(ending) for ending in ids)
+            room = window + 1 - longest  # the last token of an ending is predicted, not read
+            if room < 1:
+                raise UserError(f"{place}: an ending of {longest} tokens is longer than the window "
+                                f"of {window} — remove the line, or use a longer --seq_len")
+            context = tokenizer.encode(context)
+            self.cut += len(context) > room
+            self.contexts.append(context[-room:])
+            self.endings.append(ids)
+            labels.append(label)
+            norms.append([len(ending) for ending in (ids if style == "token" else endings)])
         if not self.endings:
             raise UserError(f"{path}: no questions in it — give a file in HellaSwag's format")
         self.labels = torch.tensor(labels)  # (N,)
         self.norms = torch.tensor(norms)    # (N, C)
 
-    def parse(self, line, place):
-        """(context, space before an ending, endings, label) of a line. Raises UserError naming the
+    def parse(self, item, place):
+        """(context, space before an ending, endings, label) of a row. Raises UserError naming the
         place."""
         try:
-            item = parse_json(line)
             context, space, endings = put_question(item, self.style)
             label = int(str(item["label"]))  # a string in some releases
             texts = [context, *endings]
@@ -246,7 +244,7 @@ class Benchmark:
             scores[f"acc{name}"] = right
             scores[f"stderr{name}"] = math.sqrt(right * (1 - right) / max(1, n - 1))
         return {"name": self.name, "style": self.style, **scores, "n": n,
-                "n_choices": found.shape[1]}
+                "n_choices": found.shape[1], "cut": self.cut}
 
     def likelihoods(self, model, contexts, autocast, progress=False):
         """ln P(ending | context) of all endings: (N, C). A pair that repeats is scored once."""
@@ -285,8 +283,9 @@ def describe_choices(scores):
         acc = 100 * scores[f"acc{name}"]
         shares.append(f"acc{name} {acc:.1f} ± {100 * scores[f'stderr{name}']:.1f} %")
     chance = 100 / scores["n_choices"]
+    cut = f"; {scores['cut']} contexts cut to the window" if scores["cut"] else ""
     return (f"{scores['name']} ({scores['style']} style, {scores['n']} questions, chance "
-            f"{chance:.0f} %): {', '.join(shares)}")
+            f"{chance:.0f} %): {', '.join(shares)}{cut}")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -113,6 +113,24 @@ def read_events(path):
     return events
 
 
+def cut_back(events, log):
+    """The events without those that a later start from an earlier step has replaced: of two runs in
+    one log the last, and no branch that was given up. Prints how many are left out."""
+    kept = []
+    first = math.inf  # step of the rows of training that follow
+    for event in reversed(events):
+        is_row = event["event"] == "train"
+        if event["step"] > first or (is_row and event["step"] == first):
+            continue
+        kept.append(event)
+        if is_row:
+            first = event["step"]
+    if len(kept) < len(events):
+        print(f"warning: {log}: its steps begin again; {len(events) - len(kept)} lines before "
+              f"that, of the same or later steps, are left out", file=sys.stderr)
+    return kept[::-1]
+
+
 def read_lm_eval(folder):
     """The "benchmark" events in lm-evaluation-harness's result files under `folder`. Their step is
     in the name of a folder: step_500 or step_00000500. Broken files are left out, with a
@@ -186,6 +204,7 @@ def prompt_and_settings(event):
 class Run:
     """What a log tells about a run."""
     name: str
+    path: str                 # as it was given
     rows: dict                # {event: rows}; "benchmark", "sample": the first of the next two;
                               # "benchmarks": all of them, {"step", benchmark_name: accuracy}
     benchmarks: dict          # {benchmark_name: rows}, the one scored most often first
@@ -211,12 +230,26 @@ class Run:
         start = self.rows.get("start", [{}])[0]  # older logs have the time of day instead
         return number(end.get("time")) - number(start.get("time"))
 
+    @property
+    def trouble(self):
+        """"diverged at step 512", "no loss from step 501 on", or "": whether the curves show the
+        state of the run."""
+        end = self.rows.get("end", [{}])[-1]
+        if end.get("reason") == "diverged":
+            return f"diverged at step {end['step']:,}"
+        rows = self.rows.get("train", [])
+        known = np.flatnonzero(np.isfinite(column(rows, "loss")))
+        after_known = known[-1] + 1 if len(known) else 0
+        if after_known < len(rows):
+            return f"no loss from step {rows[after_known]['step']:,} on"
+        return ""
+
 
 def read_run(path, batch_tokens=None):
     """The Run in a folder with metrics.jsonl or log.txt, or in a single log file. `batch_tokens`
     is for a log that does not tell it. Raises UserError."""
     log = find_log(Path(path))
-    events = read_events(log)
+    events = cut_back(read_events(log), log)
     added = []
     evaluations = log.with_name("evaluations.jsonl")
     if log.name == "metrics.jsonl" and evaluations.is_file():
@@ -239,6 +272,7 @@ def read_run(path, batch_tokens=None):
     timed = [event for event in events if event["event"] in ("eval", "sft_eval", "benchmark")]
     is_folder = log.name in ("metrics.jsonl", "log.txt", "evaluations.jsonl")
     run = Run(name=log.resolve().parent.name if is_folder else log.stem,
+              path=str(path),
               rows=rows,
               benchmarks=dict(scores),
               samples=samples,
@@ -322,6 +356,15 @@ def smooth(x, y, bins=80):
     return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
 
 
+MANY = 8    # more runs than this on a page share one legend below it
+LONG = 40   # characters of a name; longer ones lose their middle
+
+
+def short(name):
+    """A name that fits into a title or legend."""
+    return name if len(name) <= LONG else f"{name[:LONG // 2]}…{name[-LONG // 2 + 1:]}"
+
+
 def plain(text):
     """`text` for matplotlib, where $ starts a formula and a leading _ hides a legend entry."""
     return text.replace("$", r"\$").lstrip("_")
@@ -340,12 +383,14 @@ def open_figure(size):
     matplotlib reads MPLBACKEND all the same, and a notebook sets it to what may not exist here."""
     backend = os.environ.pop("MPLBACKEND", None)
     try:
+        import matplotlib
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("matplotlib is missing — run: pip install matplotlib") from None
     finally:
         if backend is not None:
             os.environ["MPLBACKEND"] = backend
+    matplotlib.rcdefaults()  # so that figures are the same whatever the user's matplotlibrc says
     return Figure(figsize=size, layout="constrained", dpi=110)
 
 
@@ -366,6 +411,7 @@ class Page:
         self.runs = runs
         self.scale = scale
         self.alone = len(runs) == 1
+        self.many = len(runs) > MANY
         self.in_tokens = all(run.batch_tokens for run in runs)
         panels = []
         for panel in [*PANELS, benchmarks_panel(runs)]:
@@ -378,14 +424,32 @@ class Page:
 
         columns = min(3, total)
         rows = math.ceil(total / columns)
-        size = (5.2 * columns, 3.6 * rows + 0.5)
+        legend_rows = math.ceil(len(runs) / columns) if self.many else 0
+        size = (5.2 * columns, 3.6 * rows + 0.5 + 0.18 * legend_rows)
         self.figure = open_figure(size)
         for place, panel in enumerate(panels, 1):
             self.draw(self.figure.add_subplot(rows, columns, place), panel)
         if has_positions:
             self.draw_positions(self.figure.add_subplot(rows, columns, total))
-        names = [f"{plain(run.name)} ({run.steps[-1]:,} steps)" for run in runs]
-        self.figure.suptitle("Training dynamics: " + ", ".join(names), fontsize=13)
+        names = []
+        for run in runs[:MANY]:
+            notes = [f"{run.steps[-1]:,} steps", run.trouble]
+            names.append(f"{plain(short(run.name))} ({', '.join(filter(None, notes))})")
+        if self.many:
+            names.append(f"and {len(runs) - MANY} more")
+            from matplotlib.lines import Line2D
+            lines = [Line2D([], [], color=self.color(i)) for i in range(len(runs))]
+            labels = [plain(short(run.name)) for run in runs]
+            self.figure.legend(lines, labels, loc="outside lower center", ncols=columns, fontsize=8)
+        title = textwrap.fill("Training dynamics: " + ", ".join(names), 40 * columns)
+        self.figure.suptitle(title, fontsize=13)
+
+    def color(self, number):
+        """The colour of a curve, or of a run; of many runs along a rainbow."""
+        if not self.many:
+            return f"C{number % 10}"
+        from matplotlib import colormaps
+        return colormaps["turbo"](number / (len(self.runs) - 1))
 
     def x(self, run, steps):
         return steps * run.batch_tokens if self.in_tokens else steps
@@ -436,7 +500,7 @@ class Page:
     def label(self, run, curve):
         """The legend of a run on a page with several runs."""
         event, key, label = curve
-        text = run.name
+        text = short(run.name)
         if label:  # the panel has other curves too
             text += f": {key}"
         if event == "benchmark":
@@ -448,7 +512,7 @@ class Page:
         event, key, _ = curve
         steps, values = points(run, event, key)
         x = self.x(run, steps)
-        color = f"C{color % 10}"
+        color = self.color(color)
         if event == "train" and key != "lr":
             if self.alone:
                 axes.plot(x, values, color=color, alpha=0.25, linewidth=0.7)
@@ -505,8 +569,8 @@ class Page:
             if not self.alone:
                 rows = rows[-1:]
             for place, row in enumerate(rows):
-                color = f"C{run_number % 10}"
-                label = plain(run.name)
+                color = self.color(run_number)
+                label = plain(short(run.name))
                 if self.alone:
                     color = colormaps["viridis"](place / len(rows))
                     label = f"step {row['step']:,}"
@@ -520,7 +584,7 @@ class Page:
         axes.set_title(textwrap.fill(title, 60), fontsize=11)
         axes.set_ylabel(ylabel)
         axes.grid(alpha=0.25)
-        if axes.get_legend_handles_labels()[1]:
+        if axes.get_legend_handles_labels()[1] and not self.many:
             axes.legend(fontsize=8, edgecolor="none")
 
 
@@ -638,12 +702,16 @@ SUMMARY = [  # the last number of each: name, event, key
 def summary(run):
     """{name: text}: the last numbers of a run, its speed and its duration."""
     texts = {"steps": f"{run.steps[-1]:,}"}
+    if run.trouble:
+        texts["note:"] = run.trouble
     if run.batch_tokens:
         texts["tokens"] = f"{run.steps[-1] * run.batch_tokens:,}"
     for name, event, key in SUMMARY:
-        _, values = points(run, event, key)
+        steps, values = points(run, event, key)
         if len(values) > 0:
             texts[name] = f"{values[-1]:.3f}"
+            if steps[-1] < run.steps[-1]:
+                texts[name] += f" (at step {steps[-1]:,.0f})"
     for name, rows in run.benchmarks.items():
         texts[f"{name}, %"] = percent(rows[-1])
     _, rates = points(run, "train", "tok_per_s")
@@ -666,11 +734,18 @@ def main(argv=None):
     parser.add_argument("--batch_tokens", type=count, help="tokens per step, if not in the log")
     args = parser.parse_args(argv)
     logs = list(dict.fromkeys(args.logs))  # each once
-    runs = [read_run(log, args.batch_tokens) for log in logs]
+    runs = []
+    for log in logs:
+        try:
+            runs.append(read_run(log, args.batch_tokens))
+        except UserError as why:
+            if log == logs[-1] and not runs:
+                raise
+            print(f"left out: {why}", file=sys.stderr)
     times = Counter(run.name for run in runs)
-    for run, log in zip(runs, logs):
+    for run in runs:
         if times[run.name] > 1:
-            run.name = log  # runs with the same name are told apart by their paths
+            run.name = run.path  # runs with the same name are told apart by their paths
 
     page = Page(runs, args.scale)
     out = Path(args.out)

@@ -20,7 +20,6 @@ import argparse
 import json
 import os
 import re
-import shlex
 import sys
 import time
 from contextlib import closing
@@ -28,7 +27,6 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from corpus import alpaca, fineweb, hellaswag, hub, pydocs, tables
 from corpus.documents import Documents, PassageCounter
@@ -36,9 +34,10 @@ from corpus.encode import batched, encode_all
 from corpus.foreign_shards import check_meaning, foreign_shards, open_foreign, split_of
 from corpus.textfiles import SUFFIXES, find_files, has_suffix, read_all_pieces
 from data import GPT2_VOCAB_SIZE, Tokenizer, check_range, open_shard
-from support.files import PROGRESS, delete, new_folder, sha256_of, sync, write_json
+from support.files import OF_THE_SYSTEM, PROGRESS, delete, new_folder, sha256_of, sync, write_json
 from support.flags import Parser, number, text as valid_text
-from support.runs import UserError, parse_json, script
+from support.progress import tqdm
+from support.runs import UserError, parse_json, quoted, script
 
 # With 4,096 ids a tiny model spends its arithmetic on its layers, not on the output layer (see
 # data.Tokenizer).
@@ -176,7 +175,7 @@ def check_replaceable(out, name):
         return
     if not out.is_dir():
         raise UserError(f"{out} is a file — choose another --out")
-    names = sorted(os.listdir(out))
+    names = sorted(set(os.listdir(out)) - OF_THE_SYSTEM)
     listed = listed_in(out / "meta.json")
     foreign = [name for name in names if not OURS.fullmatch(name) and name not in listed]
     if "meta.json" not in names:
@@ -184,18 +183,36 @@ def check_replaceable(out, name):
     if foreign:
         raise UserError(f"{out} holds {foreign[0]}, which prepare_data.py did not write — choose "
                         f"another --out")
-    present = source_in(out / "meta.json")
+    present, _ = source_in(out / "meta.json")
     if names and present != name:
         raise UserError(f"{out} holds what was prepared from {present} — choose another --out, or "
                         f"delete it")
 
 
+def default_out(name, paths):
+    """data/NAME. Raises UserError if it was prepared from other paths: it would be replaced."""
+    out = Path("data", name)
+    _, before = source_in(out / "meta.json")
+    if before is not None and before != resolved(paths):
+        raise UserError(f"{out} holds what was prepared from {', '.join(before[:3]) or 'the hub'} "
+                        f"— choose another folder with --out, or delete it")
+    return out
+
+
+def resolved(paths):
+    """Whole paths, as meta.json tells them."""
+    return sorted({str(path.resolve()) for path in paths or []})
+
+
 def source_in(meta):
-    """The name of the source in a meta.json."""
+    """(the name of the source in a meta.json, the paths that were given; None if it does not tell
+    them)."""
     try:
-        return parse_json(meta.read_bytes())["source"]["name"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "an unknown source"
+        source = parse_json(meta.read_bytes())["source"]
+        paths = source.get("paths")
+        return str(source["name"]), None if paths is None else list(map(str, paths))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "an unknown source", None
 
 
 def listed_in(meta):
@@ -239,7 +256,7 @@ def prepare_text(paths, out, vocab_size=DEFAULT_VOCAB_SIZE, separator=None):
     pieces = documents.split(read_all_pieces(files, separator))
     passages = PassageCounter(documents.total)
     names = [file.name for file in files]
-    source = {"name": "text", "files": names, "separator": separator}
+    source = {"name": "text", "files": names, "paths": resolved(paths), "separator": separator}
     with new_folder(Path(out), partial(check_replaceable, name="text")) as folder:
         write_shards(folder, passages.watch(pieces), tokenizer, source, documents.total)
     passages.report()
@@ -260,6 +277,7 @@ def prepare_fineweb(out, vocab_size, sample, max_tokens, paths, tokenized):
             saved = read_progress(folder)
             source, files = fineweb.from_hub(sample, tokenized, downloads,
                                              saved and saved["settings"])
+        source["paths"] = resolved(paths)
         settings = {"source": source, "files": files.rows, "vocab_size": vocab_size,
                     "max_tokens": max_tokens}
         progress = begin_or_go_on(folder, settings)
@@ -458,21 +476,21 @@ def prepare_adopted(out, shards_of, trust=False):
 def prepare_hellaswag(out, paths):
     """Write the validation questions of HellaSwag."""
     with new_folder(out, partial(check_replaceable, name="hellaswag")) as folder:
-        rows = rows_from(folder, paths, hellaswag.REPO, hellaswag.SPLIT)
+        rows = rows_from(folder, paths, hellaswag.REPO, hellaswag.SPLIT, hellaswag.FIELDS)
         questions = (hellaswag.question_of(row, place) for place, row in rows)
-        write_rows(folder / "hellaswag.jsonl", questions)
+        write_rows(folder / "hellaswag.jsonl", questions, paths)
 
 
 def prepare_alpaca(out, paths):
     """Write the instructions of alpaca-cleaned, or others in its form."""
     with new_folder(out, partial(check_replaceable, name="alpaca")) as folder:
-        rows = rows_from(folder, paths, alpaca.REPO, "")
-        write_rows(folder / "alpaca.jsonl", alpaca.usable(rows))
+        rows = rows_from(folder, paths, alpaca.REPO, "", alpaca.FIELDS)
+        write_rows(folder / "alpaca.jsonl", alpaca.usable(rows), paths)
 
 
-def rows_from(folder, paths, repo, word):
-    """Yield (place, row) of all rows of local files, or of those files of a dataset on the hub
-    whose name has the word, which are downloaded into the folder for now."""
+def rows_from(folder, paths, repo, word, names):
+    """Yield (place, row with the fields `names`) of all rows of local files, or of those files of a
+    dataset on the hub whose name has the word, which are downloaded into the folder for now."""
     downloads = folder / "downloads"
     if paths:
         files = hub.LocalFiles(tables.find(paths))
@@ -485,11 +503,11 @@ def rows_from(folder, paths, repo, word):
             raise UserError(f"{repo} has no such files any more — look at it on the hub, download "
                             f"its files, and give them with --from")
         files = hub.Downloads(repo, commit, listed, downloads)
-    yield from tables.rows_of(files)
+    yield from tables.rows_of(files, names)
     delete(downloads)
 
 
-def write_rows(file, rows):
+def write_rows(file, rows, paths):
     """Write rows as JSON lines, and a meta.json beside them. Raises UserError if there is none."""
     n = 0
     with open(file, "w", encoding="utf-8") as lines:
@@ -498,7 +516,8 @@ def write_rows(file, rows):
             n += 1
     if n == 0:
         raise UserError("no usable row in these files — give others with --from")
-    write_json(file.with_name("meta.json"), {"source": {"name": file.stem}, "rows": n})
+    source = {"name": file.stem, "paths": resolved(paths)}
+    write_json(file.with_name("meta.json"), {"source": source, "rows": n})
     print(f"{file.name}: {n:,} rows")
 
 
@@ -598,11 +617,11 @@ def main(argv=None):
         return
     start = time.monotonic()
     name = args.command
-    if name == "text":
-        name = args.paths[0].resolve().name.split(".")[0]
+    if name == "text":  # .notes.txt → notes
+        name = args.paths[0].resolve().name.lstrip(".").split(".")[0] or "text"
     if name == "adopt":
         name = args.folder.resolve().name
-    out = args.out or Path("data", name)
+    out = args.out or default_out(name, getattr(args, "paths", None))
     if args.command == "pydocs":
         prepare_pydocs(out, args.vocab_size, args.quality, args.val_quality)
     elif args.command == "text":
@@ -617,7 +636,7 @@ def main(argv=None):
     else:
         prepare_alpaca(out, args.paths)
     seconds = time.monotonic() - start
-    following = NEXT.get(args.command, "train.py --data {out}").format(out=shlex.quote(str(out)))
+    following = NEXT.get(args.command, "train.py --data {out}").format(out=quoted(out))
     print(f"{out} is ready after {seconds:.0f} s. Next: python {following}")
 
 

@@ -8,6 +8,7 @@
     echo "What is a list?" | python sample.py runs/tiny-sft --chat --temperature 0
 """
 import codecs
+import contextlib
 import sys
 from pathlib import Path
 
@@ -20,7 +21,8 @@ from support.chat import SYSTEM, encode_chat
 from support.devices import choose_device, choose_dtype, refuse_processes
 from support.durable import checkpoints
 from support.flags import Parser, count, number, text
-from support.runs import UserError, beginning, newest_run, note, script, settings_of
+from support.runs import (UserError, beginning, newest_run, note, quoted, script, settings_of,
+                          trained_window, visible)
 
 
 def stream(model, tokenizer, ids, max_new_tokens, args, generator):
@@ -34,12 +36,12 @@ def stream(model, tokenizer, ids, max_new_tokens, args, generator):
     for next_id in new:
         if int(next_id) == tokenizer.eot:
             break
-        yield decoder.decode(tokenizer.decode_bytes([int(next_id)]))
+        yield visible(decoder.decode(tokenizer.decode_bytes([int(next_id)])))
     yield decoder.decode(b"", final=True)
 
 
-def continue_prompts(model, tokenizer, args, generator):
-    """Print the continuations of all prompts."""
+def continue_prompts(model, tokenizer, args, trained):
+    """Print the continuations of all prompts. trained: tokens of the windows of training."""
     window = model.config.max_seq_len
     first = True
     for prompt in args.prompt or [""]:
@@ -47,12 +49,17 @@ def continue_prompts(model, tokenizer, args, generator):
         if len(ids) > window:
             print(f"note: the prompt has {len(ids)} tokens, the model reads the last {window}",
                   file=sys.stderr)
+        most = args.max_new_tokens or max(1, min(200, trained - len(ids)))
+        if len(ids) + most > trained:
+            print(f"note: the model was trained in windows of {trained} tokens; behind that its "
+                  f"text gets worse", file=sys.stderr)
+        generator = torch.Generator().manual_seed(args.seed)  # the same for each prompt
         for _ in range(args.samples):
             if not first:
                 print("---")
             first = False
             print(prompt, end="", flush=True)
-            for piece in stream(model, tokenizer, ids, args.max_new_tokens, args, generator):
+            for piece in stream(model, tokenizer, ids, most, args, generator):
                 print(piece, end="", flush=True)
             print()
 
@@ -75,12 +82,13 @@ def trajectory(run, args, device, autocast):
         usable += 1
         for prompt in prompts:
             sample = continue_prompt(model, tokenizer, prompt, autocast, **options)
-            print(f"{step:>9,} | {prompt} | {' '.join(sample['text'].split())}", flush=True)
+            print(f"{step:>9,} | {prompt} | {visible(' '.join(sample['text'].split()))}",
+                  flush=True)
             note(run, {"event": "sample", "step": step, "dtype": args.dtype, **sample, **options},
                  began)
     if usable == 0:
         raise UserError(f"{run}: no usable checkpoint — train it first: python train.py --run "
-                        f"{run}")
+                        f"{quoted(run)}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -130,16 +138,23 @@ class Chat:
 
 
 def talk(chat):
-    """Answer the lines of stdin, one after another."""
+    """Answer the questions on stdin, one after another; a line that ends with a backslash goes on
+    in the next."""
     prompt = ""
     if sys.stdin.isatty():
         prompt = "\nyou: "
-        print("Ask something. /reset forgets the conversation; /exit, Ctrl-D or Ctrl-C leave.")
+        with contextlib.suppress(ImportError):  # not on Windows
+            import readline  # noqa: F401  arrow keys and history in input()
+        print("Ask something; \\ at the end of a line: it goes on in the next. /reset forgets the "
+              "conversation; /exit, Ctrl-D or Ctrl-C leave.")
     while True:
         try:
-            question = input(prompt).strip()
+            question = input(prompt).rstrip()
+            while question.endswith("\\"):
+                question = f"{question[:-1]}\n{input('  ... ' if prompt else '').rstrip()}"
         except EOFError:
             return
+        question = question.strip()
         if question == "/exit":
             return
         if question == "/reset":
@@ -160,7 +175,7 @@ def system_prompt(run, args):
     tuned = settings_of(run).get("system")
     if tuned is None:
         print(f"note: {run} was never tuned to answer; it only continues the text — tune it: "
-              f"python sft.py {run}", file=sys.stderr)
+              f"python sft.py {quoted(run)}", file=sys.stderr)
         tuned = SYSTEM
     if args.system is not None:
         return args.system
@@ -183,12 +198,14 @@ def read_arguments(argv):
     add("--chat", action="store_true", help="answer the lines of stdin in turn; /reset, /exit")
     add("--system", type=text, help="how the conversation begins; without it as in the tuning")
     add("--samples", type=count, default=1, help="continuations of each prompt")
-    add("--max_new_tokens", type=count, help="without it 200, with --trajectory 80")
+    add("--max_new_tokens", type=count, help="without it 200, or what the windows of training "
+        "have room for; with --trajectory 80")
     add("--temperature", type=number(float, 0, 100), default=0.8, help="0: the likeliest token")
     add("--top_k", type=count, help="draw among the k likeliest tokens only")
     add("--top_p", type=number(float, 1e-6, 1), default=0.95,
         help="draw among the likeliest tokens that together have this probability")
-    add("--seed", type=number(int, 0, 2**63 - 1), default=0, help="same seed, same text")
+    add("--seed", type=number(int, 0, 2**63 - 1), default=0,
+        help="same seed and prompt, same text")
     add("--device", help="cpu, cuda, cuda:1 …; without it cuda if there is one")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of matrix products; the "
         "shorter ones are faster on a GPU, and change the text")
@@ -200,7 +217,7 @@ def read_arguments(argv):
                         "--samples and --trajectory")
     if args.system is not None and not args.chat:
         raise UserError("--system is for --chat — give both, or leave it out")
-    if args.max_new_tokens is None:
+    if args.max_new_tokens is None and (args.trajectory or args.chat):
         args.max_new_tokens = 80 if args.trajectory else 200
     return args
 
@@ -217,16 +234,17 @@ def main(argv=None):
         trajectory(run, args, device, autocast)
         return
     model, tokenizer, _ = load_model(run, args.step, device)
-    generator = torch.Generator().manual_seed(args.seed)
     if not args.chat:
         with autocast:
-            continue_prompts(model, tokenizer, args, generator)
+            trained = trained_window(settings_of(run), model.config.max_seq_len)
+            continue_prompts(model, tokenizer, args, trained)
         return
     if sys.stdin is None:
         raise UserError("--chat reads questions from standard input, which is closed — open it, or "
                         "give a --prompt")
     if hasattr(sys.stdin, "reconfigure"):
         sys.stdin.reconfigure(errors="replace")  # bytes that are not UTF-8 become U+FFFD
+    generator = torch.Generator().manual_seed(args.seed)
     chat = Chat(model, tokenizer, system_prompt(run, args), args, generator)
     with autocast:
         talk(chat)

@@ -33,7 +33,9 @@ from model import Llama
 from support import chat, durable, fast, flags, lora
 from support.chat import IGNORE, Batches, Examples
 from support.devices import check_equal, complete_rows, end_processes, processes, say
-from support.runs import UserError, is_finished, is_tuned, newest_run, script, settings_of
+from support.rows import listed
+from support.runs import (UserError, is_finished, is_tuned, newest_run, quoted, script,
+                          settings_of)
 from train import Batch, begin, finish, open_run, parse_settings, prepare, train
 
 # -------------------------------------------------------------------------------------------------
@@ -43,7 +45,8 @@ from train import Batch, begin, finish, open_run, parse_settings, prepare, train
 def main(argv=None):
     run, args, machine, state = open_run(argv, read_settings)
     if is_finished(run, state, args.max_steps):
-        say(f"{run} is finished: {args.max_steps} steps — next: python sample.py {run} --chat")
+        say(f"{run} is finished: {args.max_steps} steps — next: python sample.py {quoted(run)} "
+            f"--chat")
         return end_processes(0)
     weights = open_base(args, run, state)
     model = make_model(args, weights).to(machine.device)
@@ -92,8 +95,8 @@ def main(argv=None):
                      tokens=int(examples.lengths[rows].sum()))  # without padding
 
     stopped = train(run, args, machine, prepared, constants, read_step, observer, log)
-    advice = [f"python sample.py {run} --chat", f"python evaluate.py {run}",
-              f"open {run}/trajectory.md: base and tuned model side by side"]
+    advice = ["python sample.py {run} --chat", "python evaluate.py {run}",
+              "open {run}/trajectory.md: base and tuned model side by side"]
     return finish(run, log, prepared.progress.step, stopped, advice)
 
 
@@ -129,7 +132,9 @@ def open_instructions(args, state, tokenizer, window):
     if state is not None and state["data"] != fingerprint:
         raise UserError(f"{file} is not the file that this run was tuned on — restore it, or "
                         f"choose another --run")
-    chats, splits, bad = chat.read_instructions(file, args.skip_bad)
+    chats, splits, bad, unread = chat.read_instructions(file, args.skip_bad)
+    if unread:
+        say(f"{file}: fields that are not read: {listed(unread)}")
     training, held_out = chat.hold_out(chats, splits, args.held_out, args.seed)
     if any(splits) and args.held_out != HELD_OUT:
         say(f"{file}: its rows have a \"split\", so --held_out is not used")

@@ -16,7 +16,7 @@ import argparse
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from support import cpu  # before torch, which reads its settings once
@@ -34,7 +34,7 @@ from support.devices import (StopSignals, any_process, check_equal, end_processe
                              wait_for_rank_0)
 from support.files import write_json
 from support.memory import checkpoint_activations
-from support.runs import (Log, UserError, as_text, changes, claim, due, is_finished, script,
+from support.runs import (Log, UserError, as_text, changes, claim, due, is_finished, quoted, script,
                           start_over)
 
 EMBEDDED = "data/pydocs"  # text that every computer with Python has; prepared when it is missing
@@ -273,7 +273,7 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
 def main(argv=None):
     run, args, machine, state = open_run(argv, read_settings)
     if is_finished(run, state, args.max_steps):
-        say(f"{run} is finished: {args.max_steps} steps — next: python sample.py {run}")
+        say(f"{run} is finished: {args.max_steps} steps — next: python sample.py {quoted(run)}")
         return end_processes(0)
     data = open_data(args.data, state)
     windows = Windows(data.train, args.seq_len, data.vocab_size, args.seed, args.shuffle)
@@ -305,8 +305,8 @@ def main(argv=None):
 
     stopped = train(run, args, machine, prepared, constants, read_step, observer, log)
     return finish(run, log, prepared.progress.step, stopped, advice=[
-        f"python sample.py {run} --prompt \"The function\"",
-        f"python evaluate.py {run} --step 1", f"python sft.py {run}"])
+        "python sample.py {run} --prompt \"The function\"",
+        "python evaluate.py {run} --step 1", "python sft.py {run}"])
 
 
 def open_run(argv, read_settings):
@@ -356,25 +356,27 @@ def make_model(args, state, vocab_size):
                             f"{config.vocab_size} (windows of {args.seq_len} and "
                             f"{config.max_seq_len}) — restore the data, or choose another --run")
         return model
-    preset = PRESETS[args.preset]
+    config = PRESETS[args.preset]
     given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    padded = None  # to the next multiple of 128
+    if args.init_from:
+        weights, _ = checkpoint.load_weights(args.init_from)
+        config = checkpoint.read_config(weights["config"])
+        padded = config.padded_vocab_size
+        # Shapes do not tell everything: vocabularies may be padded to the same size.
+        for name, value in {**given, "vocab_size": vocab_size}.items():
+            if getattr(config, name) != value:
+                raise UserError(f"{args.init_from} has {name} {getattr(config, name)}, here "
+                                f"{value} — leave the flag out, or prepare data with this "
+                                f"--vocab_size")
     try:
-        config = replace(preset, **given, vocab_size=vocab_size, padded_vocab_size=None,
-                         max_seq_len=max(preset.max_seq_len, args.seq_len))
+        config = replace(config, **given, vocab_size=vocab_size, padded_vocab_size=padded,
+                         max_seq_len=max(config.max_seq_len, args.seq_len))
     except ValueError as why:
         raise UserError(f"{why} — give other sizes") from None
     torch.manual_seed(args.seed)
     model = Llama(config)
     if args.init_from:
-        weights, _ = checkpoint.load_weights(args.init_from)
-        # Shapes do not tell everything: 2 heads of 64 and 4 of 32 have the same, and so have
-        # vocabularies that are padded to the same size.
-        theirs = asdict(checkpoint.read_config(weights["config"]))
-        differ = [f"{name} {theirs[name]}, here {value}" for name, value in asdict(config).items()
-                  if value != theirs[name] and name != "max_seq_len"]
-        if differ:
-            raise UserError(f"{args.init_from} has weights of another network: {', '.join(differ)} "
-                            f"— choose its preset, and data of its vocabulary")
         checkpoint.restore_weights(weights, model)
     return model
 
@@ -436,7 +438,7 @@ def finish(run, log, step, stopped, advice):
     if log.file is not None:  # on rank 0
         draw(run)
     log.say(f"done: {step} steps, {log.minutes():.1f} minutes. What to try next:")
-    log.say("\n".join(f"  {command}" for command in advice))
+    log.say("\n".join(f"  {line.format(run=quoted(run))}" for line in advice))
     return end_processes(0)
 
 
@@ -470,7 +472,8 @@ def read_settings(argv, saved=None):
     flags.add_settings(parser)
     add = parser.add_argument_group("pretraining").add_argument
     add("--data", default="data/fineweb-edu", help="folder from prepare_data.py")
-    add("--init_from", metavar="RUN", help="start from the weights of this run")
+    add("--init_from", metavar="RUN", help="start from the weights of this run, which also tell "
+        "the sizes of the network; --preset then gives the other settings")
     add("--batch_tokens", type=flags.count, default=524_288,
         help="tokens per step, over all processes")
     add("--seq_len", type=flags.count, default=1024, help="tokens per sequence")
@@ -514,10 +517,10 @@ def introduce(args, model, world):
     config = model.config
     accumulation = args.batch_tokens // (args.micro_batch * args.seq_len * world)
     return "\n".join([
-        f"model   {args.preset}: {sum(p.numel() for p in model.parameters()):,} parameters, "
-        f"{config.n_layers} layers of {config.dim}, {config.n_heads} query heads on "
-        f"{config.n_kv_heads} key/value; {flops_per_token(config, args.seq_len) / 1e9:.3f} "
-        f"GFLOP/token",
+        f"model   {args.init_from or args.preset}: "
+        f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.n_layers} layers of "
+        f"{config.dim}, {config.n_heads} query heads on {config.n_kv_heads} key/value; "
+        f"{flops_per_token(config, args.seq_len) / 1e9:.3f} GFLOP/token",
         f"batch   {args.batch_tokens:,} tokens/step = {args.micro_batch} sequences x "
         f"{args.seq_len} tokens x {accumulation} accumulation x {world} process(es); "
         f"{args.max_steps:,} steps",

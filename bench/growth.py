@@ -8,12 +8,13 @@ import json
 import sys
 from dataclasses import replace
 
-from tqdm import tqdm
 
 from bench.measure import in_fresh_process, matmul_rate
 from bench.plan import peak_of_step
 from bench.step import DEFAULT, SIZES
 from model import ModelConfig, flops_per_token
+from plot_dynamics import open_figure
+from support.progress import tqdm
 from support.runs import UserError, parse_json
 
 DIMS = (128, 256, 512, 1024)          # with windows of 256 tokens
@@ -103,8 +104,7 @@ def growth_table(rows):
 
 def draw(rows, path):
     """Four panels: tokens/s and memory, against dim and against the window."""
-    from matplotlib.figure import Figure  # takes a second
-    figure = Figure(figsize=(10, 7), layout="constrained", dpi=110)
+    figure = open_figure((10, 7))
     panels = figure.subplots(2, 2, sharey="row")
     columns = [("dim", "seq_len", "width of the network (dim), windows of 256 tokens"),
                ("seq_len", "dim", "window in tokens, dim 256")]

@@ -13,12 +13,12 @@ from statistics import median
 from tempfile import TemporaryDirectory
 
 import torch
-from tqdm import tqdm
 
 from bench.measure import in_fresh_process, matmul_rate, report, seconds_of
 from bench.theirs import in_transformers, their_loss
 from model import ModelConfig, flops_per_token
 from support import fast
+from support.progress import tqdm
 from support.runs import UserError
 from train import make_optimizer, read_settings
 

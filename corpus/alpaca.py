@@ -2,19 +2,16 @@
 from support import chat
 
 REPO = "yahma/alpaca-cleaned"
+FIELDS = chat.FIELDS
 
 
 def usable(rows):
-    """Yield the fields that sft.py reads of each row, given as (place, row), that can be trained
-    on: one without an answer, for example, cannot. Prints how many cannot."""
+    """Yield those of the rows, given as (place, row), that can be trained on: one without an
+    answer, for example, cannot. Prints how many cannot."""
     bad = []
     for place, row in rows:
-        row = {name: row[name] for name in ("instruction", "input", "output", "messages", "split")
-               if name in row}
         try:
             chat.messages_of(row)
-            if not isinstance(row.get("split"), str | None):
-                raise ValueError('"split" must be a string')
             yield row
         except ValueError as why:
             bad.append(f"{place}: {why}")

@@ -3,11 +3,11 @@ import array
 import zlib
 
 import numpy as np
-from tqdm import tqdm
 
 from corpus.pydocs import VAL_SHARE, stable_hash
+from support.progress import tqdm
 from support.runs import UserError
-from corpus.textfiles import JSON_LINES, has_suffix, read_pieces
+from corpus.textfiles import JSON, has_suffix, read_pieces
 
 
 class Documents:
@@ -35,7 +35,7 @@ class Documents:
                 documents = len(keys) - before
                 if documents == 0:
                     empty.append(str(file))
-                if documents > 1 and not has_suffix(file, JSON_LINES):
+                if documents > 1 and not has_suffix(file, JSON):
                     is_separated = True
         if empty:
             print(f"{len(empty)} files hold no text: {', '.join(empty[:5])}")

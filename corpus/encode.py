@@ -3,7 +3,9 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import sys
 import threading
+import types
 from collections import deque
 from concurrent.futures import BrokenExecutor, ProcessPoolExecutor
 from functools import partial
@@ -11,7 +13,7 @@ from functools import partial
 import numpy as np
 
 from corpus.textfiles import PIECE_SIZE
-from support.runs import UserError
+from support.runs import UserError, first_line_of, warn
 
 worker_tokenizer = None  # of this process, if it is a worker
 
@@ -29,15 +31,28 @@ def end_with_parent():
 
 
 @contextlib.contextmanager
-def interrupts_held_back():
-    if not hasattr(signal, "pthread_sigmask"):  # Windows
-        yield
-        return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+def as_worker():
+    """Within it a process that starts ignores Ctrl-C, which is for its parent, and does not run the
+    user's script again: that may be a notebook, standard input, or a file without the line `if
+    __name__ == "__main__":`."""
+    main = sys.modules["__main__"]
+    sys.modules["__main__"] = types.ModuleType("__main__")
+    can_block = hasattr(signal, "pthread_sigmask")  # not on Windows
+    if can_block:
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        sys.modules["__main__"] = main
+        if can_block:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def usable_cores():
+    """The cores that this process may use: fewer than the machine has in a container or a job."""
+    if hasattr(os, "sched_getaffinity"):  # Linux
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count()
 
 
 def encode(text, starts, tokenizer=None):
@@ -53,28 +68,40 @@ def encode_in_worker(pieces):
     return [encode(text, starts) for text, starts in pieces]
 
 
+def start_workers(tokenizer):
+    """A pool of processes, one for each core; None where the system has no means for it, or one
+    core."""
+    cores = usable_cores()
+    if cores == 1:
+        return None
+    context = multiprocessing.get_context("spawn")  # a fork would take our locks along
+    make_tokenizer = partial(type(tokenizer), tokenizer.vocab_size)
+    try:
+        return ProcessPoolExecutor(cores, context, start_worker, (make_tokenizer,))
+    except (ImportError, NotImplementedError, OSError) as error:  # no semaphores
+        warn(f"no other processes here ({first_line_of(error)}), so one encodes")
+        return None
+
+
 def encode_all(batches, tokenizer, parallel):
     """Yield (items, ids of each) for all batches, in order; ids as from `encode`.
 
     batches: lists of (item, text, starts). parallel: in processes, one for each core. (Threads are
     not enough: on two cores they were 1.6 times as fast as one, two processes 1.9 times.)"""
-    if not parallel:
+    workers = start_workers(tokenizer) if parallel else None
+    if workers is None:
         for batch in batches:
             items = [item for item, _, _ in batch]
             yield items, [encode(text, starts, tokenizer) for _, text, starts in batch]
         return
-    cores = os.cpu_count()
     # Enough for a second, in which a shard is written, and so few that they fit in memory.
-    most = max(128, 4 * cores)
-    context = multiprocessing.get_context("spawn")  # a fork would take our locks along
-    make_tokenizer = partial(type(tokenizer), tokenizer.vocab_size)
-    workers = ProcessPoolExecutor(cores, context, start_worker, (make_tokenizer,))
+    most = max(128, 4 * usable_cores())
     try:
         running = deque()  # (items, future), oldest first
         for batch in batches:
             items = [item for item, _, _ in batch]
             pieces = [(text, starts) for _, text, starts in batch]
-            with interrupts_held_back():  # a new process inherits this: a Ctrl-C is for this one
+            with as_worker():
                 running.append((items, workers.submit(encode_in_worker, pieces)))
             if len(running) > most:
                 items, future = running.popleft()

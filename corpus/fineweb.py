@@ -1,6 +1,8 @@
 """fineweb.py — FineWeb-Edu: web pages chosen for what they teach (Penedo et al. 2024, arXiv
 2406.17557), from the hub or from files on this disk."""
 from corpus import hub, tables
+from corpus.textfiles import report_empty
+from support.rows import text_of
 from support.runs import UserError
 
 REPO = "HuggingFaceFW/fineweb-edu"
@@ -9,7 +11,7 @@ TOKENIZED = "kjj0/finewebedu10B-gpt2"  # the same as tokens, in llm.c's format
 
 def from_disk(paths):
     """(where the text is from, files) of files and folders on this disk."""
-    files = hub.LocalFiles(tables.find(paths, column="text"))
+    files = hub.LocalFiles(tables.find(paths, needed="text"))
     return {"name": "fineweb-edu", "files": [path.name for path in files.paths]}, files
 
 
@@ -34,11 +36,18 @@ def from_hub(sample, tokenized, downloads, saved):
 
 def read_from(files, file, row):
     """Yield ((file, row, share of all files read), text, True) of all texts from a row of a file
-    on. Texts of blanks, and rows without one, are left out."""
+    on. Rows without text are passed over, and counted; a file of such rows is a UserError."""
     n_files = len(files.names)
     for i in range(file, n_files):
         path = files.get(i)
-        for first, texts, share in tables.read_rows(path, "text", row if i == file else 0):
-            for place, text in enumerate(texts):
+        begin = row if i == file else 0
+        without = 0
+        number = begin - 1
+        for first, rows, share in tables.read_rows(path, ("text",), begin):
+            for number, (place, found) in enumerate(rows, first):
+                text = text_of(found, place, "text")
                 if text is not None and text.strip():
-                    yield (i, first + place, (i + share) / n_files), text, True
+                    yield (i, number, (i + share) / n_files), text, True
+                else:
+                    without += 1
+        report_empty(files.names[i], without, number + 1 - begin)

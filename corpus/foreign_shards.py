@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
 from corpus.textfiles import is_hidden, report_unread
+from support.files import OF_THE_SYSTEM
+from support.progress import tqdm
 from support.runs import UserError, first_line_of
 
 LLMC_MAGIC = 20240520
@@ -43,7 +44,7 @@ def foreign_shards(folder, tokenizer, trust=False):
         word = split_of(file)
         if word is not None and not is_hidden(file, folder):  # the file system of a Mac leaves some
             splits[word].append(open_foreign(file))
-        elif not file.is_dir():
+        elif not file.is_dir() and file.name not in OF_THE_SYSTEM:
             unread.append(file)
     report_unread(folder, unread, f"only {' and '.join(SUFFIXES)} with the word \"train\" or "
                                   f"\"val\" in the name are")

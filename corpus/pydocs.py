@@ -28,8 +28,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from tqdm import tqdm
 
+from support.progress import tqdm
 from support.runs import UserError
 
 VAL_SHARE = 0.05  # of the source files here; of the documents or characters in prepare_data.py

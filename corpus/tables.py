@@ -1,46 +1,49 @@
 """tables.py — files of rows, read in batches, from any row on: parquet, JSON lines, a JSON array.
 
-Of a parquet file only the wanted column is read, and little of it at a time: FineWeb-Edu's files
+Of a parquet file only the wanted columns are read, and little of it at a time: FineWeb-Edu's files
 have 2 GB each. pyarrow is imported where it is used: without parquet it is not needed.
 """
-from corpus.textfiles import find_files, has_suffix, read_lines
-from support.runs import UserError, first_line_of, parse_json
+from collections import Counter
+
+from corpus.textfiles import find_files, has_suffix
+from support.rows import fields_of, listed, read_json_rows
+from support.runs import UserError, first_line_of
 
 SUFFIXES = (".parquet", ".jsonl", ".jsonl.gz", ".json")
 ROWS_AT_ONCE = 64  # 300 kB of FineWeb-Edu; but a text may have millions of characters
 
 
-def find(paths, column=None):
+def find(paths, needed=None):
     """The files of rows among `paths` and in the folders among them. Raises UserError if there are
-    none, or parquet files that are damaged or have no such column of text."""
-    # A .json in a folder tells about the other files, rather than being one.
-    in_folders = tuple(suffix for suffix in SUFFIXES if suffix != ".json")
-    files = find_files(paths, SUFFIXES, in_folders)
+    none, or parquet files that are damaged or have no column `needed` with text."""
+    files = find_files(paths, SUFFIXES)
     for file in files:
         if has_suffix(file, ".parquet"):
-            open_parquet(file, column)  # at once, not after hours
+            open_parquet(file, needed)  # at once, not after hours
     return files
 
 
-def rows_of(files):
-    """Yield (place, row as a dict) of all rows of all files."""
-    for i, name in enumerate(files.names):
-        for first, rows, _ in read_rows(files.get(i)):
-            for place, row in enumerate(rows, first):
-                yield f"{name}, row {place}", row
+def rows_of(files, names):
+    """Yield (place, row with those of the fields `names` that it has) of all rows of all files;
+    prints which fields are not read."""
+    unread = Counter()
+    for i in range(len(files.names)):
+        for _, rows, _ in read_rows(files.get(i), names, unread=unread):
+            yield from rows
+    if unread:
+        print(f"fields that are not read: {listed(unread)}")
 
 
-def read_rows(path, column=None, start=0):
-    """Yield (number of the first row, values, share) in batches. The values are those of `column`,
-    or without one the whole rows as dicts; None where the file has null. share: how much of the
-    file has been read, from 0 to 1.
+def read_rows(path, names, start=0, unread=None):
+    """Yield (number of the first row, [(place, row)], share) in batches. A row is a dict with those
+    of the fields `names` that it has; null is as if the field were absent. share: how much of the
+    file has been read, from 0 to 1. unread: a Counter of other fields.
 
-    Raises UserError, naming file and row, if the file is damaged or has no such column."""
+    Raises UserError, naming file and row, if the file is damaged."""
+    unread = Counter() if unread is None else unread
     if has_suffix(path, ".parquet"):
-        return read_parquet(path, column, start)
-    if has_suffix(path, ".json"):
-        return read_json_array(path, column, start)
-    return read_json_rows(path, column, start)
+        return read_parquet(path, names, start, unread)
+    return read_json(path, names, start, unread)
 
 
 def import_parquet():
@@ -52,9 +55,9 @@ def import_parquet():
     return pyarrow
 
 
-def open_parquet(path, column):
-    """The pyarrow ParquetFile. Raises UserError if it cannot be read, or has no such column of
-    text."""
+def open_parquet(path, needed=None):
+    """The pyarrow ParquetFile. Raises UserError if it cannot be read, has two columns of one name,
+    or has no column `needed` with text."""
     pyarrow = import_parquet()
     try:
         # Without pre_buffer, and with a buffer, a row group is read page by page.
@@ -65,34 +68,40 @@ def open_parquet(path, column):
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a whole parquet file ({first_line_of(error)}) — download or "
                         f"copy it again") from None
-    if column is None:
+    twice = [name for name, n in Counter(schema.names).items() if n > 1]
+    if twice:
+        raise UserError(f"{path}: two columns have the name \"{twice[0]}\" — rename or remove one")
+    if needed is None:
         return file
-    if column not in schema.names:
-        raise UserError(f"{path}: no column \"{column}\", it has {', '.join(schema.names[:8])} — "
+    if needed not in schema.names:
+        raise UserError(f"{path}: no column \"{needed}\", it has {', '.join(schema.names[:8])} — "
                         f"rename the one with the text")
-    kind = schema.field(column).type
+    kind = schema.field(needed).type
     if pyarrow.types.is_dictionary(kind):
         kind = kind.value_type
     types = pyarrow.types
     if not (types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)):
-        raise UserError(f"{path}: the column \"{column}\" holds {kind}, not text — convert it")
+        raise UserError(f"{path}: the column \"{needed}\" holds {kind}, not text — convert it")
     return file
 
 
-def read_parquet(path, column, start):
+def read_parquet(path, names, start, unread):
     pyarrow = import_parquet()
-    file = open_parquet(path, column)
+    file = open_parquet(path)
     total = file.metadata.num_rows
     group, row = group_of(file.metadata, start)
     groups = list(range(group, file.num_row_groups))
-    columns = None if column is None else [column]
+    columns = [name for name in file.schema_arrow.names if name in names]
+    unread.update({name: total for name in file.schema_arrow.names if name not in names})
     try:
         for batch in file.iter_batches(ROWS_AT_ONCE, groups, columns, use_threads=False):
-            values = batch.to_pylist() if column is None else batch.column(0).to_pylist()
-            skipped = min(len(values), max(0, start - row))
-            row += len(values)
-            if skipped < len(values):
-                yield row - len(values) + skipped, values[skipped:], row / total
+            rows = batch.to_pylist()
+            skipped = min(len(rows), max(0, start - row))
+            row += len(rows)
+            if skipped < len(rows):
+                first = row - len(rows) + skipped
+                yield first, [(f"{path}, row {number}", fields_of(found, path, names, unread))
+                              for number, found in enumerate(rows[skipped:], first)], row / total
     except (pyarrow.ArrowException, OSError) as error:
         raise UserError(f"{path}, after row {row}: damaged parquet file ({first_line_of(error)}) — "
                         f"download or copy it again") from None
@@ -112,58 +121,13 @@ def group_of(metadata, start):
     return metadata.num_row_groups, first
 
 
-def read_json_rows(path, column, start):
-    size = max(1, path.stat().st_size)
-    read = 0  # characters; of a gzipped file more than it has bytes
-    values = []
-    row = 0
-    for line_number, line in read_lines(path):
-        read += len(line)
-        if not line.strip():
-            continue
-        if row >= start:
-            values.append(parse_row(line, f"{path}, line {line_number}", column))
-        row += 1
-        if len(values) == ROWS_AT_ONCE:
-            yield row - len(values), values, min(1, read / size)
-            values = []
-    if values:
-        yield row - len(values), values, 1
-
-
-def parse_row(line, place, column):
-    """The row in a JSON line, or its value under `column`. Raises UserError naming the place."""
-    try:
-        row = parse_json(line)
-    except ValueError as why:
-        raise UserError(f"{place}: not valid JSON ({why}) — fix or remove this line") from None
-    return value_of(row, place, column)
-
-
-def read_json_array(path, column, start):
-    try:
-        rows = parse_json(path.read_text(encoding="utf-8-sig"))
-        if not isinstance(rows, list):
-            raise ValueError("not an array")
-    except ValueError as why:
-        raise UserError(f"{path}: not a JSON array ({first_line_of(why)}) — fix it, or, if it is "
-                        f"JSON lines, rename it to .jsonl") from None
-    for first in range(start, len(rows), ROWS_AT_ONCE):
-        part = rows[first:first + ROWS_AT_ONCE]
-        values = [value_of(row, f"{path}, row {first + i}", column) for i, row in enumerate(part)]
-        yield first, values, (first + len(part)) / len(rows)
-
-
-def value_of(row, place, column):
-    if not isinstance(row, dict):
-        raise UserError(f"{place}: not a JSON object — fix or remove it")
-    if column is None:
-        return row
-    value = row.get(column)
-    try:
-        if not isinstance(value, str | None) or column not in row:
-            raise ValueError
-        (value or "").encode()  # fails for half a surrogate pair
-    except ValueError:
-        raise UserError(f"{place}: expected a string \"{column}\" — fix or remove it") from None
-    return value
+def read_json(path, names, start, unread):
+    rows = []
+    for number, (place, row, share) in enumerate(read_json_rows(path)):
+        if number >= start:
+            rows.append((place, fields_of(row, place, names, unread)))
+        if len(rows) == ROWS_AT_ONCE:
+            yield number + 1 - len(rows), rows, share
+            rows = []
+    if rows:
+        yield number + 1 - len(rows), rows, 1

@@ -3,58 +3,54 @@
 A piece is (text, starts): a document, or a part of a long one, so that any file fits in memory.
 `starts` is True if a document begins with this piece.
 """
-import gzip
-import zlib
 from collections import Counter
 
-from support.runs import UserError, parse_json
+from support.files import OF_THE_SYSTEM
+from support.rows import fields_of, read_json_rows, read_lines, text_of
+from support.runs import UserError, warn
 
 PIECE_SIZE = 1 << 20  # characters, about
-JSON_LINES = (".jsonl", ".jsonl.gz")
-SUFFIXES = (".txt", ".md", *JSON_LINES)
+JSON = (".jsonl", ".jsonl.gz", ".json")
+SUFFIXES = (".txt", ".md", *JSON)
 
 
 def has_suffix(path, suffixes):
     return path.name.lower().endswith(suffixes)
 
 
-def find_files(paths, suffixes, in_folders=None):
-    """The files among `paths`, and those in the folders among them, each of them once. in_folders:
-    the suffixes that count there, if not all. Raises UserError if a path gives none."""
+def find_files(paths, suffixes):
+    """The files among `paths`, and those in the folders among them, each of them once and in an
+    order that does not depend on that of `paths`. Raises UserError if a path gives none."""
     found = {}  # real path → path, because two paths can lead to one file
     for path in paths:
         if not path.exists():
             raise UserError(f"{path}: no such file or folder — check the path")
-        wanted = suffixes
         files = [path]
         if path.is_dir():
-            wanted = in_folders or suffixes
-            files = files_in(path, wanted)
-        if not files or not has_suffix(files[0], wanted):
-            raise UserError(f"{path}: expected {', '.join(wanted)}, or a folder of these — "
+            files = files_in(path, suffixes)
+        if not files or not has_suffix(files[0], suffixes):
+            raise UserError(f"{path}: expected {', '.join(suffixes)}, or a folder of these — "
                             f"convert it to one of them")
         for file in files:
             found.setdefault(file.resolve(), file)
-    return list(found.values())
+    return [found[real] for real in sorted(found)]
 
 
 def files_in(folder, suffixes):
     """The files with one of these suffixes in a folder and the folders in it; prints what else is
-    there and is not read.
+    there and is not read. A .json beside others tells about them, rather than being one.
 
     Hidden ones are left out: editors and notebooks keep older versions in them. The files are
     sorted, because a file system lists them in any order."""
-    files = []
-    unread = []
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir() and not path.is_symlink():
-            continue
-        if path.is_file() and has_suffix(path, suffixes) and not is_hidden(path, folder):
-            files.append(path)
-        else:
-            unread.append(path)
-    report_unread(folder, unread, f"only {', '.join(suffixes)} are")
-    return files
+    every = [path for path in sorted(folder.rglob("*"))
+             if (path.is_symlink() or not path.is_dir()) and path.name not in OF_THE_SYSTEM]
+    files = [path for path in every if path.is_file() and has_suffix(path, suffixes)
+             and not is_hidden(path, folder)]
+    others = [path for path in files if not has_suffix(path, (".json",))]
+    read = others or files
+    report_unread(folder, sorted(set(every) - set(read)),
+                  f"only {', '.join(suffixes)} are, and .json if there is nothing else")
+    return read
 
 
 def is_hidden(path, folder):
@@ -72,45 +68,34 @@ def report_unread(folder, unread, why):
         print(f"{folder}: {len(unread)} files are not read ({listed}): {why}")
 
 
-def read_lines(path):
-    """Yield (line number, line) of a UTF-8 file, plain or gzipped. Raises UserError.
-
-    A byte-order mark at the start is dropped, and Windows line ends become \\n."""
-    open_file = gzip.open if has_suffix(path, ".gz") else open
-    line_number = 0
-    try:
-        with open_file(path, "rb") as file:
-            for line_number, line in enumerate(file, 1):
-                encoding = "utf-8-sig" if line_number == 1 else "utf-8"
-                yield line_number, line.decode(encoding).replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}, line {line_number}: not UTF-8 ({error.reason}) — convert the "
-                        f"file, e.g. with iconv") from None
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}, after line {line_number}: damaged gzip file ({error}) — download "
-                        f"or copy it again") from None
-
-
 def read_pieces(path, separator):
     """Yield the pieces (text, starts) of one file."""
-    if has_suffix(path, JSON_LINES):
-        return read_json_lines(path)
+    if has_suffix(path, JSON):
+        return read_json_texts(path)
     return read_plain_text(path, separator)
 
 
-def read_json_lines(path):
-    """Each line is a document: a JSON object with the key "text". Empty lines are skipped."""
-    for line_number, line in read_lines(path):
-        if not line.strip():
-            continue
-        try:
-            text = parse_json(line)["text"]
-            text.encode()  # fails for half a surrogate pair: JSON can write it, UTF-8 cannot
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f'{path}, line {line_number}: expected a JSON object with a string '
-                            f'"text" — fix or remove this line') from None
-        if text.strip():
+def read_json_texts(path):
+    """Each row is a document: a JSON object with the key "text". Rows without text are passed over
+    and counted. Raises UserError if no row has any."""
+    without = 0
+    n = 0
+    for place, row, _ in read_json_rows(path):
+        n += 1
+        text = text_of(fields_of(row, place, ("text",), Counter()), place, "text")
+        if text is not None and text.strip():
             yield text, True
+        else:
+            without += 1
+    report_empty(path, without, n)
+
+
+def report_empty(path, without, n):
+    """Print, once, how many of n rows have no text. Raises UserError if none has."""
+    if 0 < n == without:
+        raise UserError(f"{path}: no row has a string \"text\" — rename the field with the text")
+    if without > 0:
+        warn(f"{path}: {without:,} of {n:,} rows have no text and are passed over")
 
 
 def read_plain_text(path, separator):

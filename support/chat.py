@@ -3,11 +3,14 @@
 A file is JSON (one array) or JSON lines. Each row is a conversation, in Alpaca's form or as
 messages:
 
-    {"instruction": "Name a color.", "input": "", "output": "Red.", "split": "train"}
+    {"instruction": "Name a color.", "input": "", "output": "Red.", "split": "train",
+     "system": "You paint.", "history": [["Hello.", "Hi."], …]}
     {"messages": [{"role": "user", "content": "Name a color."},
                   {"role": "assistant", "content": "Red."}, …]}
 
-"input" and "split" may be left out.
+In Alpaca's form only "instruction" and "output" are needed. "history" are earlier questions and
+answers. A message with "weight": 0 (or "train", "training" or "loss": false) is read, and not
+learned.
 """
 import hashlib
 import json
@@ -16,9 +19,9 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
-from tqdm import tqdm
 
-from support import runs
+from support.progress import tqdm
+from support.rows import read_json_rows
 from support.runs import UserError
 
 # -------------------------------------------------------------------------------------------------
@@ -50,18 +53,19 @@ def chat_pieces(messages, system=SYSTEM):
 
 
 def encode_chat(tokenizer, messages, system=SYSTEM):
-    """(ids, is_answer): the tokens of a conversation, and for each whether it belongs to an answer.
-    The end-of-text after an answer belongs to it. All text is plain: "<|endoftext|>" in a question
-    or an answer ends nothing."""
+    """(ids, counts): the tokens of a conversation, and for each whether it is to be learned: those
+    of an answer are, with the end-of-text after it, unless its message has "counts": False. All
+    text is plain: "<|endoftext|>" in a question or an answer ends nothing."""
+    marks = [message.get("counts", True) for message in messages if message["role"] != "system"]
     ids = []
-    is_answer = []
-    for text, answer in chat_pieces(messages, system):
+    counts = []
+    for (text, is_answer), mark in zip(chat_pieces(messages, system), marks):
         piece = tokenizer.encode(text)
-        if answer:
+        if is_answer:
             piece.append(tokenizer.eot)
         ids += piece
-        is_answer += [answer] * len(piece)
-    return ids, is_answer
+        counts += [is_answer and mark] * len(piece)
+    return ids, counts
 
 
 # The same in Jinja, for the programs that read a Hugging Face folder. SYSTEM stands for the system
@@ -107,21 +111,23 @@ def system_of(template):
 LONGEST = 1_000_000  # characters of one text; a longer one is a broken file, not an example
 
 
+FIELDS = ("instruction", "input", "output", "system", "history", "messages", "split")
+MARKS = ("weight", "train", "training", "loss")  # of a message: 0 or false if it is not learned
+
+
 def read_instructions(path, skip_bad=False):
-    """(chats, splits, bad): the conversations of a file, the "split" of each or None, and how many
-    rows are bad.
+    """(chats, splits, bad, unread): the conversations of a file, the "split" of each or None, how
+    many rows are bad, and a Counter of the fields that are not read.
 
     Raises UserError naming line or index of the first bad row, unless skip_bad; also if nothing is
     left."""
     chats = []
     splits = []
     bad = 0
-    for place, row in read_rows(path):
+    unread = Counter()
+    for place, row, _ in read_json_rows(path):
         try:
             messages = messages_of(row)
-            split = row.get("split")
-            if not isinstance(split, str | None):
-                raise ValueError('"split" must be a string')
         except ValueError as why:
             if not skip_bad:
                 raise UserError(f"{place}: {why} — fix the row, or leave out all bad rows with "
@@ -129,53 +135,25 @@ def read_instructions(path, skip_bad=False):
             bad += 1
             continue
         chats.append(messages)
-        splits.append(split)
+        splits.append(row.get("split"))
+        unread.update(unread_in(row))
     if not chats:
         reason = f", all {bad} rows are bad" if bad else ""
         raise UserError(f"{path}: no conversation in it{reason} — give a file of instructions and "
                         f"answers")
-    return chats, splits, bad
+    return chats, splits, bad, unread
 
 
-def read_rows(path):
-    """Yield (place, row) for each row of the file; place is "FILE:LINE" or "FILE, row INDEX" (from
-    0). The row of a line that is not valid JSON is the ValueError that tells why.
-
-    Raises UserError if the file is one array that is not valid JSON."""
-    content = Path(path).read_bytes()
-    if content.lstrip().startswith(b"["):
-        try:
-            rows = parse_json(content)
-        except ValueError as why:
-            raise UserError(f"{path}: {why} — fix it (--skip_bad cannot help: the file is one JSON "
-                            f"array)") from None
-        for number, row in enumerate(rows):
-            yield f"{path}, row {number}", row
-        return
-    for number, line in enumerate(content.split(b"\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line, number)
-        except ValueError as why:
-            row = why
-        yield f"{path}:{number}", row
-
-
-def parse_json(content, first_line=1):
-    """The value of JSON text, which begins at `first_line` of its file. Raises ValueError, in a few
-    words."""
-    try:
-        return runs.parse_json(content.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        line = first_line + content[:error.start].count(b"\n")
-        raise ValueError(f"not valid UTF-8 (line {line})") from None
-    except json.JSONDecodeError as error:
-        line = first_line + error.lineno - 1
-        where = f"line {line} column {error.colno}"
-        raise ValueError(f"not valid JSON ({error.msg}: {where})") from None
-    except ValueError as error:
-        raise ValueError(f"not valid JSON ({error})") from None
+def unread_in(row):
+    """The names of what `messages_of` does not read of a row. (null is as if it were absent.)"""
+    names = {name for name, value in row.items() if value is not None and name not in FIELDS}
+    for message in row.get("messages") or []:
+        names |= {f"messages.{name}" for name, value in message.items()
+                  if value is not None and name not in ("role", "content", *MARKS)}
+    if row.get("messages") is not None:
+        names |= {name for name in ("instruction", "input", "output", "history")
+                  if row.get(name) is not None}
+    return names
 
 
 def messages_of(row):
@@ -184,10 +162,17 @@ def messages_of(row):
         raise row
     if not isinstance(row, dict):
         raise ValueError("not a JSON object")
+    row = {name: value for name, value in row.items() if value is not None}
+    if not isinstance(row.get("split", ""), str):
+        raise ValueError('"split" must be a string')
     if "messages" in row:
         messages = read_messages(row["messages"])
     else:
         messages = read_alpaca(row)
+    if "system" in row:
+        if messages[0]["role"] == "system":
+            raise ValueError('a "system" beside a message of the role "system"')
+        messages.insert(0, {"role": "system", "content": row["system"]})
     turns = [message["role"] for message in messages]
     if turns[0] == "system":
         turns = turns[1:]
@@ -199,14 +184,22 @@ def messages_of(row):
     return messages
 
 
-def read_messages(messages):
-    """The list under "messages", reduced to role and content."""
-    if not isinstance(messages, list) or not messages:
+def read_messages(found):
+    """The list under "messages", reduced to role and content, and "counts": False if it has one of
+    the MARKS."""
+    if not isinstance(found, list) or not found:
         raise ValueError('"messages" must be a list of {"role", "content"}')
-    for message in messages:
+    messages = []
+    for message in found:
         if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
             raise ValueError('"messages" must be a list of {"role", "content"}')
-    return [{"role": message["role"], "content": message["content"]} for message in messages]
+        messages.append({"role": message["role"], "content": message["content"]})
+        marks = [message[name] for name in MARKS if message.get(name) is not None]
+        if any(mark not in (0, 1) for mark in marks):  # True and False are 1 and 0
+            raise ValueError(f"{' and '.join(MARKS)} of a message must be 0 or 1")
+        if 0 in marks:
+            messages[-1]["counts"] = False
+    return messages
 
 
 def read_alpaca(row):
@@ -215,14 +208,21 @@ def read_alpaca(row):
         if name not in row:
             raise ValueError(f'"{name}" is missing (or give "messages")')
     question = row["instruction"]
-    context = row.get("input")
-    if context is None:
-        context = ""
+    context = row.get("input", "")
     if not isinstance(question, str) or not isinstance(context, str):
         raise ValueError('"instruction" and "input" must be strings')
     if question.strip() and context.strip():
         question = f"{question}\n{context}"
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": row["output"]}]
+    messages = []
+    history = row.get("history", [])
+    if not isinstance(history, list):
+        raise ValueError('"history" must be a list of [question, answer]')
+    for turn in [*history, [question, row["output"]]]:
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise ValueError('"history" must be a list of [question, answer]')
+        messages.append({"role": "user", "content": turn[0]})
+        messages.append({"role": "assistant", "content": turn[1]})
+    return messages
 
 
 NAMES = {"user": "a question", "assistant": "an answer", "system": "the system prompt"}
@@ -330,12 +330,12 @@ class Examples:
         self.chats = []
         self.whole = []
         self.ids = []
-        self.is_answer = []
+        self.counts = []
         for messages in tqdm(chats, desc="tokenizing", disable=not progress, leave=False):
-            ids, is_answer = encode_chat(tokenizer, messages, system)
+            ids, counts = encode_chat(tokenizer, messages, system)
             fits = len(ids) <= max_length + 1  # the last token is predicted, not read
-            is_answer = np.array(is_answer[:max_length + 1])
-            counted = np.flatnonzero(is_answer)
+            counts = np.array(counts[:max_length + 1])
+            counted = np.flatnonzero(counts)
             if len(counted) == 0:
                 self.skipped += 1
                 continue
@@ -343,10 +343,10 @@ class Examples:
             self.chats.append(messages)
             self.whole.append(fits)
             self.ids.append(np.array(ids[:end], dtype=np.uint16))
-            self.is_answer.append(is_answer[:end])
+            self.counts.append(counts[:end])
         self.cut = len(self.whole) - sum(self.whole)
         self.lengths = np.array([len(ids) - 1 for ids in self.ids], dtype=int)
-        self.targets = np.array([row[1:].sum() for row in self.is_answer], dtype=int)
+        self.targets = np.array([row[1:].sum() for row in self.counts], dtype=int)
         padded = np.ceil(self.lengths / MULTIPLE).astype(int) * MULTIPLE
         self.padded = np.minimum(padded, max_length)  # tokens that a row reads with its padding
 
@@ -364,7 +364,7 @@ class Examples:
         for place, row in enumerate(rows):
             n = self.lengths[row]
             ids = self.ids[row].astype(np.int64)
-            counts = self.is_answer[row][1:]
+            counts = self.counts[row][1:]
             inputs[place, :n] = ids[:-1]
             targets[place, :n][counts] = ids[1:][counts]
         return inputs, targets

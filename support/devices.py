@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from support.runs import AT_END, UserError, first_line_of, print_anyway
+from support.runs import AT_END, UserError, first_line_of, print_anyway, warn
 
 # -------------------------------------------------------------------------------------------------
 # Device and precision
@@ -351,12 +351,11 @@ def say(text):
         print_anyway(text)
 
 
-@functools.cache  # so it is said once
 def remark(text):
-    """Print a line on stderr, on rank 0 only."""
+    """Print a line on stderr, once, on rank 0 only."""
     rank, _ = processes()
     if rank == 0:
-        print(f"note: {text}", file=sys.stderr, flush=True)
+        warn(text)
 
 
 def from_rank_0(value=None):

@@ -20,7 +20,7 @@ from torch.utils.serialization import config as serialization
 
 from support.files import sha256_of, sync, write_json
 from support.runs import (UserError, due, first_line_of, holds_steps, is_out_of_memory,
-                          parse_json)
+                          parse_json, warn)
 from support.trees import named_tensors
 
 
@@ -255,19 +255,20 @@ def find(run, step=None, full=False):
 # Removing
 
 def remove(folder):
-    """Delete a checkpoint. It is renamed first, so that it is never half there."""
+    """Delete a checkpoint. It is renamed first, so that it is never half there. What the file
+    system keeps (a network drive keeps an open file) is tried again at the next start."""
     aside = folder.with_name(f".tmp_removed_{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(folder, aside)
     sync(folder.parent)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def prune(run, now, keep_last, keep_every):
     """Keep the newest `keep_last` full states up to step `now`; a newer one was left damaged.
 
     Of an older one the weights stay if they belong to the trajectory (`due`), to be sampled and
-    scored; otherwise it is deleted."""
+    scored; otherwise it is deleted. A refusal is said: the new state is on the disk."""
     full = []
     for step, folder in checkpoints(run).items():
         try:
@@ -275,11 +276,12 @@ def prune(run, now, keep_last, keep_every):
         except Damaged:
             continue  # find() reports it
         if "train_state.pt" not in meta["files"]:
-            (folder / "train_state.pt").unlink(missing_ok=True)  # left by a kill, see below
+            with refusal_is_said(folder):
+                (folder / "train_state.pt").unlink(missing_ok=True)  # left by a kill, see below
         elif step <= now:
             full.append((step, folder, meta))
-    try:
-        for step, folder, meta in full[:-keep_last]:
+    for step, folder, meta in full[:-keep_last]:
+        with refusal_is_said(folder):
             if due(step, keep_every, last=None):
                 # meta.json first, so that a kill in between leaves a valid checkpoint.
                 del meta["files"]["train_state.pt"]
@@ -287,6 +289,12 @@ def prune(run, now, keep_last, keep_every):
                 (folder / "train_state.pt").unlink()
             else:
                 remove(folder)
+
+
+@contextmanager
+def refusal_is_said(folder):
+    try:
+        yield
     except OSError as error:
-        raise UserError(f"{run}/checkpoints: an old state was not removed ({error}) — make room, "
-                        f"then run again with --resume", code=4) from None
+        warn(f"{folder}: not removed ({error.strerror}); it takes room, and is tried again after "
+             f"the next save")

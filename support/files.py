@@ -7,9 +7,13 @@ import hashlib
 import json
 import os
 import shutil
+from pathlib import Path
 
-from support.runs import UserError, lock
+from support.runs import UserError, lock, warn
 
+
+# What operating systems leave in folders that somebody has looked at.
+OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}
 
 # In a temporary folder with a file of this name something was begun that can be gone on with.
 PROGRESS = "progress.json"
@@ -30,7 +34,7 @@ def new_folder(out, check=None, keep=False):
         raise UserError(f"{out}: links that lead in a circle — choose another folder") from None
     if check is not None:
         check(out)
-    elif out.exists() and not (out.is_dir() and not any(out.iterdir())):
+    elif out.exists() and not (out.is_dir() and set(os.listdir(out)) <= OF_THE_SYSTEM):
         raise UserError(f"{out} exists — choose another folder")
     folder = out.with_name(f".{out.name}.preparing")
     older = out.with_name(f".{out.name}.replaced")
@@ -90,11 +94,19 @@ def delete(path):
 
 
 def sync(path):
-    """Ask the operating system to put a file or a folder on the disk now."""
-    with contextlib.suppress(PermissionError):  # Windows cannot open a folder
+    """Ask the operating system to put a file or a folder on the disk now. Network drives may refuse
+    this for a folder, and Windows cannot open one."""
+    try:
         handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if not Path(path).is_dir():
+            raise OSError(error.errno, error.strerror, str(path)) from None  # fsync tells no path
+        warn(f"folders cannot be forced to the disk here ({error.strerror}): a power cut may lose "
+             f"what was written last")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -129,16 +141,13 @@ def link_or_copy(source, target):
         os.link(source, target)
     except OSError:
         shutil.copyfile(source, target)
-        with open(target, "rb") as file:
-            os.fsync(file.fileno())
+        sync(target)
 
 
 def write_json(path, obj):
     """Write or replace a small JSON file in one atomic step."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with open(temporary, "w") as file:
-        file.write(json.dumps(obj, indent=1) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
+    temporary.write_text(json.dumps(obj, indent=1) + "\n")
+    sync(temporary)
     os.replace(temporary, path)
     sync(path.parent)

@@ -2,8 +2,10 @@
 import functools
 import json
 import os
+import shlex
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -110,8 +112,19 @@ def class_names(error):
     return [kind.__name__ for kind in type(error).__mro__]
 
 
+def quoted(path):
+    """A path as it can be pasted into a shell."""
+    return shlex.quote(str(path))
+
+
 def first_line_of(error):
     return str(error).split("\n")[0][:150]
+
+
+@functools.cache  # so it is said once
+def warn(text):
+    """Print a line on stderr."""
+    print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def parse_json(text):
@@ -182,21 +195,22 @@ def start_over(run):
     Raises UserError if `checkpoints` is a link to a folder, on a larger disk for example, and that
     is not empty: a rename would move the link, and the new run would be here."""
     linked = (run / "checkpoints").is_symlink()
-    if linked and any(run.glob("checkpoints/*")):
+    if linked and any(run.glob("checkpoints/step_*")):
         raise UserError(f"{run / 'checkpoints'} is a link to a folder that is not empty — empty "
                         f"it yourself, or choose another --run")
-    aside = run / ".tmp_old"
-    aside.mkdir()
+    aside = Path(tempfile.mkdtemp(prefix=".tmp_old_", dir=run))
     for name in OURS[linked:]:  # all, or all but the checkpoints
         if (run / name).exists():
             os.rename(run / name, aside / name)
-    shutil.rmtree(aside)
+    shutil.rmtree(aside, ignore_errors=True)
+    if aside.exists():  # a network drive keeps a file that is open
+        warn(f"{aside}: not removed; it takes room, and is tried again at the next start")
 
 
 def holds_steps(run):
     """Whether the run folder shows that training has begun."""
     log = run / "metrics.jsonl"
-    return any(run.glob("checkpoints/*")) or log.exists() and b'"train"' in log.read_bytes()
+    return any(run.glob("checkpoints/step_*")) or log.exists() and b'"train"' in log.read_bytes()
 
 
 def is_finished(run, state, last):
@@ -244,14 +258,15 @@ def is_argument(value):
 # The settings that other scripts use, and their types.
 READ_BY_OTHERS = {"data": str | None, "seq_len": int, "preset": str | None, "base": str | None,
                   "benchmark": str | None, "benchmark_items": int | None, "system": str | None,
-                  "sample_prompt": str | None, "fingerprint": list | None}
+                  "sample_prompt": str | None, "fingerprint": list | None, "max_length": int | None}
 
 
 def settings_of(run):
     """The settings that `run` was trained with, from its config.json. Raises UserError."""
     run = Path(run)
     if not run.is_dir():
-        raise UserError(f"{run}: no such run — train it first: python train.py --run {run}")
+        raise UserError(f"{run}: no such run — train it first: python train.py --run "
+                        f"{quoted(run)}")
     try:
         settings = parse_json((run / "config.json").read_bytes())
         for name, kind in READ_BY_OTHERS.items():
@@ -269,6 +284,14 @@ def settings_of(run):
                         f"it again") from None
 
 
+def trained_window(settings, longest):
+    """Tokens of the longest window in which a run with these settings was trained. longest: what
+    its network takes."""
+    if "base" in settings:  # sft.py
+        return settings.get("max_length") or longest
+    return min(settings["seq_len"], longest)
+
+
 def refuse_hugging_face(run):
     """Raise UserError if the folder is not a run's but one of Hugging Face."""
     run = Path(run)
@@ -277,8 +300,9 @@ def refuse_hugging_face(run):
     except (OSError, ValueError, TypeError):
         is_theirs = any(run.glob("*.safetensors"))
     if is_theirs:
+        new = Path("runs", run.resolve().name)
         raise UserError(f"{run} is a Hugging Face folder — make a run of it: python convert_hf.py "
-                        f"import {run} runs/{run.resolve().name}")
+                        f"import {quoted(run)} {quoted(new)}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -409,10 +433,23 @@ class Log:
             print_anyway(text)
 
 
+def visible(text):
+    """What a model says, for a terminal: control codes as signs, since they could move the cursor
+    or change what the terminal does. As it is where stdout is something else."""
+    if not sys.stdout.isatty():
+        return text
+    return "".join(SIGNS.get(letter, letter) for letter in text)
+
+
+# Pictures of the control codes but for tab and line feed; U+FFFD for those that have none.
+SIGNS = {chr(code): chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
+SIGNS |= {"\x7f": "\u2421", **{chr(code): "\ufffd" for code in range(0x80, 0xa0)}}
+
+
 def print_anyway(text):
     """Print. A closed terminal, or `| head`, is no reason to stop training."""
     try:
-        print(text, flush=True)
+        print(visible(text), flush=True)
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

@@ -9,6 +9,7 @@ what the processes exchange grows, and what they hold falls.
 The optimizer works on the parts and need not know: every parameter is a DTensor, which has the
 shape of the whole and the memory of a part.
 """
+import inspect
 from contextlib import contextmanager
 
 import torch
@@ -49,10 +50,13 @@ def replicate(model, machine, compiled):
         return model
     if compiled:
         torch._dynamo.config.optimize_ddp = False  # else it cuts the blocks at DDP's buckets
+    known = inspect.signature(DistributedDataParallel).parameters
+    # Before PyTorch 2.13 it had another name. Our buffers are constants, the same in each process.
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
     return DistributedDataParallel(
         model, device_ids=[machine.device] if machine.device.type == "cuda" else None,
         gradient_as_bucket_view=True,  # else all gradients are in memory twice
-        broadcast_buffers=False)       # they are constants, the same in each process
+        **{buffers: False})
 
 
 def exchange_in_backward(network, now):

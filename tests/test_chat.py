@@ -1,4 +1,5 @@
 """support/chat.py: the template, instruction files, rows of tokens, batches."""
+import gzip
 import json
 import time
 
@@ -6,7 +7,9 @@ import numpy as np
 import pytest
 
 from conftest import INSTRUCTIONS
+from corpus import tables, textfiles
 from data import Tokenizer
+from evaluate import Benchmark
 from support.chat import (IGNORE, SYSTEM, Batches, Examples, chat_pieces, encode_chat, hold_out,
                           messages_of, most_frequent_answer, read_instructions)
 from support.runs import UserError
@@ -21,6 +24,10 @@ def user(text):
 
 def assistant(text):
     return {"role": "assistant", "content": text}
+
+
+def system(text):
+    return {"role": "system", "content": text}
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +305,7 @@ def test_50000_rows_are_read_in_seconds(tmp_path):
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(alpaca_like(50_000)))
     start = time.monotonic()
-    chats, _, _ = read_instructions(file)
+    chats, _, _, _ = read_instructions(file)
     examples = Examples(chats, GPT2, SYSTEM, 1024)
     batches = Batches(examples, 128, seed=0)
     for step in range(batches.per_epoch):
@@ -372,10 +379,10 @@ def test_bad_line_is_named_with_its_reason(tmp_path, line, why):
     file = tmp_path / "rows.jsonl"
     file.write_text(f"{GOOD_LINE}\n\n{line}\n{GOOD_LINE}\n")
     message = refusal(file)
-    assert f"{file}:3: " in message
+    assert f"{file}, line 3: " in message
     assert why in message
     assert "--skip_bad" in message
-    chats, splits, bad = read_instructions(file, skip_bad=True)
+    chats, splits, bad, _ = read_instructions(file, skip_bad=True)
     assert bad == 1
     assert chats == [messages_of(GOOD)] * 2  # control: the others are read
     assert splits == [None, None]
@@ -403,18 +410,16 @@ LATIN = b'{"instruction": "\xff", "output": "b"}'  # not UTF-8
 
 @pytest.mark.row(27)
 @pytest.mark.parametrize("content, place, why", [
-    (b"\xef\xbb\xbf" + GOOD_LINE.encode(), ":1: ", "not valid JSON (Unexpected UTF-8 BOM"),
-    (b"\xef\xbb\xbf[]", ":1: ", "not valid JSON (Unexpected UTF-8 BOM"),
-    (GOOD_LINE.encode() + b"\n" + LATIN, ":2: ", "not valid UTF-8"),
+    (GOOD_LINE.encode() + b"\n" + LATIN, ", line 2: ", "not valid UTF-8"),
     (b"[" + GOOD_LINE.encode() + b",\n" + LATIN + b"]", ": ", "not valid UTF-8 (line 2)"),
     (b"[" + GOOD_LINE.encode() + b",\n{]", ": ", "line 2"),
     (b"[" + GOOD_LINE.encode(), ": ", "not valid JSON"),
-    (json.dumps({"data": [GOOD]}, indent=1).encode(), ":1: ", "not valid JSON"),
-    ("[1]".encode("utf-16"), ":1: ", "not valid UTF-8"),
+    (json.dumps({"data": [GOOD]}, indent=1).encode(), ", line 1: ", "not valid JSON"),
+    ("[1]".encode("utf-16"), ", line 1: ", "not valid UTF-8"),
     (b"", ": ", "no conversation in it"),
     (b"[]", ": ", "no conversation in it"),
     (b"\n \n", ": ", "no conversation in it"),
-], ids=["BOM line", "BOM array", "bytes in a line", "bytes in an array", "broken array",
+], ids=["bytes in a line", "bytes in an array", "broken array",
         "half an array", "object over lines", "UTF-16", "empty", "empty array", "blank"])
 def test_bad_file_is_named_with_its_reason(tmp_path, content, place, why):
     """Catches: a traceback of json, a message without file and line, a run without rows."""
@@ -427,6 +432,81 @@ def test_bad_file_is_named_with_its_reason(tmp_path, content, place, why):
     assert read_instructions(file)[0] == [messages_of(GOOD)]  # control
 
 
+PACKED = {
+    "plain": lambda content: content,
+    "byte-order mark": lambda content: b"\xef\xbb\xbf" + content,
+    "gzip": gzip.compress,
+    "Windows": lambda content: content.replace(b"\n", b"\r\n"),
+}
+
+
+@pytest.mark.row(67)
+@pytest.mark.parametrize("pack", PACKED)
+@pytest.mark.parametrize("is_array", [True, False], ids=["array", "lines"])
+def test_every_reader_reads_alike(tmp_path, pack, is_array):
+    """Catches: a byte-order mark, gzip or line ends that one reader takes and another refuses."""
+    question = {"ctx": "a", "endings": ["b", "c"], "label": 1, "text": "words", **GOOD}
+    rows = [question, {**question, "text": None}]
+    text = json.dumps(rows, indent=1)
+    if not is_array:
+        text = "".join(f"{json.dumps(row)}\n" for row in rows)
+    file = tmp_path / "rows.json"
+    file.write_bytes(PACKED[pack](text.encode()))
+    assert read_instructions(file)[0] == [messages_of(GOOD)] * 2
+    assert Benchmark(file, GPT2, 64).labels.tolist() == [1, 1]
+    assert list(textfiles.read_pieces(file, None)) == [("words", True)]
+    (first, found, share), = tables.read_rows(file, ("text",))
+    assert (first, [row for _, row in found], share) == (0, [{"text": "words"}, {}], 1)
+
+
+@pytest.mark.row(56)
+def test_row_has_its_own_system_prompt_and_history():
+    """Catches: a conversation that is trained on without its beginning."""
+    row = {**GOOD, "system": "Be brief.", "history": [["c?", "d"], ["e?", "f"]]}
+    assert messages_of(row) == [system("Be brief."), user("c?"), assistant("d"), user("e?"),
+                                assistant("f"), user("a?"), assistant("b")]
+    row = {"messages": [user("a?"), assistant("b")], "system": "Be brief."}
+    assert messages_of(row) == [system("Be brief."), user("a?"), assistant("b")]
+    for bad, why in ((dict(history=[["c?"]]), "a list of .question, answer."),
+                     (dict(history="c?"), "a list of .question, answer."),
+                     (dict(history=[["c?", 3]]), "an answer must be a string"),
+                     (dict(system=3), "the system prompt must be a string"),
+                     (dict(messages=[system("A."), *row["messages"]], system="B."), "beside")):
+        with pytest.raises(ValueError, match=why):
+            messages_of({**GOOD, **bad})
+
+
+@pytest.mark.row(56)
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False, "weight": None}])
+def test_answers_that_do_not_count_are_read_and_not_learned(mark):
+    """Catches: an answer that is marked as not to be learned, and is a target all the same."""
+    marked = {"messages": [user("a?"), {**assistant("b"), **mark}, user("c?"), assistant("d")]}
+    plain = {"messages": [user("a?"), assistant("b"), user("c?"), assistant("d")]}
+    ids, counts = encode_chat(GPT2, messages_of(marked), "S.")
+    whole, learned = encode_chat(GPT2, messages_of(plain), "S.")
+    assert ids == whole
+    assert sum(learned) == 4  # control: two tokens in each answer
+    assert np.flatnonzero(counts).tolist() == np.flatnonzero(learned).tolist()[2:]
+    with pytest.raises(ValueError, match="of a message must be 0 or 1"):
+        messages_of({"messages": [user("a?"), {**assistant("b"), "weight": "0"}]})
+
+
+@pytest.mark.row(56, 58)
+def test_fields_that_are_not_read_are_counted(tmp_path):
+    """Catches: a null that hides good fields; tool calls that are left out without a word."""
+    call = {**assistant("b"), "tool_calls": [1], "name": None}
+    rows = [{**GOOD, "messages": None, "id": 7, "history": None, "system": None, "input": None},
+            {"messages": [user("a?"), call], "instruction": None, "output": "x", "id": 8}]
+    file = tmp_path / "rows.json"
+    file.write_text(json.dumps(rows))
+    chats, _, bad, unread = read_instructions(file)
+    assert chats == [messages_of(GOOD)] * 2
+    assert bad == 0
+    assert unread == {"id": 2, "messages.tool_calls": 1, "output": 1}
+    file.write_text(json.dumps([GOOD]))
+    assert read_instructions(file)[3] == {}  # control
+
+
 @pytest.mark.row(27)
 def test_array_and_lines_give_the_same_rows(tmp_path):
     """Catches: a form of the file in which a row, or its "split", is lost."""
@@ -437,4 +517,4 @@ def test_array_and_lines_give_the_same_rows(tmp_path):
     lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
     found = read_instructions(array)
     assert found == read_instructions(lines)
-    assert found == ([messages_of(GOOD), messages_of(GOOD), TALK], [None, "val", None], 0)
+    assert found == ([messages_of(GOOD), messages_of(GOOD), TALK], [None, "val", None], 0, {})

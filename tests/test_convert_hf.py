@@ -727,7 +727,9 @@ def test_imported_run_is_scored_sampled_tuned_and_drawn(whole, data, instruction
     assert call(sample.main, back, "--prompt", "a", "--max_new_tokens", 4) == 0
     assert call(sft.main, back, "--run", tmp_path / "tuned", "--max_steps", 2) == 2
     assert "give --instructions" in messages(capsys)[-1]
-    assert tune(back, instructions, tmp_path / "tuned", "--max_steps", 2) == 0
+    edit(tmp_path / "hf/config.json", max_position_embeddings=64)  # as long as the rows
+    assert convert("import", tmp_path / "hf", tmp_path / "long") == 0
+    assert tune(tmp_path / "long", instructions, tmp_path / "tuned", "--max_steps", 2) == 0
     monkeypatch.undo()  # the drawing, which the fixtures leave out
     assert call(plot_dynamics.main, back, "--out", tmp_path / "figures") == 0
     run = plot_dynamics.read_run(back)

@@ -257,7 +257,7 @@ def test_a_long_context_loses_its_beginning(tmp_path):
     for window, kept in [(longest, 1), (longest + 3, 4), (100, len(ids))]:
         benchmark = Benchmark(tmp_path / "b.jsonl", TOKENIZER, window, items=2)
         assert benchmark.contexts == 2 * [ids[-kept:]]
-    with pytest.raises(UserError, match=f"b.jsonl:1: an ending of {longest} tokens"):
+    with pytest.raises(UserError, match=f"b.jsonl, line 1: an ending of {longest} tokens"):
         Benchmark(tmp_path / "b.jsonl", TOKENIZER, longest - 1)
 
 
@@ -281,7 +281,7 @@ def test_a_broken_question_is_refused(tmp_path, line):
     file = tmp_path / "b.jsonl"
     good = '{"ctx": "a", "endings": ["b", "c"], "label": 0}'
     file.write_text(f"{good}\n{line}\n", errors="surrogateescape")
-    with pytest.raises(UserError, match="b.jsonl:2: .*remove"):
+    with pytest.raises(UserError, match="b.jsonl, line 2: .*remove"):
         Benchmark(file, TOKENIZER, 48)
     file.write_text(f"{good}\n\n")
     assert len(Benchmark(file, TOKENIZER, 48).labels) == 1  # control
@@ -294,7 +294,7 @@ def test_a_file_has_questions_with_a_choice(tmp_path):
     with pytest.raises(UserError, match="b.jsonl: no questions"):
         Benchmark(file, TOKENIZER, 48)
     write_lines(file, [{"ctx": "a", "endings": ["b"], "label": 0}])
-    with pytest.raises(UserError, match="b.jsonl:1: "):
+    with pytest.raises(UserError, match="b.jsonl, line 1: "):
         Benchmark(file, TOKENIZER, 48)
 
 

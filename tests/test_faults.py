@@ -3,6 +3,7 @@ the same bits as a run without one. Rows are those of the table of faults.
 
 Each group has a control, which shows that a difference would be seen.
 """
+import errno
 import functools
 import json
 import os
@@ -10,6 +11,7 @@ import random
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -24,10 +26,11 @@ import torch
 
 import checkpoint
 import evaluate
+import prepare_data
 import sample
 import train
 from conftest import CHILD, FLAGS, ROOT, TEST, evals, exit_code, messages, rows, run, same, state
-from support import devices, durable, flags, runs
+from support import devices, durable, files, flags, runs
 from support.runs import UserError
 
 pytestmark = pytest.mark.usefixtures("short_samples")
@@ -855,6 +858,68 @@ def test_processes_share_what_they_load(tmp_path):
         assert is_equal == "True"
     assert grown["several"] < 20e6
     assert grown["one"] > 80e6  # control
+
+
+@pytest.mark.row(60)
+def test_old_state_that_cannot_be_removed_ends_nothing(data, tmp_path, capsys, monkeypatch):
+    """Catches: a training that ends although the new state is on the disk; a refusal without a
+    word, or one that no later save tries again; a folder that --overwrite cannot free."""
+    folder = tmp_path / "r"
+    rename = os.rename
+
+    def refused(path, *rest, **options):
+        if "step_" in str(path) and ".tmp_" not in str(path):
+            raise OSError(errno.EBUSY, "Device or resource busy")
+        return rename(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(durable.os, "rename", refused)
+        assert run(data, folder, "--save_every", 3) == 0
+        assert newest(folder) == 20
+        said = [line for line in messages(capsys)
+                if "not removed (Device or resource busy)" in line]
+        assert said and len(set(said)) == len(said)  # each folder once
+    kept = durable.checkpoints(folder)
+    assert len(kept) > 4
+    assert run(data, folder, "--max_steps", 24, "--resume", "--save_every", 3) == 0
+    assert not set(durable.checkpoints(folder)) & {3, 6, 9, 12}  # control: tried again
+
+    with monkeypatch.context() as patch:  # a network drive keeps files that are open
+        patch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None)
+        for _ in range(2):
+            assert run(data, folder, "--overwrite", "--stop_at", 1) == 75
+        assert any("not removed; it takes room" in line for line in messages(capsys))
+    assert run(data, folder, "--overwrite", "--stop_at", 1) == 75
+    assert not list(folder.glob(".tmp_*"))
+
+
+@pytest.mark.row(60)
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
+def test_folder_that_cannot_be_forced_to_the_disk_is_said(data, tmp_path, capsys, monkeypatch,
+                                                          number):
+    """Catches: a network drive on which no run begins, or a preparation that is thrown away."""
+    fsync = os.fsync
+    runs.warn.cache_clear()
+
+    def refused(handle):
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", refused)
+    assert run(data, tmp_path / "r", "--stop_at", 2) == 75
+    said = [line for line in messages(capsys) if "folders cannot be forced to the disk" in line]
+    assert len(said) == 1
+    (tmp_path / "a.txt").write_text("Some words of my own. " * 999)
+    argv = ["text", tmp_path / "a.txt", "--out", tmp_path / "o"]
+    assert exit_code(prepare_data.main, argv) is None
+
+    def no_room(handle):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", no_room)  # control: of a file it is an error, with its name
+    with pytest.raises(OSError, match="a.txt"):
+        files.sync(tmp_path / "a.txt")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -602,7 +602,7 @@ def test_mutated_instructions_are_refused_or_right(tmp_path, as_array):
         if as_array:
             content = b"[" + b",\n".join(texts) + b"]"
         file.write_bytes(content)
-        chats, splits, bad = chat.read_instructions(file, skip_bad)
+        chats, splits, bad, _ = chat.read_instructions(file, skip_bad)
         training, held_out = chat.hold_out(chats, splits, 0.2, seed=1)
         examples = chat.Examples([chats[row] for row in training], tokenizer, "S.", 64)
         if len(examples):

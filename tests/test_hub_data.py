@@ -18,10 +18,10 @@ import pytest
 
 import prepare_data
 from conftest import exit_code
-from corpus import tables
+from corpus import encode, tables
 from data import DataFolder, Tokenizer
 from hub_server import Hub
-from support import chat
+from support import chat, runs
 from test_prepare_data import KILLED, contents, fails, names_in
 
 ROOT = Path(prepare_data.__file__).parent
@@ -191,7 +191,6 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, capsys, name):
 
 @pytest.mark.parametrize("line, expected", [
     ("{", "line 2: not valid JSON"), ("[1]", "line 2: not a JSON object"),
-    ('{"content": "a"}', 'line 2: expected a string "text"'),
     ('{"text": 3}', 'line 2: expected a string "text"'),
     ('{"text": "\\ud800"}', 'line 2: expected a string "text"')])
 def test_a_bad_line_is_named(tmp_path, capsys, line, expected):
@@ -199,6 +198,109 @@ def test_a_bad_line_is_named(tmp_path, capsys, line, expected):
     (tmp_path / "a.jsonl").write_text(f'{{"text": "good"}}\n{line}\n')
     assert expected in fails(capsys, "fineweb-edu", "--from", tmp_path / "a.jsonl", "--out",
                              tmp_path / "out")
+
+
+@pytest.mark.row(57)
+def test_files_of_a_folder_that_are_not_read_are_counted(tmp_path, capsys):
+    """Catches: files left out without a word; a .json beside others read as text, or a lone one
+    not."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    argv = ("fineweb-edu", "--from", folder, "--max_tokens", 2000, "--out", tmp_path / "out")
+    assert prepare(*argv) == 0
+    assert "not read" not in capsys.readouterr().out  # control
+    whole = contents(tmp_path / "out")
+    for name in ("info.json", "b.jsonl.zst", "c.txt", ".hidden.jsonl", ".DS_Store"):
+        (folder / name).write_text("[]")
+    assert prepare(*argv) == 0
+    assert "4 files are not read (1 hidden, 1 .zst, 1 .txt, 1 .json)" in capsys.readouterr().out
+    assert contents(tmp_path / "out") == whole
+    for name in ("a.jsonl", "b.jsonl.zst"):
+        (folder / name).unlink()
+    (folder / "info.json").write_text(json.dumps([{"text": text} for text in TEXTS]))
+    assert prepare(*argv) == 0
+    assert np.array_equal(np.concatenate(tokens_of(tmp_path / "out")), stream()[:2000])
+
+
+@pytest.mark.row(58)
+def test_rows_without_text_are_passed_over_and_counted(tmp_path, capsys):
+    """Catches: a null or an absent text that ends the preparation, or is left out without a word;
+    a table of other fields that is taken for one of empty texts."""
+    rows = [*[{"text": text} for text in TEXTS], {"text": None}, {"title": "x"}, {"text": " "}]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for source in (["fineweb-edu", "--from"], ["text"]):
+        runs.warn.cache_clear()
+        name = source[0]
+        assert prepare(*source, tmp_path / "a.jsonl", "--out", tmp_path / name) == 0
+        assert "6 of 303 rows have no text and are passed over" in capsys.readouterr().err
+        (tmp_path / "b.jsonl").write_text('{"content": "a"}\n' * 9)
+        assert 'no row has a string "text"' in fails(capsys, *source, tmp_path / "b.jsonl", "--out",
+                                                     tmp_path / name)
+
+
+@pytest.mark.row(59)
+def test_columns_that_are_not_needed_are_not_read(tmp_path, capsys):
+    """Catches: a traceback for a column that cannot be converted, or for two of one name."""
+    rows = [{"instruction": f"Say {i}.", "output": f"{i}."} for i in range(20)]
+    table = pyarrow.Table.from_pylist(rows)
+    odd = pyarrow.array([2**62] * 20, type=pyarrow.timestamp("us"))  # Python has no such year
+    parquet.write_table(table.append_column("when", odd), tmp_path / "odd.parquet")
+    assert prepare("alpaca", "--from", tmp_path / "odd.parquet", "--out", tmp_path / "out") == 0
+    assert "fields that are not read: when (20 rows)" in capsys.readouterr().out
+    twice = pyarrow.Table.from_arrays([table["output"], table["output"]], ["text", "text"])
+    parquet.write_table(twice, tmp_path / "twice.parquet")
+    for source in ("alpaca", "fineweb-edu"):
+        assert 'two columns have the name "text"' in fails(
+            capsys, source, "--from", tmp_path / "twice.parquet", "--out", tmp_path / source)
+
+
+@pytest.mark.row(66)
+@pytest.mark.parametrize("way", ["standard input", "a script without a guard"])
+def test_preparation_works_from_anywhere(tmp_path, way):
+    """Catches: workers that run the user's script again and die "perhaps for lack of memory"."""
+    (tmp_path / "a.txt").write_text("".join(f"Line {i} of my own text.\n" for i in range(9999)))
+    code = (f"import sys; sys.path.insert(0, {str(ROOT)!r})\n"
+            f"import prepare_data\n"
+            f"from pathlib import Path\n"
+            f"print('once')\n"
+            f"prepare_data.LARGE = 0\n"
+            f"prepare_data.prepare_text([Path('a.txt')], 'out')\n")
+    (tmp_path / "mine.py").write_text(code)
+    argv = [sys.executable, "-"] if way == "standard input" else [sys.executable, "mine.py"]
+    done = subprocess.run(argv, input=code, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("once") == 1
+    prepare("text", tmp_path / "a.txt", "--out", tmp_path / "here")  # control: without processes
+    assert contents(tmp_path / "out") == contents(tmp_path / "here")
+
+
+@pytest.mark.row(69)
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="only Linux has it")
+def test_as_many_workers_as_cores_that_may_be_used():
+    """Catches: two workers for the one core that a job may use."""
+    allowed = os.sched_getaffinity(0)
+    assert encode.usable_cores() == len(allowed)
+    try:
+        os.sched_setaffinity(0, {min(allowed)})
+        assert encode.usable_cores() == 1
+        assert encode.start_workers(TOKENIZER) is None
+    finally:
+        os.sched_setaffinity(0, allowed)
+
+
+@pytest.mark.row(60)
+def test_system_without_semaphores_encodes_in_one_process(monkeypatch, capsys):
+    """Catches: a preparation that ends where no processes can be started."""
+    def refused(*args):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr(encode, "usable_cores", lambda: 2)
+    monkeypatch.setattr(encode, "ProcessPoolExecutor", refused)
+    batches = [[(text, text, True)] for text in TEXTS[8:20]]
+    found = [ids for _, encoded in encode.encode_all(batches, TOKENIZER, True) for ids in encoded]
+    assert np.array_equal(np.concatenate(found), stream(TEXTS[8:20]))
+    assert "no other processes here" in capsys.readouterr().err
 
 
 def test_bad_arguments_are_refused_in_one_line(tmp_path, capsys):
@@ -515,7 +617,7 @@ def test_hellaswag_is_what_evaluate_reads(tmp_path, serve, capsys):
     assert names_in(tmp_path / "hub") == ["hellaswag.jsonl", "meta.json"]
     for change in ({"label": ""}, {"label": "4"}, {"endings": None}, {"ctx_a": 3}):
         (tmp_path / "bad.jsonl").write_text(json.dumps({**QUESTION, **change}) + "\n")
-        assert "bad.jsonl, row 0: not a question" in fails(
+        assert "bad.jsonl, line 1: not a question" in fails(
             capsys, "hellaswag", "--from", tmp_path / "bad.jsonl", "--out", tmp_path / "out")
     assert (tmp_path / "out/hellaswag.jsonl").read_text() == expected
 
@@ -527,7 +629,7 @@ def test_alpaca_is_what_sft_reads(tmp_path, serve, capsys):
     for file in write_rows(tmp_path / "in", rows):
         assert prepare("alpaca", "--from", file, "--out", tmp_path / "out") == 0
         assert "1 rows cannot be used" in capsys.readouterr().out
-        chats, _, bad = chat.read_instructions(tmp_path / "out/alpaca.jsonl")
+        chats, _, bad, _ = chat.read_instructions(tmp_path / "out/alpaca.jsonl")
         assert (len(chats), bad) == (19, 0)
     hub = serve("yahma/alpaca-cleaned", {
         "alpaca_data_cleaned.json": (tmp_path / "in/rows.json").read_bytes(), "README.md": b""})
@@ -551,8 +653,8 @@ def test_reading_begins_at_any_row(tmp_path):
     for path in paths:
         for start in (0, 1, 63, 64, 89, 90, 91, 180, 499):
             rows = {}
-            for first, values, share in tables.read_rows(path, "text", start):
-                rows.update(enumerate(values, first))
+            for first, values, share in tables.read_rows(path, ("text",), start):
+                rows.update(enumerate((row["text"] for _, row in values), first))
                 assert 0 < share <= 1
             assert rows == {i: f"{i}" for i in range(start, 500)}
         assert share == 1

@@ -1,5 +1,6 @@
 """plot_dynamics.py shows what the logs say: figure and tables against the lines of a log."""
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import plot_dynamics
 from conftest import messages, rows
@@ -216,16 +218,100 @@ def test_plain_log_is_read(tmp_path, capsys):
     log.write_text(PLAIN_LOG)
     run = read_run(log, batch_tokens=1000)
     losses = [(row["step"], row["loss"]) for row in run.rows["train"]]
-    assert losses == [(0, 10.95), (1, 9.5), (2, 8.0), (3, 7.0)]  # of two lines the last
+    assert losses == [(0, 10.95), (1, 9.5), (3, 7.0)]  # 2 is of a branch that was given up
     assert [row["val_loss"] for row in run.rows["eval"]] == [10.9, 7.5]
     assert run.rows["grad"] == [{"event": "grad", "step": 2, "grad": 3.0}]
-    assert "broken lines left out: 2 (line 9, 10)" in messages(capsys)[-1]
+    broken, again = messages(capsys)[-2:]
+    assert "broken lines left out: 2 (line 9, 10)" in broken
+    assert "its steps begin again; 2 lines before that" in again
     x, y = curve(Page([run], "linear"), "Accuracy on hellaswag", "acc_norm")
     assert (x.tolist(), y.tolist()) == ([2000], [0.2504])
     x, _ = curve(Page([read_run(log)], "linear"), "Accuracy", "acc_norm")
     assert x.tolist() == [2]  # nothing tells how many tokens a step has
     assert draw(log, "--out", tmp_path / "out", "--batch_tokens", 1000) == 0
     assert (tmp_path / "out/dynamics.png").stat().st_size > 10_000
+
+
+def losses_of(steps, **more):
+    return [{"event": "train", "step": step, "tokens": 128 * step, "loss": 5 - step / 1000, **more}
+            for step in steps]
+
+
+@pytest.mark.row(61)
+def test_run_that_came_to_harm_says_so(tmp_path, capsys):
+    """Catches: a run of NaN drawn as a healthy one, and the last good number as its state."""
+    well = write_log(tmp_path / "well", [*losses_of(range(1, 9)), {"event": "end", "step": 8}])
+    first = {"event": "eval", "step": 0, "val_loss": 9.0}
+    nan = write_log(tmp_path / "nan", [first, *losses_of(range(1, 6)),
+                                       *losses_of(range(6, 9), loss=None)])
+    end = {"event": "end", "step": 5, "reason": "diverged"}
+    diverged = write_log(tmp_path / "diverged", [first, *losses_of(range(1, 6)), end])
+    found = {log.name: read_run(log) for log in (well, nan, diverged)}
+    assert [run.trouble for run in found.values()] == ["", "no loss from step 6 on",
+                                                       "diverged at step 5"]
+    title = " ".join(Page([found["nan"]], "log").figure.get_suptitle().split())
+    assert "nan (8 steps, no loss from step 6 on)" in title
+    assert draw(nan, diverged, well, "--out", tmp_path / "out") == 0
+    lines = {line.split(":")[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert "note: no loss from step 6 on" in lines["nan"]
+    assert "loss 4.995 (at step 5), val loss 9.000 (at step 0)" in lines["nan"]
+    assert "diverged at step 5" in lines["diverged"]
+    assert "note" not in lines["well"] and "(at step" not in lines["well"]  # control
+
+
+@pytest.mark.row(61)
+def test_two_runs_in_one_log_are_not_one_curve(tmp_path, capsys):
+    """Catches: the end of a first run behind a second that was stopped earlier."""
+    events = [*losses_of(range(1, 9)), *losses_of(range(1, 5), loss=1.0)]
+    run = read_run(write_log(tmp_path / "twice", events))
+    rows = [(row["step"], row["loss"]) for row in run.rows["train"]]
+    assert rows == [(1, 1), (2, 1), (3, 1), (4, 1)]
+    assert "its steps begin again; 8 lines before that" in messages(capsys)[-1]
+    run = read_run(write_log(tmp_path / "from 5", [*events[:8], *losses_of(range(5, 7), loss=1.0)]))
+    assert [row["step"] for row in run.rows["train"]] == [1, 2, 3, 4, 5, 6]
+    read_run(write_log(tmp_path / "once", events[:8]))
+    assert len(messages(capsys)) == 1  # control: the second alone says it again
+
+
+@pytest.mark.row(62)
+def test_many_runs_fit_the_page(tmp_path, capsys):
+    """Catches: a title that is wider than the page, legends that cover the curves, one folder
+    without a log for which nothing is drawn."""
+    logs = [write_log(tmp_path / f"a run with a long name and a number, {n:02d}, {'x' * 60}",
+                      losses_of(range(1, 9))) for n in range(30)]
+    runs = [read_run(log) for log in logs]
+    page = Page(runs, "log")
+    renderer = FigureCanvasAgg(page.figure).get_renderer()
+    page.figure.draw(renderer)
+    width, height = page.figure.bbox.size
+    legend, = page.figure.legends
+    assert len(legend.get_texts()) == 30
+    for thing in (page.figure._suptitle, legend):
+        box = thing.get_window_extent(renderer)
+        assert 0 <= box.x0 < box.x1 <= width and 0 <= box.y0 < box.y1 <= height
+    assert len({line.get_color() for line in panel(page, "Loss").lines}) == 30
+    few = Page(runs[:3], "log")
+    assert few.figure.legends == [] and panel(few, "Loss").get_legend() is not None  # control
+    (tmp_path / "empty").mkdir()
+    assert draw(logs[0], tmp_path / "empty", logs[1], "--out", tmp_path / "out") == 0
+    assert "left out: " in messages(capsys)[-1] and "empty: no log" not in capsys.readouterr().out
+    assert draw(tmp_path / "empty", "--out", tmp_path / "out") == 2
+
+
+@pytest.mark.row(62)
+def test_figures_do_not_depend_on_the_users_settings(whole, tmp_path):
+    """Catches: text.usetex in a matplotlibrc, which ends in a traceback where there is no LaTeX;
+    another look on another machine."""
+    (tmp_path / "matplotlibrc").write_text("text.usetex: True\nlines.linewidth: 9\n")
+    drawn = []
+    for settings in (str(tmp_path), "nowhere"):
+        command = [sys.executable, str(ROOT / "plot_dynamics.py"), str(whole), "--out",
+                   str(tmp_path / "out")]
+        env = {**os.environ, "MPLCONFIGDIR": str(tmp_path), "MATPLOTLIBRC": settings}
+        done = subprocess.run(command, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        drawn.append((tmp_path / "out/dynamics.png").read_bytes())
+    assert drawn[0] == drawn[1]
 
 
 def test_log_overrules_batch_tokens(whole, tmp_path, capsys):

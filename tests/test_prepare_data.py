@@ -584,12 +584,44 @@ def test_a_file_given_twice_is_read_once(tmp_path, story):
     run("text", story, "--out", tmp_path / "once")
     run("text", story, tmp_path, tmp_path / ".." / tmp_path.name / "story.txt",
         "--out", tmp_path / "twice")
-    once = contents(tmp_path / "once")
-    assert contents(tmp_path / "twice") == once
-
+    assert shards(tmp_path / "twice") == shards(tmp_path / "once")
     (tmp_path / "other.txt").write_text(STORY[::-1])  # control: another text is read
     run("text", story, tmp_path / "other.txt", "--out", tmp_path / "both")
-    assert contents(tmp_path / "both")["train_0000.npy"] != once["train_0000.npy"]
+    assert shards(tmp_path / "both") != shards(tmp_path / "once")
+
+
+@pytest.mark.row(68)
+def test_order_of_the_files_does_not_matter(tmp_path, story):
+    """Catches: other shards from the same command with its files in another order."""
+    (tmp_path / "a.txt").write_text(STORY.upper())
+    run("text", story, tmp_path / "a.txt", "--out", tmp_path / "out")
+    before = contents(tmp_path / "out")
+    run("text", tmp_path / "a.txt", story, "--out", tmp_path / "out")
+    assert contents(tmp_path / "out") == before
+    run("text", tmp_path / "a.txt", "--out", tmp_path / "out")
+    assert contents(tmp_path / "out") != before  # control
+
+
+@pytest.mark.row(68)
+def test_another_file_of_the_same_name_replaces_nothing(tmp_path, story, capsys, monkeypatch):
+    """Catches: shards that a run was trained on, replaced by those of another input.txt; a hidden
+    file whose shards land in data/ itself."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "input.txt").write_text(STORY + folder)
+    run("text", "a/input.txt")
+    before = contents(tmp_path / "data/input")
+    (tmp_path / "data/input/.DS_Store").write_bytes(b"of a Mac")
+    line = fails(capsys, "text", "b/input.txt")
+    assert f"prepared from {tmp_path}/a/input.txt — choose another folder with --out" in line
+    (tmp_path / "data/input/.DS_Store").unlink()
+    assert contents(tmp_path / "data/input") == before
+    run("text", "b/input.txt", "--out", "data/b")
+    run("text", "a/input.txt")  # control: the same file again
+    (tmp_path / ".notes.txt").write_text(STORY)
+    run("text", ".notes.txt")
+    assert sorted(os.listdir(tmp_path / "data")) == ["b", "input", "notes"]
 
 
 def shards(folder):
@@ -602,7 +634,7 @@ def test_a_copied_text_is_read_once(tmp_path, story, capsys):
     mark or with more blank lines."""
     run("text", story, "--out", tmp_path / "once")
     assert "left out" not in capsys.readouterr().out  # control
-    folder = tmp_path / "folder"
+    folder = tmp_path / "z"  # behind story.txt
     folder.mkdir()
     (folder / "z copy.txt").write_bytes(b"\xef\xbb\xbf" + STORY.replace("\n", "\r\n").encode())
     (folder / "z (2).md").write_text(STORY.replace("\n", "\n\n") + "\n")
@@ -773,15 +805,15 @@ JSON_LINE = b'{"text": "x"}\n'
 
 
 @pytest.mark.parametrize("name, content, message", [
-    ("a.jsonl", JSON_LINE + b'{"text": \n', "a.jsonl, line 2: expected a JSON object"),
-    ("a.jsonl", b'\n[1]\n', "a.jsonl, line 2"),
-    ("a.jsonl", b'{"txt": "x"}', "a.jsonl, line 1"),
+    ("a.jsonl", JSON_LINE + b'{"text": \n', "a.jsonl, line 2: not valid JSON"),
+    ("a.jsonl", b'\n[1]\n', "a.jsonl, row 0: not a JSON object"),
+    ("a.jsonl", b'{"txt": "x"}', 'a.jsonl: no row has a string "text"'),
     ("a.jsonl", b'{"text": 5}', "a.jsonl, line 1"),
     ("a.jsonl", b'{"text": "\\ud800"}', "a.jsonl, line 1"),
-    ("a.jsonl", b'[' * 100_000, "a.jsonl, line 1"),
+    ("a.jsonl", b'[' * 100_000, "a.jsonl: not valid JSON (too deeply nested)"),
     ("a.txt", b"fine\n\xff\xfe\n", "a.txt, line 2: not UTF-8"),
     ("a.jsonl.gz", gzip.compress(JSON_LINE * 99, mtime=0)[:-9], "damaged gzip"),
-    ("a.jsonl.gz", b"plain", "damaged gzip"),
+    ("a.jsonl.gz", b"plain", "a.jsonl.gz, line 1: not valid JSON"),
     ("a.txt", b"", "too little text"),
     ("a.txt", b"Only a few words here.\nThat is all.\n", "too little text"),
     ("a.pdf", b"x", "expected .txt, .md"),

@@ -60,6 +60,21 @@ ROWS = {
     53: "a state whose hash is right and whose content does not fit is refused",
     54: "a data folder whose meta.json does not fit its shards is refused",
     55: "JSON or arrays that were made to hurt end in one line",
+    56: "what a row of instructions has more is used, or counted",
+    57: "what a folder has more is counted, in the same words for every source",
+    58: "null is as if the field were absent; rows without text are counted",
+    59: "columns of one name are refused, and only needed ones are read",
+    60: "what a file system refuses is said, and the work goes on",
+    61: "a run that came to harm says so on the page",
+    62: "many runs fit the page; figures are the same on every machine",
+    63: "a new run takes the sizes of the weights it starts from",
+    64: "text longer than the windows of training is said",
+    65: "a clone with Windows line ends works",
+    66: "a preparation works from a notebook, standard input, a script without a guard",
+    67: "byte-order marks and gzip are read alike by every reader",
+    68: "names with blanks, hidden names and names of the same kind lose nothing",
+    69: "as many workers as cores that may be used; no bars in log files",
+    70: "a chat takes several lines, and shows control codes as signs",
 }
 
 

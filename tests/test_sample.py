@@ -13,6 +13,7 @@ import sample
 from conftest import exit_code, messages, rows
 from data import Tokenizer
 from model import Llama
+from support import runs
 from support.chat import encode_chat
 from support.runs import UserError
 
@@ -166,6 +167,39 @@ def test_trajectory_depends_on_the_seed(whole, tmp_path):
     assert texts[0] != texts[1]
 
 
+@pytest.mark.row(64)
+def test_text_longer_than_the_windows_of_training_is_said(whole, capsys):
+    """Catches: text behind the windows of training, of 16 tokens, without a word; by default none
+    is behind them."""
+    tokenizer = checkpoint.load_model(whole)[1]
+    for flags, said in (([], False), (["--max_new_tokens", 40], True)):
+        assert not exit_code(sample.main, [whole, "--prompt", "a b", "--top_k", 1, *flags])
+        out, err = capsys.readouterr()
+        assert ("trained in windows of 16 tokens" in err) == said
+        assert (len(tokenizer.encode(out)) > 17) == said
+
+
+@pytest.mark.row(70)
+def test_control_codes_are_signs_on_a_terminal(monkeypatch):
+    """Catches: a model that moves the cursor of the terminal; text that is changed in a file."""
+    text = "a\x1b[2J\x07\x7f\x9b\n\té"
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: False))
+    assert runs.visible(text) == text
+    monkeypatch.setattr(sys, "stdout", SimpleNamespace(isatty=lambda: True))
+    assert runs.visible(text) == "a␛[2J␇␡\ufffd\n\té"
+
+
+def test_same_seed_and_prompt_give_the_same_text(whole, capsys):
+    """Catches: a text that depends on the prompts before it."""
+    argv = [whole, "--max_new_tokens", 9]
+    texts = []
+    for prompts in (["b"], ["a", "b"]):
+        flags = [flag for prompt in prompts for flag in ("--prompt", prompt)]
+        assert not exit_code(sample.main, [*argv, *flags])
+        texts.append(capsys.readouterr().out.split("---\n")[-1])
+    assert texts[0] == texts[1]
+
+
 # -------------------------------------------------------------------------------------------------
 # Chat
 
@@ -215,6 +249,13 @@ def test_chat_commands(tuned, talk, answer):
     code, lines, err = talk(tuned, b"/what\na?")
     assert lines == [first]
     assert "unknown command /what" in err
+
+
+@pytest.mark.row(70)
+def test_question_of_several_lines(tuned, talk, answer):
+    """Catches: each line answered by itself."""
+    assert talk(tuned, b"a?\\\nb?\n")[1] == [answer(user("a?\nb?"))]
+    assert len(talk(tuned, b"a?\nb?\n")[1]) == 2  # control
 
 
 def test_chat_takes_the_system_prompt_of_the_tuning(tuned, whole, talk, answer):

@@ -257,7 +257,7 @@ def test_two_processes_train_the_same_run(whole, instructions, tuned, method, tm
 def rows_of(tuned, instructions):
     """(chats to train on, chats held out), as the tuning divides its file."""
     settings = settings_of(tuned)
-    chats, splits, _ = read_instructions(instructions)
+    chats, splits, _, _ = read_instructions(instructions)
     training, held_out = hold_out(chats, splits, settings.held_out, settings.seed)
     return [chats[i] for i in training], [chats[i] for i in held_out]
 

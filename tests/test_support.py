@@ -1,13 +1,15 @@
 """support/runs.py and support/flags.py: how a script ends, the run folder, its log, the flags."""
 import json
 import os
+import shlex
 import subprocess
 import sys
+import time
 
 import pytest
 
 from conftest import ROOT, exit_code
-from support import runs
+from support import progress, runs
 from support.flags import Parser, count, count_or_0, number, positive, seed, text
 from support.runs import Log, UserError, hold, is_finished, newest_run, settings_of
 
@@ -131,13 +133,14 @@ def test_starting_over_deletes_the_run_alone(tmp_path, monkeypatch):
                  "base.json", "notes.txt"):
         (tmp_path / name).write_text(name)
 
-    def killed(path):
+    def killed(path, ignore_errors):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(runs.shutil, "rmtree", killed)
         runs.start_over(tmp_path)
-    assert sorted(os.listdir(tmp_path)) == [".tmp_old", "notes.txt"]
+    aside, notes = sorted(os.listdir(tmp_path))
+    assert (aside[:9], notes) == (".tmp_old_", "notes.txt")
     os.close(hold(tmp_path))
     assert sorted(os.listdir(tmp_path)) == [".lock", "notes.txt"]
     runs.start_over(tmp_path)  # nothing to delete
@@ -313,3 +316,39 @@ def test_text_is_valid_utf8():
     surrogates."""
     assert text("a\udcffb") == "a?b"
     assert text("Zürich 🤖") == "Zürich 🤖"  # control
+
+
+@pytest.mark.row(69)
+def test_log_files_have_no_bars(monkeypatch, capsys):
+    """Catches: thousands of states of a bar in the file that a cluster keeps; a long wait without
+    a sign of life."""
+    monkeypatch.setattr(progress, "MINUTE", 0.2)
+    for _ in progress.tqdm(range(10), desc="long"):
+        time.sleep(0.05)
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 5
+    assert lines[-1].startswith("long: 100%")
+    assert not any("\r" in line for line in lines)
+    list(progress.tqdm(range(10), desc="short"))
+    assert capsys.readouterr().err == ""  # done before the first line is due
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    list(progress.tqdm(range(10), desc="short"))
+    assert "\r" in capsys.readouterr().err  # control: a terminal has its bar
+
+
+@pytest.mark.row(65)
+def test_clone_with_windows_line_ends_is_the_same(tmp_path):
+    """Catches: a merge table whose hash a clone has changed."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a clone")
+    clone = ["git", "-c", "core.autocrlf=true", "clone", "-q", str(ROOT), str(tmp_path / "clone")]
+    subprocess.run(clone, check=True)
+    for name in ("support/gpt2.tiktoken", "train.py", "reproduce.sh"):
+        assert b"\r\n" not in (tmp_path / "clone" / name).read_bytes()
+
+
+@pytest.mark.row(68)
+def test_commands_can_be_pasted():
+    """Catches: a path with a blank or a quote that the shell cuts."""
+    for path in ("runs/tiny", "runs/my run", "runs/a'b", "$HOME"):
+        assert shlex.split(f"python sample.py {runs.quoted(path)}")[2] == path

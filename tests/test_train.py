@@ -17,7 +17,7 @@ import signal
 import subprocess
 import sys
 import threading
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -284,30 +284,52 @@ def test_init_from_takes_the_weights_only(data, whole, tmp_path):
     assert first_eval[1:] != evals(whole)[0][1:]  # control
 
 
-@pytest.mark.row(42)
-@pytest.mark.parametrize("change, message", [
-    ({"vocab_size": 290}, "vocab_size 300, here 290"),  # both are padded to 384
-    ({"n_heads": 4, "n_kv_heads": 2}, "n_heads 2, here 4"),
-    ({"rope_theta": 10_000.0}, "rope_theta 500000.0, here 10000.0"),
-])
-def test_weights_of_another_network_are_refused(data, whole, tmp_path, capsys, monkeypatch, change,
-                                                message):
-    """Catches: weights that fit, but whose ids or heads mean something else."""
+@pytest.mark.row(42, 63)
+def test_weights_of_another_vocabulary_are_refused(data, whole, tmp_path, capsys):
+    """Catches: weights that fit, since both vocabularies are padded to 384, but whose ids mean
+    something else; a size that is given, and is not that of the weights."""
     folder = shutil.copytree(data, tmp_path / "data")
-    small = {name: value for name, value in change.items() if name != "vocab_size"}
-    monkeypatch.setitem(PRESETS, "test", replace(TEST, **small))
-    if "vocab_size" in change:
-        for file in folder.glob("*.npy"):
-            np.save(file, np.load(file) % 289)
-        meta = json.loads((folder / "meta.json").read_text())
-        for shard in meta["splits"]["train"] + meta["splits"]["val"]:
-            content = (folder / shard["file"]).read_bytes()
-            shard["sha256"] = hashlib.sha256(content).hexdigest()
-        (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": 290, "eot": 289}))
+    for file in folder.glob("*.npy"):
+        np.save(file, np.load(file) % 289)
+    meta = json.loads((folder / "meta.json").read_text())
+    for shard in meta["splits"]["train"] + meta["splits"]["val"]:
+        content = (folder / shard["file"]).read_bytes()
+        shard["sha256"] = hashlib.sha256(content).hexdigest()
+    (folder / "meta.json").write_text(json.dumps({**meta, "vocab_size": 290, "eot": 289}))
     assert run(folder, tmp_path / "r", "--init_from", whole) == 2
-    line, = messages(capsys)
-    assert message in line
+    assert "has vocab_size 300, here 290" in messages(capsys)[-1]
     assert run(folder, tmp_path / "r", "--stop_at", 1) == 75  # control
+    assert run(data, tmp_path / "s", "--init_from", whole, "--n_heads", 4) == 2
+    assert "has n_heads 2, here 4 — leave the flag out" in messages(capsys)[-1]
+
+
+@pytest.mark.row(63)
+@pytest.mark.parametrize("change", [{"padded_vocab_size": 300}, {"rope_theta": 10_000.0},
+                                    {"norm_eps": 1e-6}, {"n_heads": 4, "n_kv_heads": 2},
+                                    {"tie_embeddings": True}])
+def test_init_from_takes_the_sizes_of_the_weights(data, tmp_path, change):
+    """Catches: an imported network of other padding, angles, norms or heads that no run can start
+    from; one that goes on as another network."""
+    torch.manual_seed(0)
+    llama = Llama(replace(TEST, **change))
+    contents = {"model.pt": {"config": asdict(llama.config), "model": llama.state_dict()}}
+    imported = tmp_path / "imported"
+    durable.write_checkpoint(imported, 0, contents)
+    settings = {"imported_from": "x", "data": None, "seq_len": 64, "preset": None}
+    (imported / "config.json").write_text(json.dumps(settings))
+    assert run(data, tmp_path / "r", "--init_from", imported, "--stop_at", 2) == 75
+    assert run(data, tmp_path / "r", "--resume", "--max_steps", 20, "--stop_at", 3) == 75
+    started, _, _ = checkpoint.load_model(tmp_path / "r", 0)
+    assert started.config == llama.config
+    assert weights_of(started).keys() == weights_of(llama).keys()
+    for name, tensor in weights_of(started).items():
+        assert torch.equal(tensor, weights_of(llama)[name])
+    assert run(data, tmp_path / "other", "--stop_at", 1) == 75  # control
+    assert evals(tmp_path / "other")[0] != evals(tmp_path / "r")[0]
+
+
+def weights_of(llama):
+    return dict(llama.named_parameters())
 
 
 # -------------------------------------------------------------------------------------------------
