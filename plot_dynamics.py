@@ -431,18 +431,20 @@ class Page:
             self.draw(self.figure.add_subplot(rows, columns, place), panel)
         if has_positions:
             self.draw_positions(self.figure.add_subplot(rows, columns, total))
-        names = []
-        for run in runs[:MANY]:
-            notes = [f"{run.steps[-1]:,} steps", run.trouble]
-            names.append(f"{plain(short(run.name))} ({', '.join(filter(None, notes))})")
+        names = [self.name(run, f"{run.steps[-1]:,} steps") for run in runs]
         if self.many:
-            names.append(f"and {len(runs) - MANY} more")
             from matplotlib.lines import Line2D
             lines = [Line2D([], [], color=self.color(i)) for i in range(len(runs))]
-            labels = [plain(short(run.name)) for run in runs]
+            labels = [self.name(run) for run in runs]
             self.figure.legend(lines, labels, loc="outside lower center", ncols=columns, fontsize=8)
+            names = [f"{len(runs)} runs"]
         title = textwrap.fill("Training dynamics: " + ", ".join(names), 40 * columns)
         self.figure.suptitle(title, fontsize=13)
+
+    def name(self, run, *notes):
+        """What the page calls a run, with notes in brackets."""
+        notes = [note for note in (*notes, run.trouble) if note]
+        return plain(short(run.name)) + (f" ({', '.join(notes)})" if notes else "")
 
     def color(self, number):
         """The colour of a curve, or of a run; of many runs along a rainbow."""
