@@ -214,6 +214,7 @@ class Benchmark:
             context, space, endings = put_question(item, self.style)
             label = int(str(item["label"]))  # a string in some releases
             texts = [context, *endings]
+            "".join(texts).encode()  # fails for half a surrogate pair
             fits = (isinstance(item["endings"], list)
                     and all(text.strip() for text in texts)
                     and 0 <= label < len(endings)

@@ -8,7 +8,6 @@ import json
 import sys
 from dataclasses import replace
 
-
 from bench.measure import in_fresh_process, matmul_rate
 from bench.plan import peak_of_step
 from bench.step import DEFAULT, SIZES

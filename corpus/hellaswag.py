@@ -21,4 +21,4 @@ def question_of(row, place):
     if not fits:
         raise UserError(f"{place}: not a question in HellaSwag's format with its answer — give the "
                         f"validation split")
-    return {**row, "label": label}
+    return {**{name: row[name] for name in FIELDS}, "label": label}

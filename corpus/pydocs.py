@@ -28,7 +28,6 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-
 from support.progress import tqdm
 from support.runs import UserError
 

@@ -88,15 +88,16 @@ def parse(content, first_line):
 
 
 def fields_of(row, place, names, unread):
-    """Those of the fields `names` that a row has; null is as if the field were absent. The Counter
-    `unread` counts the others. Raises UserError naming the place if the row is no JSON object."""
+    """Those of the fields `names` that a row has, in this order; null is as if one were absent. The
+    Counter `unread` counts the others. Raises UserError naming the place if the row is not a JSON
+    object."""
     if isinstance(row, ValueError):
         raise UserError(f"{place}: {row} — fix or remove it")
     if not isinstance(row, dict):
         raise UserError(f"{place}: not a JSON object — fix or remove it")
     present = {name: value for name, value in row.items() if value is not None}
     unread.update(name for name in present if name not in names)
-    return {name: value for name, value in present.items() if name in names}
+    return {name: present[name] for name in names if name in present}
 
 
 def text_of(row, place, name):

@@ -344,7 +344,7 @@ def test_kill_leaves_the_same_shards(tmp_path, serve, kind):
     else:
         argv = ["fineweb-edu", "--tokenized", "--out", out]
         env = hub_environment(tokenized_hub(serve, tmp_path / "in"), tmp_path)
-        every = 23
+        every = 7
 
     def whole_run():
         assert killed_before(10**9, argv, env).returncode == 0
