@@ -254,8 +254,8 @@ def export(run, out, step, dtype, anyway):
         config = checkpoint.read_config(weights["config"])
         window = trained_window(settings, config.max_seq_len)
         if window < config.max_seq_len:
-            print(f"its window is that of training, {window} tokens (ours takes "
-                  f"{config.max_seq_len})")
+            print(f"config.json names the windows of training, {window} tokens, not the "
+                  f"{config.max_seq_len} that the network takes")
             config = replace(config, max_seq_len=window)
         tokenizer = Tokenizer(config.vocab_size)
         tensors = weights.pop("model")

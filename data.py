@@ -97,7 +97,7 @@ def cut_long_blanks(text):
 # -------------------------------------------------------------------------------------------------
 # A folder of shards, as prepare_data.py writes it
 
-ADVICE = "prepare the data again or restore the file"
+ADVICE = "restore the file, or prepare or adopt the data again"
 
 
 @dataclass

@@ -357,12 +357,21 @@ def smooth(x, y, bins=80):
 
 
 MANY = 8    # more runs than this on a page share one legend below it
-LONG = 40   # characters of a name; longer ones lose their middle
+LONG = 40   # characters of a name on the page
 
 
-def short(name):
-    """A name that fits into a title or legend."""
-    return name if len(name) <= LONG else f"{name[:LONG // 2]}…{name[-LONG // 2 + 1:]}"
+def short_names(names):
+    """{name: what fits into a title or legend}. Of long names what all have in common is left out,
+    and then the middle."""
+    texts = names
+    if len(set(names)) > 1 and max(map(len, names)) > LONG:
+        begin = len(os.path.commonprefix(names))
+        rests = [name[begin:] for name in names]
+        end = len(os.path.commonprefix([rest[::-1] for rest in rests]))
+        texts = ["…" * (begin > 0) + rest[:len(rest) - end] for rest in rests]
+    half = LONG // 2
+    return {name: text if len(text) <= LONG else f"{text[:half]}…{text[1 - half:]}"
+            for name, text in zip(names, texts)}
 
 
 def plain(text):
@@ -412,6 +421,7 @@ class Page:
         self.scale = scale
         self.alone = len(runs) == 1
         self.many = len(runs) > MANY
+        self.short = short_names([run.name for run in runs])
         self.in_tokens = all(run.batch_tokens for run in runs)
         panels = []
         for panel in [*PANELS, benchmarks_panel(runs)]:
@@ -444,7 +454,7 @@ class Page:
     def name(self, run, *notes):
         """What the page calls a run, with notes in brackets."""
         notes = [note for note in (*notes, run.trouble) if note]
-        return plain(short(run.name)) + (f" ({', '.join(notes)})" if notes else "")
+        return plain(self.short[run.name]) + (f" ({', '.join(notes)})" if notes else "")
 
     def color(self, number):
         """The colour of a curve, or of a run; of many runs along a rainbow."""
@@ -502,7 +512,7 @@ class Page:
     def label(self, run, curve):
         """The legend of a run on a page with several runs."""
         event, key, label = curve
-        text = short(run.name)
+        text = self.short[run.name]
         if label:  # the panel has other curves too
             text += f": {key}"
         if event == "benchmark":
@@ -572,7 +582,7 @@ class Page:
                 rows = rows[-1:]
             for place, row in enumerate(rows):
                 color = self.color(run_number)
-                label = plain(short(run.name))
+                label = plain(self.short[run.name])
                 if self.alone:
                     color = colormaps["viridis"](place / len(rows))
                     label = f"step {row['step']:,}"

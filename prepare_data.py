@@ -251,6 +251,7 @@ def prepare_text(paths, out, vocab_size=DEFAULT_VOCAB_SIZE, separator=None):
     if separator and "\n" in separator:
         raise UserError("a separator must be within one line — choose another --separator")
     tokenizer = Tokenizer(vocab_size)
+    paths = [Path(path) for path in paths]
     files = find_files(paths, SUFFIXES)
     documents = Documents(files, separator)
     pieces = documents.split(read_all_pieces(files, separator))
@@ -447,7 +448,7 @@ def prepare_adopted(out, shards_of, trust=False):
     `shards_of`: nothing is copied. trust: do not ask what their ids stand for. Raises UserError if
     they cannot be used."""
     if not shards_of.is_dir():
-        raise UserError(f"{shards_of}: no such folder — give the one with the shards")
+        raise UserError(f"{shards_of}: not a folder — give the one with the shards")
     if (shards_of / "meta.json").exists():
         raise UserError(f"{shards_of} has a meta.json, so it is a data folder already — give it to "
                         f"train.py --data")
@@ -466,7 +467,7 @@ def prepare_adopted(out, shards_of, trust=False):
                                     f"of them")
         for split, found in done.items():
             print_summary(split, found)
-        source = {"name": "adopt", "folder": str(shards_of.resolve()), "trusted": trust}
+        source = {"name": "adopt", "paths": resolved([shards_of]), "trusted": trust}
         write_meta(folder, tokenizer, done["train"], done["val"], source)
 
 
@@ -621,7 +622,8 @@ def main(argv=None):
         name = args.paths[0].resolve().name.lstrip(".").split(".")[0] or "text"
     if name == "adopt":
         name = args.folder.resolve().name
-    out = args.out or default_out(name, getattr(args, "paths", None))
+    paths = [args.folder] if args.command == "adopt" else getattr(args, "paths", None)
+    out = args.out or default_out(name, paths)
     if args.command == "pydocs":
         prepare_pydocs(out, args.vocab_size, args.quality, args.val_quality)
     elif args.command == "text":

@@ -195,7 +195,8 @@ def read_arguments(argv):
         "times; without it a new document, with --trajectory the prompt of the run's own samples")
     add("--trajectory", action="store_true", help="one sample of every checkpoint kept, also into "
         "evaluations.jsonl")
-    add("--chat", action="store_true", help="answer the lines of stdin in turn; /reset, /exit")
+    add("--chat", action="store_true", help="answer the lines of stdin in turn; a backslash at "
+        "the end of a line: it goes on in the next; /reset, /exit")
     add("--system", type=text, help="how the conversation begins; without it as in the tuning")
     add("--samples", type=count, default=1, help="continuations of each prompt")
     add("--max_new_tokens", type=count, help="without it 200, or what the windows of training "

@@ -145,12 +145,12 @@ def open_instructions(args, state, tokenizer, window):
     rows_of = partial(Examples, tokenizer=tokenizer, system=args.system, max_length=window,
                       progress=rank == 0)
     examples = rows_of([chats[i] for i in training])
-    held_out = rows_of([chats[i] for i in held_out])
     if len(examples) == 0:
-        raise UserError(f"{file}: nothing left to train on: {len(training)} rows, {bad} bad ones, "
-                        f"{len(chats) - len(training)} held out (by their \"split\", or by "
-                        f"--held_out), {examples.skipped} whose question alone is longer than "
-                        f"{window} tokens — give more or shorter rows")
+        raise UserError(f"{file}: nothing left to train on: {len(chats) + bad} rows, {bad} bad "
+                        f"ones, {repeated} repeated, {len(held_out)} held out (by their \"split\", "
+                        f"or by --held_out), {examples.skipped} without an answer that counts in "
+                        f"the first {window} tokens — give more or shorter rows")
+    held_out = rows_of([chats[i] for i in held_out])
     return examples, held_out, bad, fingerprint
 
 

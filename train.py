@@ -367,8 +367,8 @@ def make_model(args, state, vocab_size):
         for name, value in {**given, "vocab_size": vocab_size}.items():
             if getattr(config, name) != value:
                 raise UserError(f"{args.init_from} has {name} {getattr(config, name)}, here "
-                                f"{value} — leave the flag out, or prepare data with this "
-                                f"--vocab_size")
+                                f"{value} — its weights tell the sizes: leave out other flags, and "
+                                f"prepare the text with its --vocab_size")
     try:
         config = replace(config, **given, vocab_size=vocab_size, padded_vocab_size=padded,
                          max_seq_len=max(config.max_seq_len, args.seq_len))
@@ -524,7 +524,7 @@ def introduce(args, model, world):
         f"batch   {args.batch_tokens:,} tokens/step = {args.micro_batch} sequences x "
         f"{args.seq_len} tokens x {accumulation} accumulation x {world} process(es); "
         f"{args.max_steps:,} steps",
-        f"expect  a first loss near ln {config.padded_vocab_size:,} = "
+        f"expect  of random weights a first loss near ln {config.padded_vocab_size:,} = "
         f"{math.log(config.padded_vocab_size):.2f}: any next token equally likely"])
 
 

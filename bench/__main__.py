@@ -47,6 +47,8 @@ def read_arguments(argv):
         "support/cpu.py")
     add("--alone", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     add_machine(parser)
+    if argv and not argv[0].startswith("-"):
+        parser.error(f"no command {argv[0]}: there are growth and plan, and none to compare")
     return parser.parse_args(argv)
 
 
@@ -124,7 +126,8 @@ def markdown(table):
 def show_plan(argv):
     """`python -m bench plan PRESET`"""
     parser = Parser(prog="python -m bench plan", description="What a training will need, computed.")
-    parser.add_argument("preset", nargs="?", default="1.7b", choices=PRESETS)
+    parser.add_argument("preset", nargs="?", default="1.7b", choices=PRESETS,
+                        help="in windows as long as its network takes; without it 1.7b")
     for line in plan.plan(PRESETS[parser.parse_args(argv).preset]):
         print(line, flush=True)
 

@@ -51,7 +51,8 @@ def foreign_shards(folder, tokenizer, trust=False):
     for split, shards in splits.items():
         if not shards:
             raise UserError(f"{folder}: no file for {split} — its files need the suffix .npy or "
-                            f".bin, and the word \"train\" or \"val\" in their names")
+                            f".bin, and the word \"train\" or \"val\" in their names (folders in "
+                            f"it are not read)")
         for shard in tqdm(shards, desc=f"checking {split}", unit=" files"):
             if not trust:
                 check_meaning(shard, tokenizer)
@@ -85,13 +86,15 @@ def open_foreign(path):
 def open_npy(path):
     try:
         tokens = np.lib.format.open_memmap(path, mode="r")
+    except PermissionError:
+        raise
     except Exception as error:  # of a damaged header NumPy raises almost any exception
         size = path.stat().st_size
         raise UserError(f"{path}: expected a .npy file of tokens, found {size} bytes that cannot "
                         f"be read as one ({first_line_of(error)}) — restore the file") from None
     if tokens.ndim != 1 or tokens.dtype != np.uint16:
         raise UserError(f"{path}: expected a 1-D uint16 array, found {tokens.ndim}-D "
-                        f"{tokens.dtype} — restore the file")
+                        f"{tokens.dtype} — convert it, if its ids are GPT-2's")
     return ForeignShard(path, tokens, offset=None)
 
 
@@ -108,7 +111,7 @@ def open_bin(path):
         return shard
     if path.name not in ("train.bin", "val.bin"):
         raise UserError(f"{path}: expected llm.c's magic number {LLMC_MAGIC}, found "
-                        f"{header[:1].tolist()} — restore the file")
+                        f"{header[:1].tolist()} — restore the file, or prepare its text")
     return map_uint16(path, offset=0)
 
 

@@ -3,7 +3,9 @@
 A piece is (text, starts): a document, or a part of a long one, so that any file fits in memory.
 `starts` is True if a document begins with this piece.
 """
+import os
 from collections import Counter
+from pathlib import Path
 
 from support.files import OF_THE_SYSTEM
 from support.rows import fields_of, read_json_rows, read_lines, text_of
@@ -42,15 +44,23 @@ def files_in(folder, suffixes):
 
     Hidden ones are left out: editors and notebooks keep older versions in them. The files are
     sorted, because a file system lists them in any order."""
-    every = [path for path in sorted(folder.rglob("*"))
-             if (path.is_symlink() or not path.is_dir()) and path.name not in OF_THE_SYSTEM]
+    every = []
+    for inner, _, names in os.walk(folder, onerror=raise_it):
+        every += [Path(inner, name) for name in names if name not in OF_THE_SYSTEM]
+    every.sort()
     files = [path for path in every if path.is_file() and has_suffix(path, suffixes)
              and not is_hidden(path, folder)]
     others = [path for path in files if not has_suffix(path, (".json",))]
     read = others or files
+    named = ", ".join(suffix for suffix in suffixes if suffix != ".json")
     report_unread(folder, sorted(set(every) - set(read)),
-                  f"only {', '.join(suffixes)} are, and .json if there is nothing else")
+                  f"only {named} are, and .json if there is nothing else; no hidden ones")
     return read
+
+
+def raise_it(error):
+    """For os.walk, which leaves out what it cannot open."""
+    raise error
 
 
 def is_hidden(path, folder):

@@ -109,8 +109,6 @@ def system_of(template):
 # Instruction files
 
 LONGEST = 1_000_000  # characters of one text; a longer one is a broken file, not an example
-
-
 FIELDS = ("instruction", "input", "output", "system", "history", "messages", "split")
 MARKS = ("weight", "train", "training", "loss")  # of a message: 0 or false if it is not learned
 
@@ -169,7 +167,7 @@ def messages_of(row):
         messages = read_messages(row["messages"])
     else:
         messages = read_alpaca(row)
-    if "system" in row:
+    if row.get("system", "") != "":  # "" is how tables say that a row has none
         if messages[0]["role"] == "system":
             raise ValueError('a "system" beside a message of the role "system"')
         messages.insert(0, {"role": "system", "content": row["system"]})
@@ -196,7 +194,7 @@ def read_messages(found):
         messages.append({"role": message["role"], "content": message["content"]})
         marks = [message[name] for name in MARKS if message.get(name) is not None]
         if any(mark not in (0, 1) for mark in marks):  # True and False are 1 and 0
-            raise ValueError(f"{' and '.join(MARKS)} of a message must be 0 or 1")
+            raise ValueError(f"a mark of a message ({', '.join(MARKS)}) must be 0 or 1")
         if 0 in marks:
             messages[-1]["counts"] = False
     return messages

@@ -1,8 +1,12 @@
 """flags.py — the command line: argparse, with one-line errors and numbers that know their range;
 and the settings of a training, which are saved with its run."""
 import argparse
+from pathlib import Path
 
 from support.runs import UserError, is_argument
+
+
+PATHS = ("run", "data", "init_from", "benchmark", "instructions")  # flags that cannot be empty
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -42,6 +46,13 @@ class Parser(argparse.ArgumentParser):
         saved.update(newer)
         self.set_defaults(**saved)
         return newer
+
+    def parse_args(self, args=None, namespace=None):
+        parsed = super().parse_args(args, namespace)
+        for name in PATHS:
+            if getattr(parsed, name, None) == "":  # of a shell variable that is not set
+                self.error(f"--{name} is empty")
+        return parsed
 
     def error(self, message):
         raise UserError(f"{message} — see --help")
@@ -184,11 +195,17 @@ def check_together(args, state, world):
     elif args.reset_optimizer:
         raise UserError(f"--reset_optimizer is for --resume: {args.run} has no state to continue "
                         f"without its optimizer — leave it out")
+    elif getattr(args, "init_from", None) and same_place(args.init_from, args.run):
+        raise UserError(f"{args.run} is the run to start from — choose another --run")
     rewarmed = 0 if state is None else state["config"]["rewarm_steps"]
     if args.rewarm_steps != rewarmed and not args.reset_optimizer:
         raise UserError("--rewarm_steps is for --resume --reset_optimizer — give all three")
     if "batch_tokens" in args:  # sft.py counts its batches in rows
         check_batch(args, state, world)
+
+
+def same_place(a, b):
+    return Path(a).resolve() == Path(b).resolve()
 
 
 def check_same(args, saved):

@@ -14,7 +14,10 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 def read_bytes(path):
     """Yield (line number, line as bytes). Raises UserError for a damaged gzip file."""
     with open(path, "rb") as file:
-        is_gzip = file.read(2) == GZIP
+        begin = file.read(4)
+    if begin == b"PAR1":
+        raise UserError(f"{path}: a parquet file, not text — give it to prepare_data.py --from")
+    is_gzip = begin.startswith(GZIP)
     number = 0
     try:
         with (gzip.open if is_gzip else open)(path, "rb") as file:
@@ -53,11 +56,12 @@ def read_json_rows(path):
             content = line + b"".join(rest for _, rest in lines)
             yield from read_array(path, content, number)
             return
-        is_first = False
         try:
             row = parse(line, number)
         except ValueError as why:
-            row = why
+            hint = ": a file is one array, or has one object in each line" if is_first else ""
+            row = ValueError(f"{why}{hint}")
+        is_first = False
         yield f"{path}, line {number}", row, min(1, read / size)
 
 

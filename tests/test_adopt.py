@@ -174,7 +174,7 @@ def test_trust_is_noted(tmp_path):
     assert "are not those of GPT-2's" in refused(theirs)  # control
     assert adopt(theirs, tmp_path / "out", "--trust") is None
     source = DataFolder(tmp_path / "out").meta["source"]
-    assert source == {"name": "adopt", "folder": str(theirs), "trusted": True}
+    assert source == {"name": "adopt", "paths": [str(theirs)], "trusted": True}
 
 
 @pytest.mark.row(42)
@@ -288,8 +288,8 @@ def test_adopt_mistakes_are_one_line(tmp_path, capsys, data):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes/mine.txt").write_text("mine")
     for folder, out, message in [
-        (tmp_path / "nowhere", "out", "nowhere: no such folder"),
-        (theirs / "train.bin", "out", "no such folder"),
+        (tmp_path / "nowhere", "out", "nowhere: not a folder"),
+        (theirs / "train.bin", "out", "not a folder"),
         (data, "out", "is a data folder already"),
         (tmp_path / "notes", "out", "no file for train"),
         (theirs, "notes", "did not write — choose another --out"),

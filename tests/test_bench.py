@@ -312,7 +312,7 @@ def test_gradients_of_zero_are_equal(no_processes):
     ("growth --dim 64", "unrecognized arguments: --dim 64"),
     ("growth --device tpu", "no device tpu here"),
     ("plan 2b", "invalid choice: '2b'"),
-    ("decode", "unrecognized arguments: decode"),
+    ("decode", "no command decode: there are growth and plan"),
 ])
 def test_bench_mistakes_are_one_line(flags, message, capsys):
     """Catches: a traceback, or a run that begins with a wrong setting."""

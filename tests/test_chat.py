@@ -487,7 +487,7 @@ def test_answers_that_do_not_count_are_read_and_not_learned(mark):
     assert ids == whole
     assert sum(learned) == 4  # control: two tokens in each answer
     assert np.flatnonzero(counts).tolist() == np.flatnonzero(learned).tolist()[2:]
-    with pytest.raises(ValueError, match="of a message must be 0 or 1"):
+    with pytest.raises(ValueError, match="a mark of a message .* must be 0 or 1"):
         messages_of({"messages": [user("a?"), {**assistant("b"), "weight": "0"}]})
 
 

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import threading
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -300,7 +301,20 @@ def test_weights_of_another_vocabulary_are_refused(data, whole, tmp_path, capsys
     assert "has vocab_size 300, here 290" in messages(capsys)[-1]
     assert run(folder, tmp_path / "r", "--stop_at", 1) == 75  # control
     assert run(data, tmp_path / "s", "--init_from", whole, "--n_heads", 4) == 2
-    assert "has n_heads 2, here 4 — leave the flag out" in messages(capsys)[-1]
+    assert "has n_heads 2, here 4 — its weights tell the sizes" in messages(capsys)[-1]
+
+
+@pytest.mark.row(63)
+def test_base_is_not_replaced_by_its_child(data, whole, tmp_path, capsys):
+    """Catches: --overwrite that deletes the run whose weights were asked for; an empty name, of a
+    shell variable that is not set, that starts from random weights."""
+    base = Path(shutil.copytree(whole, tmp_path / "base"))
+    before = contents(base)
+    assert run(data, base, "--init_from", f"{base}/", "--overwrite") == 2
+    assert "is the run to start from — choose another --run" in messages(capsys)[-1]
+    assert contents(base) == before
+    assert run(data, tmp_path / "r", "--init_from", "") == 2
+    assert "--init_from is empty" in messages(capsys)[-1]
 
 
 @pytest.mark.row(63)
