@@ -9,7 +9,6 @@ attention in model.py). So a tensor is copied as it is, and a folder is a stock 
 which loads without any code of ours. Needs safetensors (requirements-extras.txt).
 """
 import json
-import math
 import os
 import re
 import sys
@@ -21,8 +20,7 @@ import torch
 
 import checkpoint
 import model
-from data import GPT2_VOCAB_SIZE, DataFolder, Tokenizer, Windows
-from evaluate import evaluating
+from data import GPT2_VOCAB_SIZE, DataFolder, Tokenizer
 from huggingface import tokenizer as hf_tokenizer
 from huggingface.model_card import ADAPTERS, model_card
 from huggingface.tokenizer import read_json
@@ -260,7 +258,9 @@ def export(run, out, step, dtype, anyway):
         tokenizer = Tokenizer(config.vocab_size)
         tensors = weights.pop("model")
         check_is_llama(tensors, config, anyway)
-        report_padding(tensors, config, tokenizer, settings)
+        padding = config.padded_vocab_size - config.vocab_size
+        if padding > 0:
+            print(f"{padding} rows of padding, which are no tokens, are left out")
         if config.tie_embeddings:
             del tensors["lm_head.weight"]  # it is the embedding
         n = write_weights(folder, tensors, config.vocab_size, DTYPES[dtype])
@@ -279,36 +279,6 @@ def export(run, out, step, dtype, anyway):
     print(f"{out}: step {step:,} of {run}, {n:,} parameters in {dtype}. Next:\n"
           f"  python -c \"from transformers import pipeline; "
           f"print(pipeline('text-generation', '{out}')('The function'))\"")
-
-
-def report_padding(tensors, config, tokenizer, settings):
-    """Say what the rows that are not exported change. They are no token: they make the embedding's
-    size a round number."""
-    rows = config.padded_vocab_size - config.vocab_size
-    if rows == 0:
-        return
-    text = "how probable they are was not measured: there is no data to do it"
-    try:
-        data = DataFolder(settings["data"])
-        window = min(256, config.max_seq_len)
-        tokens = Windows(data.val, window, config.vocab_size, shuffle=False).read(0, 1)
-        if data.vocab_size == config.vocab_size:
-            share = padding_share(tensors, config, torch.from_numpy(tokens[:, :-1]))
-            text = (f"they had {share:.1e} of the probability, so the loss of the export is "
-                    f"{-math.log1p(-share):.1e} nats lower")
-    except (UserError, OSError, TypeError, KeyError):
-        pass
-    print(f"{rows} rows of padding are left out; {text}")
-
-
-def padding_share(tensors, config, tokens):
-    """The mean probability of the padded ids after tokens (1, T)."""
-    with fast.NoInit():
-        llama = Llama(config)
-    llama.load_state_dict(tensors, assign=True)  # no copy
-    with evaluating(llama, torch.autocast("cpu", enabled=False)):
-        logits, _ = llama(tokens)
-    return logits.softmax(-1)[..., config.vocab_size:].sum(-1).mean().item()
 
 
 def write_weights(folder, tensors, vocab_size, dtype):

@@ -114,7 +114,7 @@ def open_shard(path, length, offset=None):
     if not path.is_file():
         raise UserError(f"{path}: shard is missing — {ADVICE}")
     size = path.stat().st_size
-    if offset is None and path.suffix == ".bin":  # folders used not to tell it
+    if offset is None and path.suffix == ".bin":  # older folders do not tell it
         offset = size - 2 * length
     try:
         if offset is None:

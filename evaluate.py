@@ -28,7 +28,8 @@ from support.devices import (choose_device, choose_dtype, complete_rows, process
 from support.flags import Parser, count
 from support.progress import tqdm
 from support.rows import read_json_rows
-from support.runs import UserError, beginning, newest_run, note, script, settings_of
+from support.runs import (UserError, beginning, newest_run, note, script, settings_of,
+                          trained_window)
 from support.sharding import gathered
 
 BATCH_TOKENS = 4096       # tokens per forward; fixed, so that no flag changes a score
@@ -441,6 +442,9 @@ def main(argv=None):
     if seq_len > model.config.max_seq_len:
         raise UserError(f"--seq_len {seq_len} is more than the model's max_seq_len "
                         f"{model.config.max_seq_len}")
+    trained = trained_window(settings, model.config.max_seq_len)
+    if seq_len > trained:
+        print(f"note: {run} was trained in windows of {trained} tokens; behind that it is worse")
     folder = args.data
     if folder is None and args.benchmark is None:
         folder = settings["data"]

@@ -116,15 +116,20 @@ def read_events(path):
 def cut_back(events, log):
     """The events without those that a later start from an earlier step has replaced: of two runs in
     one log the last, and no branch that was given up. Prints how many are left out."""
+    rows = [event for event in events if event["event"] == "train"]
+    starts = []  # rows that begin again, as the row behind them does: one alone is a broken number
+    for before, row, behind in zip(rows, rows[1:], [*rows[2:], None]):
+        if row["step"] <= before["step"] and (behind is None or behind["step"] <= before["step"]):
+            starts.append(row)
     kept = []
-    first = math.inf  # step of the rows of training that follow
+    first = math.inf  # step of the earliest start among the events that follow
     for event in reversed(events):
         is_row = event["event"] == "train"
         if event["step"] > first or (is_row and event["step"] == first):
             continue
         kept.append(event)
-        if is_row:
-            first = event["step"]
+        if starts and event is starts[-1]:
+            first = starts.pop()["step"]
     if len(kept) < len(events):
         print(f"warning: {log}: its steps begin again; {len(events) - len(kept)} lines before "
               f"that, of the same or later steps, are left out", file=sys.stderr)

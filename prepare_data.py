@@ -176,14 +176,13 @@ def check_replaceable(out, name):
     if not out.is_dir():
         raise UserError(f"{out} is a file — choose another --out")
     names = sorted(set(os.listdir(out)) - OF_THE_SYSTEM)
-    listed = listed_in(out / "meta.json")
+    present, _, listed = described(out)
     foreign = [name for name in names if not OURS.fullmatch(name) and name not in listed]
     if "meta.json" not in names:
         foreign = names  # shards of other projects can have the same names as ours
     if foreign:
         raise UserError(f"{out} holds {foreign[0]}, which prepare_data.py did not write — choose "
                         f"another --out")
-    present, _ = source_in(out / "meta.json")
     if names and present != name:
         raise UserError(f"{out} holds what was prepared from {present} — choose another --out, or "
                         f"delete it")
@@ -192,7 +191,7 @@ def check_replaceable(out, name):
 def default_out(name, paths):
     """data/NAME. Raises UserError if it was prepared from other paths: it would be replaced."""
     out = Path("data", name)
-    _, before = source_in(out / "meta.json")
+    _, before, _ = described(out)
     if before is not None and before != resolved(paths):
         raise UserError(f"{out} holds what was prepared from {', '.join(before[:3]) or 'the hub'} "
                         f"— choose another folder with --out, or delete it")
@@ -204,24 +203,17 @@ def resolved(paths):
     return sorted({str(path.resolve()) for path in paths or []})
 
 
-def source_in(meta):
-    """(the name of the source in a meta.json, the paths that were given; None if it does not tell
-    them)."""
+def described(out):
+    """What the meta.json in a folder tells: (the name of its source, the paths that were given or
+    None, the names of its shards: those of --tokenized are not ours)."""
     try:
-        source = parse_json(meta.read_bytes())["source"]
-        paths = source.get("paths")
-        return str(source["name"]), None if paths is None else list(map(str, paths))
+        meta = parse_json((out / "meta.json").read_bytes())
+        splits = meta.get("splits", {})
+        shards = [str(shard["file"]) for split in splits for shard in splits[split]]
+        paths = meta["source"].get("paths")
+        return str(meta["source"]["name"]), paths and list(map(str, paths)), shards
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return "an unknown source", None
-
-
-def listed_in(meta):
-    """The names of the shards in a meta.json: those of --tokenized are not ours."""
-    try:
-        splits = parse_json(meta.read_bytes())["splits"]
-        return [shard["file"] for shard in splits["train"] + splits["val"]]
-    except (OSError, ValueError, KeyError, TypeError):
-        return []
+        return "an unknown source", None, []
 
 
 # -------------------------------------------------------------------------------------------------

@@ -472,6 +472,7 @@ def test_mutated_log_is_read_without_the_broken_lines(lines, tmp_path, capsys, t
     pretrained, tuning = lines
     log = [*pretrained, tuning] if tuned else pretrained
     file = tmp_path / "metrics.jsonl"
+    again = []  # a last step that is smaller than those before is a run that began again
 
     def trial(draw):
         mutated, kept = mutate_log(log, draw, draw.choice([1, 3, len(log) // 2]))
@@ -481,11 +482,14 @@ def test_mutated_log_is_read_without_the_broken_lines(lines, tmp_path, capsys, t
         plot_dynamics.trajectory([found])
         for step, _, text in found.marks:
             plot_dynamics.speed_change(found, step, text)
+        events = plot_dynamics.read_events(file)
+        again.append(len(plot_dynamics.cut_back(events, file)) < len(events))
         known = {event["step"] for event in kept if event["event"] == "train"}
-        return known <= {row["step"] for row in found.rows["train"]}
+        return again[-1] or known <= {row["step"] for row in found.rows["train"]}
     file.write_bytes(b"\n".join(log))
     assert plot_dynamics.read_run(file).steps[-1] == 20  # control
     assert hold(draws(1000), trial, refused_share=0)
+    assert sum(again) < 60
 
 
 @pytest.mark.row(55)

@@ -223,7 +223,7 @@ def test_plain_log_is_read(tmp_path, capsys):
     assert run.rows["grad"] == [{"event": "grad", "step": 2, "grad": 3.0}]
     broken, again = messages(capsys)[-2:]
     assert "broken lines left out: 2 (line 9, 10)" in broken
-    assert "its steps begin again; 2 lines before that" in again
+    assert "its steps begin again; 1 lines before that" in again
     x, y = curve(Page([run], "linear"), "Accuracy on hellaswag", "acc_norm")
     assert (x.tolist(), y.tolist()) == ([2000], [0.2504])
     x, _ = curve(Page([read_run(log)], "linear"), "Accuracy", "acc_norm")
