@@ -444,7 +444,8 @@ def main(argv=None):
                         f"{model.config.max_seq_len}")
     trained = trained_window(settings, model.config.max_seq_len)
     if seq_len > trained:
-        print(f"note: {run} was trained in windows of {trained} tokens; behind that it is worse")
+        print(f"note: {run} was trained in windows of {trained} tokens; beyond that it predicts "
+              f"worse")
     folder = args.data
     if folder is None and args.benchmark is None:
         folder = settings["data"]

@@ -51,7 +51,7 @@ def continue_prompts(model, tokenizer, args, trained):
                   file=sys.stderr)
         most = args.max_new_tokens or max(1, min(200, trained - len(ids)))
         if len(ids) + most > trained:
-            print(f"note: the model was trained in windows of {trained} tokens; behind that its "
+            print(f"note: the model was trained in windows of {trained} tokens; beyond that its "
                   f"text gets worse", file=sys.stderr)
         generator = torch.Generator().manual_seed(args.seed)  # the same for each prompt
         for _ in range(args.samples):

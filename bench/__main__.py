@@ -48,7 +48,7 @@ def read_arguments(argv):
     add("--alone", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     add_machine(parser)
     if argv and not argv[0].startswith("-"):
-        parser.error(f"no command {argv[0]}: there are growth and plan, and none to compare")
+        parser.error(f"no command {argv[0]}: there are growth and plan; without one it compares")
     return parser.parse_args(argv)
 
 

@@ -5,9 +5,9 @@ import zlib
 import numpy as np
 
 from corpus.pydocs import VAL_SHARE, stable_hash
+from corpus.textfiles import JSON, has_suffix, read_pieces
 from support.progress import tqdm
 from support.runs import UserError
-from corpus.textfiles import JSON, has_suffix, read_pieces
 
 
 class Documents:

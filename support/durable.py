@@ -293,6 +293,7 @@ def prune(run, now, keep_last, keep_every):
 
 @contextmanager
 def refusal_is_said(folder):
+    """If the file system refuses what is done within, print it and go on."""
     try:
         yield
     except OSError as error:

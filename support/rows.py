@@ -13,19 +13,18 @@ BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 def read_bytes(path):
     """Yield (line number, line as bytes). Raises UserError for a damaged gzip file."""
-    with open(path, "rb") as file:
-        begin = file.read(4)
-    if begin == b"PAR1":
-        raise UserError(f"{path}: a parquet file, not text — give it to prepare_data.py --from")
-    is_gzip = begin.startswith(GZIP)
     number = 0
-    try:
-        with (gzip.open if is_gzip else open)(path, "rb") as file:
-            for number, line in enumerate(file, 1):
+    with open(path, "rb") as file:  # once: it may be a pipe
+        begin = file.peek(4)
+        if begin.startswith(b"PAR1"):
+            raise UserError(f"{path}: a parquet file, not text — give it to prepare_data.py --from")
+        lines = gzip.GzipFile(fileobj=file) if begin.startswith(GZIP) else file
+        try:
+            for number, line in enumerate(lines, 1):
                 yield number, line.removeprefix(BYTE_ORDER_MARK) if number == 1 else line
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}, after line {number}: damaged gzip file ({error}) — download or "
-                        f"copy it again") from None
+        except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise UserError(f"{path}, after line {number}: damaged gzip file ({error}) — download "
+                            f"or copy it again") from None
 
 
 def read_lines(path):

@@ -1,6 +1,8 @@
 """support/chat.py: the template, instruction files, rows of tokens, batches."""
 import gzip
 import json
+import os
+import threading
 import time
 
 import numpy as np
@@ -457,6 +459,17 @@ def test_every_reader_reads_alike(tmp_path, pack, is_array):
     assert list(textfiles.read_pieces(file, None)) == [("words", True)]
     (first, found, share), = tables.read_rows(file, ("text",))
     assert (first, [row for _, row in found], share) == (0, [{"text": "words"}, {}], 1)
+
+
+@pytest.mark.row(67)
+def test_questions_from_a_pipe(tmp_path):
+    """Catches: a reader that opens a file twice, and so loses the beginning of a pipe."""
+    pipe = tmp_path / "rows"
+    os.mkfifo(pipe)
+    row = json.dumps({"ctx": "a", "endings": ["b", "c"], "label": 1})
+    writer = threading.Thread(target=pipe.write_text, args=(f"{row}\n" * 3,), daemon=True)
+    writer.start()
+    assert Benchmark(pipe, GPT2, 64).labels.tolist() == [1, 1, 1]
 
 
 @pytest.mark.row(56)
