@@ -22,7 +22,7 @@ from support import durable, lora, sharding, trees
 from support.devices import (processes, random_state, remark, set_random_state,
                              wait_for_rank_0)
 from support.fast import NoInit
-from support.runs import UserError, as_text, quoted, refuse_hugging_face
+from support.runs import FROM_HUGGING_FACE, UserError, as_text, quoted
 
 # -------------------------------------------------------------------------------------------------
 # The full state
@@ -166,25 +166,22 @@ def save(run, state, keep_last, keep_every):
     durable.prune(run, state["step"], keep_last, keep_every)
 
 
-def read_back(run, state, model, old, new, scaler):
-    """Load the state that was just saved, compare it, and restore it into `new`, an optimizer that
-    takes the place of `old`. A run that could not be resumed, because of its optimizer for example,
+def read_back(run, step, model, old, new, scaler):
+    """Load the state that was just saved, and restore it into `new`, an optimizer that takes the
+    place of `old`. If anything that `old` holds is not in `new`, the run could not be resumed: it
     ends here. All processes must call this."""
-    wait_for_rank_0()
-    again = load(durable.folder_of(run, state["step"]))
-    different = trees.differences(state, again) if processes()[0] == 0 else []
+    wait_for_rank_0()  # until it has saved
     before = trees.contents_of(old, model)
-    state.clear()  # there may be no memory for the moments of two optimizers
-    old.state.clear()
+    old.state.clear()  # there may be no memory for the moments of two optimizers
     try:
-        restore(again, model, new, scaler)
-        different += trees.differences(before, trees.contents_of(new, model))
+        restore(load(durable.folder_of(run, step)), model, new, scaler)
+        lost = trees.differences(before, trees.contents_of(new, model))
     except UserError as why:
-        different.append(str(why))
-    if different:
-        raise UserError(f"{run} could not be resumed from step {again['step']}, so it ends here; "
-                        f"lost or changed: {', '.join(different[:4])} — correct the code, then "
-                        f"start over with --overwrite")
+        lost = [str(why)]
+    if lost:
+        raise UserError(f"{run} could not be resumed from step {step}, so it ends here; lost or "
+                        f"changed: {', '.join(lost[:4])} — correct the code, then start over with "
+                        f"--overwrite")
 
 
 def load(folder):
@@ -225,9 +222,8 @@ def load_weights(run, step=None):
     belong to. Raises UserError if there is no checkpoint."""
     folder = durable.find(run, step)
     if folder is None:
-        refuse_hugging_face(run)
-        raise UserError(f"{run}: no such run, or one without checkpoints — train it first: "
-                        f"python train.py --run {quoted(run)}")
+        raise UserError(f"{run}: no such run, or one without checkpoints — train it: python "
+                        f"train.py --run {quoted(run)}; {FROM_HUGGING_FACE}")
     weights = durable.load_weights(folder / "model.pt")
     if lora.is_lora(weights["model"]):
         weights = lora.merged(run, weights["model"])

@@ -31,6 +31,8 @@ GPT2_VOCAB_SIZE = 50_257
 # How GPT-2 cuts text before it merges (Radford et al. 2019, §2.2): contractions, words, numbers,
 # signs, white space.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+# Where longer white space is cut: on a million such characters tiktoken's Rust code would panic.
+LONG_BLANK = re.compile(r"(\s{100000})")
 
 
 class Tokenizer:
@@ -69,7 +71,7 @@ class Tokenizer:
     def encode_array(self, text):
         """The same as (n,) uint16."""
         parts = [self.bpe.encode_to_numpy(part, disallowed_special=())
-                 for part in cut_long_blanks(text)]
+                 for part in LONG_BLANK.split(text)]
         return np.concatenate(parts).astype(np.uint16)
 
     def decode_bytes(self, ids):
@@ -79,19 +81,6 @@ class Tokenizer:
     def decode(self, ids):
         """The text of `ids`; bytes that are not valid UTF-8 become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
-
-
-# On about a million white-space characters in a row tiktoken ends with a "panic" of its Rust code.
-LONG_BLANK = re.compile(r"\s{100000}")
-
-
-def cut_long_blanks(text):
-    """Yield `text` in parts: all of it at once, but for a cut in very long white space."""
-    start = 0
-    for blank in LONG_BLANK.finditer(text):
-        yield text[start:blank.end()]
-        start = blank.end()
-    yield text[start:]
 
 
 # -------------------------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ from support.sharding import gathered
 BATCH_TOKENS = 4096       # tokens per forward; fixed, so that no flag changes a score
 GPU_BATCH_TOKENS = 16384  # 4096 are too few for a GPU: it would wait for Python
 ROWS = 1024               # tokens whose logits are in memory at once
-EIGHTHS = 8               # parts of the window for the loss by position
 
 
 @contextmanager
@@ -57,14 +56,18 @@ def tokens_per_forward(device):
 
 def token_losses(model, hidden, targets, n_ids=None):
     """−ln p(target) for each row of hidden (N, dim) and targets (N,): (N,) float64, on the CPU.
-    n_ids: p is among the first so many ids; without it among all, as in training.
+    n_ids: p is among the first so many ids; without it among all, as in training. Raises
+    FloatingPointError if one is NaN or infinite: among NaN any choice would be the first.
 
     Some rows at a time, so that the logits stay in a CPU's cache: nearly twice as fast there."""
     losses = []
     for h, target in zip(hidden.split(ROWS), targets.split(ROWS)):
         loss = F.cross_entropy(model.logits(h)[:, :n_ids], target, reduction="none")
         losses.append(loss.double().cpu())
-    return torch.cat(losses)
+    losses = torch.cat(losses)
+    if not losses.isfinite().all():
+        raise FloatingPointError("the model's output is NaN or infinite")
+    return losses
 
 
 # -------------------------------------------------------------------------------------------------
@@ -109,10 +112,8 @@ def use_of_context(losses):
 
     The eighths are different text, which among few windows is most of the difference. So the
     standard error over the windows belongs to it."""
-    n, T = losses.shape
-    if T < EIGHTHS:
-        return {"context_gain": None, "context_gain_stderr": None, "position_loss": []}
-    eighths = [part.mean(1) for part in losses.tensor_split(EIGHTHS, dim=1)]  # each (n,)
+    n = len(losses)
+    eighths = [part.mean(1) for part in losses.tensor_split(8, dim=1)]  # each (n,)
     gains = eighths[0] - eighths[-1]
     return {"context_gain": gains.mean().item(),
             "context_gain_stderr": gains.std(correction=0).item() / math.sqrt(max(1, n - 1)),
@@ -121,11 +122,8 @@ def use_of_context(losses):
 
 def describe_text(scores):
     """The scores of `evaluate` in one line."""
-    line = f"val loss {scores['val_loss']:.4f} | {scores['val_bpb']:.4f} bits/byte"
-    if scores["context_gain"] is not None:
-        line += (f" | context gain {scores['context_gain']:.3f} "
-                 f"± {scores['context_gain_stderr']:.3f}")
-    return line
+    return (f"val loss {scores['val_loss']:.4f} | {scores['val_bpb']:.4f} bits/byte | context gain "
+            f"{scores['context_gain']:.3f} ± {scores['context_gain_stderr']:.3f}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -379,42 +377,7 @@ def log_benchmark(benchmark, model, autocast, step, log):
 # The command line. Without --dtype everything in fp32, so that a score does not depend on the
 # machine.
 
-def score_text(model, tokenizer, data, seq_len, eval_tokens, autocast):
-    """Print and return the scores on the validation text of a DataFolder."""
-    if data.vocab_size != tokenizer.vocab_size:
-        raise UserError(f"{data.path} has a vocabulary of {data.vocab_size}, the model of "
-                        f"{tokenizer.vocab_size} — prepare it again with --vocab_size "
-                        f"{tokenizer.vocab_size}")
-    val = Windows(data.val, seq_len, data.vocab_size, shuffle=False)
-    scores = evaluate(model, val, tokenizer, eval_tokens, autocast, progress=True)
-    print(f"{data.path}: {describe_text(scores)}")
-    eighths = " ".join(f"{loss:.3f}" for loss in scores["position_loss"])
-    print(f"loss by eighth of the window: {eighths}")
-    return {"data": str(data.path), "seq_len": seq_len, "eval_tokens": eval_tokens, **scores}
-
-
-def score_questions(model, benchmark, autocast):
-    """Print and return the scores on the questions of a file."""
-    start = time.monotonic()
-    scores = benchmark.score(model, autocast, progress=True)
-    speed = scores["n"] / (time.monotonic() - start)
-    print(f"{describe_choices(scores)} ({speed:.0f} questions/s)")
-    return scores
-
-
-def check_finite(model, autocast):
-    """Raise UserError with code 3 if the model does not give numbers: a choice among NaN looks like
-    one by chance."""
-    tokens = torch.zeros(1, 8, dtype=torch.long, device=next(model.parameters()).device)
-    with evaluating(model, autocast):
-        logits, _ = model(tokens[:, :model.config.max_seq_len])
-    if not logits.isfinite().all():
-        raise UserError("the model's logits are NaN or infinite, so there is nothing to score — "
-                        "choose an earlier --step", code=3)
-
-
-@script
-def main(argv=None):
+def read_arguments(argv):
     parser = Parser(description="Score a checkpoint on held-out text and on questions.")
     add = parser.add_argument
     add("run", nargs="?", help="run folder; without it the newest run")
@@ -430,8 +393,50 @@ def main(argv=None):
     add("--device", help="cpu, cuda, cuda:1 …; without it cuda if there is one")
     add("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of matrix products; the "
         "shorter ones are much faster on a GPU, and change a score a little")
-    args = parser.parse_args(argv)
+    return parser.parse_args(argv)
 
+
+def open_text(args, run, settings, vocab_size):
+    """(the DataFolder whose validation text is scored, or None; whether it is the run's own).
+    Raises UserError."""
+    folder = args.data
+    if folder is None and args.benchmark is None:
+        folder = settings["data"]
+        if folder is None:
+            raise UserError(f"{run} was imported, so it has no data of its own — give --data or "
+                            f"--benchmark")
+    if folder is None:
+        return None, False
+    data = DataFolder(folder)
+    recorded = settings.get("fingerprint")
+    if args.data is None:
+        data.check_same(recorded, f"restore it, or score other text with --data {folder}")
+    is_own = data.fingerprint == recorded
+    if not is_own:
+        print(f"note: {folder} is not the data that {run} was trained on, or was prepared anew: "
+              f"the run may have read this text")
+    if data.vocab_size != vocab_size:
+        raise UserError(f"{folder} has a vocabulary of {data.vocab_size}, the model of "
+                        f"{vocab_size} — prepare it again with --vocab_size {vocab_size}")
+    return data, is_own
+
+
+def open_questions(args, data, tokenizer, seq_len):
+    """(file of questions, Benchmark); both None if there are none. Raises UserError."""
+    file = args.benchmark
+    if file is None and (data.path / "cloze.jsonl").exists():
+        file = data.path / "cloze.jsonl"
+    if file is not None:
+        return file, Benchmark(file, tokenizer, seq_len, args.style, args.benchmark_items)
+    if args.style == "harness":
+        raise UserError(f"--style is for questions, and {data.path} has no cloze.jsonl — give some "
+                        f"with --benchmark")
+    return None, None
+
+
+@script
+def main(argv=None):
+    args = read_arguments(argv)
     refuse_processes()
     run = Path(args.run) if args.run else newest_run()
     began = beginning(run)
@@ -446,44 +451,26 @@ def main(argv=None):
     if seq_len > trained:
         print(f"note: {run} was trained in windows of {trained} tokens; beyond that it predicts "
               f"worse")
-    folder = args.data
-    if folder is None and args.benchmark is None:
-        folder = settings["data"]
-        if folder is None:
-            raise UserError(f"{run} was imported, so it has no data of its own — give --data or "
-                            f"--benchmark")
-    data = None
-    if folder is not None:
-        data = DataFolder(folder)
-        recorded = settings.get("fingerprint")
-        if args.data is None:
-            data.check_same(recorded, f"restore it, or score other text with --data {folder}")
-        elif data.fingerprint != recorded:
-            print(f"note: {folder} is not the data that {run} was trained on, or was prepared "
-                  f"anew: the run may have read this text")
-    questions = args.benchmark
-    if questions is None and Path(folder, "cloze.jsonl").exists():
-        questions = Path(folder, "cloze.jsonl")
-    if questions is None and args.style == "harness":
-        raise UserError(f"--style is for questions, and {folder} has no cloze.jsonl — give some "
-                        f"with --benchmark")
-    benchmark = None
-    if questions is not None:
-        benchmark = Benchmark(questions, tokenizer, seq_len, args.style, args.benchmark_items)
+    data, is_own = open_text(args, run, settings, tokenizer.vocab_size)
+    file, benchmark = open_questions(args, data, tokenizer, seq_len)
 
     print(f"{run} step {step}")
     dtype = choose_dtype(args.dtype, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
-    check_finite(model, autocast)
+    about = {"step": step, "dtype": args.dtype, "seq_len": seq_len}
     events = []
     if data is not None:
-        scores = score_text(model, tokenizer, data, seq_len, args.eval_tokens, autocast)
-        events.append({"event": "eval", "step": step, "dtype": args.dtype,
-                       "same_data": data.fingerprint == recorded, **scores})
+        val = Windows(data.val, seq_len, data.vocab_size, shuffle=False)
+        scores = evaluate(model, val, tokenizer, args.eval_tokens, autocast, progress=True)
+        print(f"{data.path}: {describe_text(scores)}")
+        eighths = " ".join(f"{loss:.3f}" for loss in scores["position_loss"])
+        print(f"loss by eighth of the window: {eighths}")
+        events.append({"event": "eval", **about, "same_data": is_own, "data": str(data.path),
+                       "eval_tokens": args.eval_tokens, **scores})
     if benchmark is not None:
-        scores = score_questions(model, benchmark, autocast)
-        events.append({"event": "benchmark", "step": step, "dtype": args.dtype,
-                       "file": str(questions), "seq_len": seq_len, **scores})
+        scores = benchmark.score(model, autocast, progress=True)
+        print(describe_choices(scores))
+        events.append({"event": "benchmark", **about, "file": str(file), **scores})
     for event in events:  # at the end: if they cannot be noted, they are on the screen at least
         note(run, event, began)
 

@@ -14,7 +14,7 @@ effect everywhere.
 import argparse
 import math
 import sys
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import torch.nn as nn
@@ -45,16 +45,13 @@ class ModelConfig:
             kind = type(field.default)
             if kind is float and type(value) is int:
                 setattr(self, field.name, float(value))
-            elif field.default not in (None, MISSING) and type(value) is not kind:
+            elif field.default is not None and type(value) is not kind:
                 raise ValueError(f"{field.name} {value!r:.40} is not of type {kind.__name__}, as "
                                  f"its default {field.default!r} is")
         if self.padded_vocab_size is None:
             self.padded_vocab_size = math.ceil(self.vocab_size / 128) * 128
         for name in ("dim", "n_layers", "n_heads", "n_kv_heads", "intermediate_size",
-                     "vocab_size", "max_seq_len"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} {getattr(self, name)} must be at least 1")
-        for name in ("norm_eps", "rope_theta"):
+                     "vocab_size", "max_seq_len", "norm_eps", "rope_theta"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{name} {getattr(self, name)} must be positive")
         if self.dim % self.n_heads != 0:

@@ -165,23 +165,21 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
     shares = [group["lr"] / args.lr for group in prepared.optimizer.param_groups]
     stop = StopSignals(log)
     skipped_in_a_row = 0
-    unproven = 3 if prepared.saved_at is None or args.reset_optimizer else 0  # states to read back
 
     def save():
-        """Save the state, unless it is on the disk already. All processes take part. The first
-        three states of an optimizer are read back, which proves that a resume can restore it. (Only
-        at the third is a counter that was lost another number than in a new optimizer.)"""
-        nonlocal unproven
+        """Save the state, unless it is on the disk already. All processes take part. After two
+        updates it is read back, which proves that a resume can restore this optimizer. (After one,
+        a counter that was lost is the same number as in a new optimizer.)"""
         if progress.step == prepared.saved_at:
             return
         state = checkpoint.capture(model, prepared.optimizer, scaler, progress, **constants,
                                    log_bytes=log.length())
         checkpoint.save(run, state, args.keep_last, args.keep_every)
         prepared.saved_at = progress.step
-        if unproven > 0:
-            unproven -= 1
+        if progress.updates == 2:
+            del state  # it holds the moments, and there may be no memory for them twice
             new = make_optimizer(model, args, machine.device)
-            checkpoint.read_back(run, state, model, prepared.optimizer, new, scaler)
+            checkpoint.read_back(run, progress.step, model, prepared.optimizer, new, scaler)
             prepared.optimizer = new
 
     def do_what_is_due(told_to_stop):
@@ -191,7 +189,8 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
         has its own, so doing them more often does not change the training."""
         step = progress.step
         stops_here = told_to_stop or step == args.stop_at
-        if stops_here or due(step, args.save_every, args.max_steps):
+        to_be_proven = progress.updates == 2  # see `save`
+        if stops_here or to_be_proven or due(step, args.save_every, args.max_steps):
             save()
         if not stops_here and due(step, args.eval_every, args.max_steps):
             observer.evaluate(step, log)

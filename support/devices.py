@@ -1,5 +1,4 @@
 """devices.py — where a script runs: device, precision, one process or several, and stop signals."""
-import functools
 import os
 import platform
 import signal
@@ -41,14 +40,13 @@ def choose_device(name=None):
     return device
 
 
-@functools.cache  # so it is said once
 def note_unused_gpu():
     """Say it if there is a GPU, but this build of PyTorch finds no driver that it can use."""
     is_hidden = os.environ.get("CUDA_VISIBLE_DEVICES") == ""  # by the user
     if NVIDIA.exists() and not is_hidden:
-        print(f"note: torch {torch.__version__} cannot use this machine's GPU, so the CPU does the "
-              f"work — install a newer driver, or a build of torch for an older CUDA (nvidia-smi "
-              f"shows which one the driver supports)", file=sys.stderr)
+        warn(f"torch {torch.__version__} cannot use this machine's GPU, so the CPU does the work — "
+             f"install a newer driver, or a build of torch for an older CUDA (nvidia-smi shows "
+             f"which one the driver supports)")
 
 
 def choose_attention():
@@ -81,8 +79,7 @@ def can_compile(device):
     try:
         torch.compile(lambda x: x.exp() + 1)(torch.zeros(8, device=device))
     except Exception as error:  # each cause has its own class
-        print(f"torch.compile does not work here, so this is slower ({first_line_of(error)})",
-              file=sys.stderr, flush=True)
+        warn(f"torch.compile does not work here, so this is slower ({first_line_of(error)})")
         return False
     return True
 

@@ -4,14 +4,14 @@ model.py is the specification. Three parts of it may be computed otherwise:
 
     attention   by PyTorch's fused kernels, or, in short windows on a CPU, in fewer operations
     loss        of some rows at a time, so that the logits are never all in memory
-    blocks      compiled, and with them the kernel of the loss
+    blocks      compiled, and the loss with them
 
-Your edits of model.py win. `attention` and the loss have a twin here. A twin knows the hash of the
-source that it stands for: if you edit the source, yours runs (of the loss still in chunks of rows,
-by autograd). Blocks are compiled from the source itself. For machines there is a second check:
-before a run each part computes one layer, and must agree with the source up to rounding (`choose`).
-If it does not, a CPU computes as it is written, and says so; on a GPU, where that may be several
-times slower, it is an error. `--no-fast` computes everything as it is written.
+Your edits of model.py win. Loss and blocks are computed from its text. `attention` has a twin here,
+which knows the hash of the text that it stands for: if you edit that, yours runs. For machines
+there is a second check: before a run each part computes one layer, and must agree with the text up
+to rounding (`choose`). If it does not, a CPU computes as it is written, and says so; on a GPU,
+where that may be several times slower, it is an error. `--no-fast` computes everything as it is
+written.
 """
 import ast
 import contextlib
@@ -26,17 +26,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from support.devices import any_process, can_compile, say
 from support.memory import checkpoint_activations
 from support.runs import UserError, first_line_of, is_out_of_memory
-from support.sharding import is_sharded
 
 PARTS = ("attention", "loss", "blocks")
-IGNORE = -100  # a target that does not count, as in model.py
 
 
 # -------------------------------------------------------------------------------------------------
@@ -86,102 +83,44 @@ CHUNK = 1024  # rows; 1024 · 50,304 logits are 0.1 GB in bf16, and 0.2 GB in fp
 
 
 class LossInChunks(torch.autograd.Function):
-    """The gradients are computed in the forward, as if the loss were used once and unscaled. What
-    it is multiplied by afterwards (1 / targets of the step, the loss scale of fp16) arrives in the
-    backward and multiplies them there."""
+    """The sum of a loss over rows. Autograd differentiates the loss of each chunk in the forward,
+    as if the sum were used once and unscaled. What it is multiplied by afterwards (1 / targets of
+    the step, the loss scale of fp16) arrives in the backward and multiplies the gradients there."""
 
     @staticmethod
-    def forward(ctx, gradients_of, hidden, targets, *weights):
+    def forward(ctx, loss_of, hidden, targets, *weights):
         total = torch.zeros((), device=hidden.device)
-        grad_hidden = torch.empty_like(hidden)
-        grads = [None] * len(weights)
+        grads = [torch.empty_like(hidden), *[None] * len(weights)]
         for start in range(0, len(hidden), CHUNK):
             rows = slice(start, start + CHUNK)
-            loss, grad_hidden[rows], *found = gradients_of(hidden[rows], targets[rows], weights)
-            total += loss
-            for i, grad in enumerate(found):
+            h = hidden[rows].detach().requires_grad_()
+            with torch.enable_grad():
+                loss = loss_of(h, targets[rows])
+            grads[0][rows], *found = torch.autograd.grad(loss, (h, *weights), allow_unused=True)
+            total += loss.detach()
+            for i, grad in enumerate(found, 1):
                 if grads[i] is None:
-                    grads[i] = grad.to(weights[i].dtype)
+                    grads[i] = grad
                 else:
                     grads[i] += grad
             found = grad = None  # they may be large: free before the next logits
-        ctx.save_for_backward(grad_hidden, *grads)
+        ctx.save_for_backward(*grads)
         return total
 
     @staticmethod
     def backward(ctx, grad_loss):
         # In place: a second copy of the output layer's gradient would be the largest of all.
-        grads = [grad.mul_(grad_loss) for grad in ctx.saved_tensors]
+        grads = [grad if grad is None else grad.mul_(grad_loss) for grad in ctx.saved_tensors]
         return None, grads[0], None, *grads[1:]
 
 
-def make_loss_in_chunks(network, names, compiled):
-    """`loss_in_chunks` of a network, whose loss must be a sum over rows. names: of the parameters
-    that it depends on. compiled: whether to use torch.compile for the kernel."""
-    # No closures: a copy.deepcopy of the network then has a loss of its own.
-    text = network.loss
-    if has_known_loss(network):
-        kernel = torch.compile(loss_and_gradient, dynamic=False) if compiled else loss_and_gradient
-        gradients_of = partial(gradients_by_hand, kernel, network.lm_head)
-    else:
-        gradients_of = partial(gradients_by_autograd, text)
-    return partial(loss_in_chunks, network, text, gradients_of, names)
-
-
-def loss_in_chunks(network, text, gradients_of, names, hidden, targets):
-    """What network.loss is, text(hidden, targets), without all logits in memory."""
+def loss_in_chunks(network, loss_of, hidden, targets):
+    """What loss_of(hidden, targets) is, without all logits in memory. It may use any parameter of
+    the network."""
     if not torch.is_grad_enabled():
-        parts = zip(hidden.split(CHUNK), targets.split(CHUNK))
-        return torch.stack([text(h, target) for h, target in parts]).sum()
-    weights = [network.get_parameter(name) for name in names]
-    weights = [weight for weight in weights if weight.requires_grad]  # not so beside adapters
-    return LossInChunks.apply(gradients_of, hidden, targets, *weights)
-
-
-def gradients_by_autograd(loss_of, h, targets, weights):
-    """The loss of some rows, and its gradients with respect to h (n, dim) and to the weights."""
-    h = h.detach().requires_grad_()
-    with torch.enable_grad():
-        loss = loss_of(h, targets)
-    return loss.detach(), *torch.autograd.grad(loss, (h, *weights))
-
-
-def gradients_by_hand(kernel, head, h, targets, weights):
-    """The same for the loss as it stands in model.py, in half the passes over the logits."""
-    counted = (targets != IGNORE)[:, None]              # (n, 1)
-    target = targets[:, None].masked_fill(~counted, 0)  # (n, 1)
-    losses, grad = kernel(F.linear(h, head.weight), target)
-    found = [(losses * counted).sum(), (grad @ head.weight) * counted]
-    if weights:
-        found.append(grad.T @ (h * counted))            # (V, dim)
-    return found
-
-
-def loss_and_gradient(logits, target):
-    """The loss of each row of logits (n, V), −ln softmax(logits)[target], (n, 1) in fp32; and its
-    gradient with respect to them, softmax − one-hot, (n, V) in their dtype. target (n, 1)."""
-    x = logits.float()
-    largest = x.amax(1, keepdim=True)  # subtracted, so that no exp overflows
-    x_of_target = x.gather(1, target)
-    e = x.sub_(largest).exp_()         # in place: this is the largest tensor of a training step
-    total = e.sum(1, keepdim=True)
-    logp = x_of_target - largest - total.log()
-    grad = e.div_(total).to(logits.dtype)
-    # p − 1 is computed in fp32. Where p is nearly 1, a p in bf16 would leave no digit of it.
-    grad.scatter_(1, target, (logp.exp() - 1).to(grad.dtype))
-    return -logp, grad
-
-
-def names_used_by_loss(network):
-    """The names of the trained parameters that Llama.loss depends on: that of the output layer, and
-    any that you may have added to it."""
-    named = {name: p for name, p in network.named_parameters() if p.requires_grad}
-    head = next(network.lm_head.parameters())
-    hidden = torch.zeros(1, network.config.dim, dtype=head.dtype, device=head.device)
-    loss = network.loss(hidden.requires_grad_(),
-                        torch.zeros(1, dtype=torch.long, device=head.device))
-    grads = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    return [name for name, grad in zip(named, grads) if grad is not None]
+        return loss_of(hidden, targets)
+    weights = [parameter for parameter in network.parameters() if parameter.requires_grad]
+    return LossInChunks.apply(loss_of, hidden, targets, *weights)
 
 
 def is_sum_over_rows(network):
@@ -250,10 +189,9 @@ def hashes(*names):
     return {name: hash_of((root / name).read_text(encoding="utf-8")) for name in names}
 
 
-# The texts that fast_attention and gradients_by_hand stand for. (After a change of one that the
-# fast way shares, the test that fails shows the new hash.)
-KNOWN = {"attention": "d61d2846c435", "causal_mask": "a50242de4f46", "logits": "8d83de847b0a",
-         "loss": "5e341b6b563d"}
+# The texts that fast_attention stands for. (After a change that it shares, the test that fails
+# shows the new hash.)
+KNOWN = {"attention": "d61d2846c435", "causal_mask": "a50242de4f46"}
 # What happens to the mask from Decoder to `attention`: it is made, and handed on.
 USES_OF_MASK = {"Decoder": ["mask = causal_mask(end, tokens.device)[past:]", "block"],
                 "Block": ["self.self_attn"],
@@ -289,21 +227,11 @@ def has_causal_mask(network):
     return is_handed_on and hash_of(made_by) == KNOWN["causal_mask"]
 
 
-def has_known_loss(network):
-    """Whether the loss is what gradients_by_hand computes."""
-    head = network.lm_head
-    has_hooks = head._forward_hooks or head._forward_pre_hooks
-    is_plain = type(head) is nn.Linear and head.bias is None and not has_hooks
-    is_known = all(hash_of(getattr(network, name)) == KNOWN[name] for name in ("logits", "loss"))
-    return is_plain and is_known and network.loss.__globals__.get("IGNORE") == IGNORE
-
-
 # -------------------------------------------------------------------------------------------------
 # To choose among the parts, and to use them
 
-def use(network, parts, names=None):
-    """Let a Llama compute with these parts, in place. names: of the parameters that its loss
-    depends on; None: find them. Returns the network."""
+def use(network, parts):
+    """Let a Llama compute with these parts, in place; returns it."""
     if "attention" in parts:
         attend = partial(fast_attention, is_causal=has_causal_mask(network))
         for module in network.modules():
@@ -313,8 +241,11 @@ def use(network, parts, names=None):
         for block in network.model.layers:
             block.compile()  # in place: the state_dict keeps its names
     if "loss" in parts:
-        names = names_used_by_loss(network) if names is None else names
-        network.loss = make_loss_in_chunks(network, names, compiled="blocks" in parts)
+        loss = network.loss
+        if "blocks" in parts and inspect.ismethod(loss):
+            # Not the method itself: a copy.deepcopy of the network then has a loss of its own.
+            loss = partial(torch.compile(loss.__func__, dynamic=False), network)
+        network.loss = partial(loss_in_chunks, network, loss)
     return network
 
 
@@ -343,10 +274,7 @@ def use_what_agrees(network, B, T, autocast, compiled=False, recompute=False):
             remarks = [f"it does not know this network ({first_line_of(error)})"]
     agreed = [part for part in PARTS if not any_process(part not in chosen, device)]
     remarks += [f"{part}: another process does not use it" for part in chosen if part not in agreed]
-    names = None
-    if "loss" in agreed and is_sharded(next(network.parameters())):
-        names = names_used_by_loss(layer.network)
-    use(network, agreed, names)
+    use(network, agreed)
     say(f"fast    {', '.join(agreed) or 'nothing: all is computed as in model.py'}")
     for remark in remarks:
         say(f"        {remark}")
@@ -378,8 +306,6 @@ def choose(network, layer, compiled):
             if part == "attention" and not has_causal_mask(network):
                 remarks.append("attention: model.py was edited where it makes the mask, so the "
                                "kernels read yours, which is slower")
-            if part == "loss" and not has_known_loss(network):
-                remarks.append("loss: model.py was edited here, so autograd differentiates yours")
         elif layer.device.type == "cuda":
             raise UserError(f"support/fast.py cannot be used here: {part}, the fast way {why} — "
                             f"give --no-fast to compute as it is written, which is slower; if it "

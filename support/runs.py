@@ -190,16 +190,9 @@ def lock(path, message):
 
 def start_over(run):
     """Delete an earlier run. Its checkpoints are renamed aside first, and all else after them, in
-    the order of OURS: what a kill leaves is never resumed by mistake (and see `note`).
-
-    Raises UserError if `checkpoints` is a link to a folder, on a larger disk for example, and that
-    is not empty: a rename would move the link, and the new run would be here."""
-    linked = (run / "checkpoints").is_symlink()
-    if linked and any(run.glob("checkpoints/step_*")):
-        raise UserError(f"{run / 'checkpoints'} is a link to a folder that is not empty — empty "
-                        f"it yourself, or choose another --run")
+    the order of OURS: what a kill leaves is never resumed by mistake (and see `note`)."""
     aside = Path(tempfile.mkdtemp(prefix=".tmp_old_", dir=run))
-    for name in OURS[linked:]:  # all, or all but the checkpoints
+    for name in OURS:
         if (run / name).exists():
             os.rename(run / name, aside / name)
     shutil.rmtree(aside, ignore_errors=True)
@@ -213,16 +206,16 @@ def holds_steps(run):
     return any(run.glob("checkpoints/step_*")) or log.exists() and b'"train"' in log.read_bytes()
 
 
-def is_finished(run, state, last):
+def is_finished(run, state, max_steps):
     """Whether nothing is left to do in a run. `state`, from which it would be resumed, must be that
-    of the `last` step, and the log must end with "done". (A run that was stopped at its last step
+    of the last step, and the log must end with "done". (A run that was stopped at its last step
     still lacks an evaluation.)"""
-    if state is None or state["step"] != last:
+    if state is None or state["step"] != max_steps:
         return False
     lines = (run / "metrics.jsonl").read_bytes().splitlines()
     try:
-        last = parse_json(lines[-1])
-        return last["event"] == "end" and last["reason"] == "done"
+        row = parse_json(lines[-1])
+        return row["event"] == "end" and row["reason"] == "done"
     except (IndexError, ValueError, KeyError, TypeError):
         return False
 
@@ -255,6 +248,8 @@ def is_argument(value):
         return False
 
 
+FROM_HUGGING_FACE = "of a Hugging Face folder make a run: python convert_hf.py import FOLDER RUN"
+
 # The settings that other scripts use, and their types.
 READ_BY_OTHERS = {"data": str | None, "seq_len": int, "preset": str | None, "base": str | None,
                   "benchmark": str | None, "benchmark_items": int | None, "system": str | None,
@@ -279,9 +274,8 @@ def settings_of(run):
                 raise TypeError
         return settings
     except (OSError, ValueError, TypeError, AttributeError):
-        refuse_hugging_face(run)
-        raise UserError(f"{run}/config.json is missing or damaged — training with --resume writes "
-                        f"it again") from None
+        raise UserError(f"{run}/config.json is missing, damaged or not of a run — training with "
+                        f"--resume writes it again; {FROM_HUGGING_FACE}") from None
 
 
 def trained_window(settings, longest):
@@ -292,33 +286,18 @@ def trained_window(settings, longest):
     return min(settings["seq_len"], longest)
 
 
-def refuse_hugging_face(run):
-    """Raise UserError if the folder is not a run's but one of Hugging Face."""
-    run = Path(run)
-    try:
-        is_theirs = "model_type" in parse_json((run / "config.json").read_bytes())
-    except (OSError, ValueError, TypeError):
-        is_theirs = any(run.glob("*.safetensors"))
-    if is_theirs:
-        new = Path("runs", run.resolve().name)
-        raise UserError(f"{run} is a Hugging Face folder — make a run of it: python convert_hf.py "
-                        f"import {quoted(run)} {quoted(new)}")
-
-
 # -------------------------------------------------------------------------------------------------
 # The log
 
 class Log:
     """metrics.jsonl and the screen. Without a run folder it is silent, as on every rank but 0."""
 
-    def __init__(self, run, length, max_steps, peak_rate=None):
-        """Open the log and cut it back to `length`, what it was when the state was saved.
-
-        peak_rate: tokens per second if all of the hardware's FLOPs were used, where it is known.
-        Raises UserError if the log is shorter than `length`, or if no line ends there."""
+    def __init__(self, run, length, max_steps):
+        """Open the log and cut it back to `length`, what it was when the state was saved. Raises
+        UserError if the log is shorter than `length`, or if no line ends there."""
         self.file = None
         self.max_steps = max_steps
-        self.peak_rate = peak_rate
+        self.peak_rate = None  # tokens/s if all of the hardware's FLOPs were used, where known
         self.step_seconds = []  # of the last steps
         self.slow_steps = 0  # in a row; −1 after the remark about them
         self.last_line = 0.0
@@ -436,14 +415,13 @@ class Log:
 def visible(text):
     """What a model says, for a terminal: control codes as signs, since they could move the cursor
     or change what the terminal does. As it is where stdout is something else."""
-    if not sys.stdout.isatty():
-        return text
-    return "".join(SIGNS.get(letter, letter) for letter in text)
+    return text.translate(SIGNS) if sys.stdout.isatty() else text
 
 
 # Pictures of the control codes but for tab and line feed; U+FFFD for those that have none.
-SIGNS = {chr(code): chr(0x2400 + code) for code in range(32) if chr(code) not in "\t\n"}
-SIGNS |= {"\x7f": "\u2421", **{chr(code): "\ufffd" for code in range(0x80, 0xa0)}}
+SIGNS = {code: 0x2400 + code for code in range(32) if chr(code) not in "\t\n"}
+SIGNS[127] = 0x2421
+SIGNS.update(dict.fromkeys(range(0x80, 0xa0), 0xfffd))
 
 
 def print_anyway(text):

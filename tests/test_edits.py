@@ -116,10 +116,6 @@ MLP = '''        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(
 SMOOTHED = '''        return F.cross_entropy(self.logits(hidden), targets, ignore_index=IGNORE,
                                label_smoothing=0.1, reduction="sum")
 '''
-WITH_Z = '''        logits = self.logits(hidden)
-        z = logits.logsumexp(-1).square().sum()
-        return 1e-4 * z + F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
-'''
 ACTIVATED = '''        gate = self.gate_proj(x)
         gate = F.gelu(gate) if self.activation == "gelu" else F.silu(gate)
         return self.down_proj(gate * self.up_proj(x))
@@ -203,14 +199,16 @@ def test_edit_takes_effect_everywhere_and_old_runs_stay_usable(name, data, instr
 
 
 def test_without_the_comparison_of_texts_an_edit_is_lost(data, old, tmp_path):
-    """Catches: a test of edits that could not fail. In bf16 a small term in the loss is within
-    rounding, so no comparison of numbers sees that it is missing."""
-    code = copy_of_code(tmp_path / "code", ("model.py", LOSS, WITH_Z))
-    blind = "fast.has_known_loss = lambda network: True"
+    """Catches: a test of edits that could not fail. In bf16 a soft cap of 50 on the scores is
+    within rounding, so no comparison of numbers sees that it is missing."""
+    code = copy_of_code(tmp_path / "code",
+                        ("model.py", "scores = scores.float() + mask ",
+                         "scores = 50 * (scores.float() / 50).tanh() + mask "))
+    blind = "fast.has_known_attention = lambda network: True"
     assert run_all(code, trained(data, tmp_path / "r", "bf16"))[0] == [0]
     assert run_all(code, trained(data, tmp_path / "blind", "bf16"), patch=blind)[0] == [0]
     assert losses(tmp_path / "blind") == losses(old / "bf16")
-    assert losses(tmp_path / "r")[0] > losses(old / "bf16")[0] + 1e-3
+    assert losses(tmp_path / "r") != losses(old / "bf16")
 
 
 def test_what_the_code_no_longer_knows_is_refused_by_name(data, old, copied, tmp_path):
