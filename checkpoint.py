@@ -209,8 +209,7 @@ def read_config(saved):
 
 
 def network(config):
-    """A Llama of a saved config, to be filled with the saved weights."""
-    config = read_config(config)
+    """A Llama, to be filled with saved weights."""
     with durable.one_line_error(f"a network of {config}"), NoInit():
         return Llama(config)
 
@@ -233,6 +232,6 @@ def load_weights(run, step=None):
 def load_model(run, step=None, device="cpu"):
     """(model, tokenizer, step) of the newest undamaged checkpoint of `run`, or of `step`."""
     weights, step = load_weights(run, step)
-    model = network(weights["config"])
+    model = network(read_config(weights["config"]))
     restore_weights(weights, model)
     return model.to(device).eval(), Tokenizer(model.config.vocab_size), step

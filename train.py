@@ -348,28 +348,23 @@ def make_model(args, state, vocab_size):
     """A network of the preset, with new random weights or those of --init_from; on a resume one
     with the saved sizes, to be filled. Raises UserError if these sizes cannot be used."""
     if state is not None:
-        model = checkpoint.network(state["model_config"])
-        config = model.config
-        if config.vocab_size != vocab_size or config.max_seq_len < args.seq_len:
-            raise UserError(f"{args.data} has a vocabulary of {vocab_size}, the model of "
-                            f"{config.vocab_size} (windows of {args.seq_len} and "
-                            f"{config.max_seq_len}) — restore the data, or choose another --run")
-        return model
+        return checkpoint.network(checkpoint.read_config(state["model_config"]))
     config = PRESETS[args.preset]
-    given = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    sizes["vocab_size"] = vocab_size
     padded = None  # to the next multiple of 128
     if args.init_from:
         weights, _ = checkpoint.load_weights(args.init_from)
         config = checkpoint.read_config(weights["config"])
         padded = config.padded_vocab_size
         # Shapes do not tell everything: vocabularies may be padded to the same size.
-        for name, value in {**given, "vocab_size": vocab_size}.items():
+        for name, value in sizes.items():
             if getattr(config, name) != value:
                 raise UserError(f"{args.init_from} has {name} {getattr(config, name)}, here "
                                 f"{value} — its weights tell the sizes: leave out other flags, and "
                                 f"prepare the text with its --vocab_size")
     try:
-        config = replace(config, **given, vocab_size=vocab_size, padded_vocab_size=padded,
+        config = replace(config, **sizes, padded_vocab_size=padded,
                          max_seq_len=max(config.max_seq_len, args.seq_len))
     except ValueError as why:
         raise UserError(f"{why} — give other sizes") from None
