@@ -4,7 +4,6 @@ the same bits as a run without one. Rows are those of the table of faults.
 Each group has a control, which shows that a difference would be seen.
 """
 import errno
-import functools
 import json
 import os
 import random
@@ -16,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -26,11 +24,10 @@ import torch
 
 import checkpoint
 import evaluate
-import prepare_data
 import sample
 import train
-from conftest import CHILD, FLAGS, ROOT, TEST, evals, exit_code, messages, rows, run, same, state
-from support import devices, durable, files, flags, runs
+from conftest import CHILD, FLAGS, ROOT, evals, exit_code, messages, rows, run, same, state
+from support import devices, durable, files, flags, runs, trees
 from support.runs import UserError
 
 pytestmark = pytest.mark.usefixtures("short_samples")
@@ -77,14 +74,8 @@ def place(folder, step):
 
 
 def log_of(folder):
-    """What the logs of equal runs have in common: these rows in their order, without times."""
-    found = []
-    for line in (folder / "metrics.jsonl").read_text().splitlines():
-        row = json.loads(line)
-        if row["event"] in ("train", "eval", "benchmark", "sample"):
-            found.append({key: value for key, value in row.items()
-                          if key not in ("seconds", "dt_ms", "tok_per_s")})
-    return found
+    """The questions and samples that equal runs have in common; `same` compares the rest."""
+    return rows(folder, "benchmark", ("step", "acc", "n")), rows(folder, "sample", ("step", "text"))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -118,31 +109,17 @@ def ends_like(resume, folder, short):
     return True
 
 
-def survives_kill(resume, folder, short, n):
-    """Kill a run at its n-th file operation. What is left is usable; the resume is bitwise."""
-    assert resume(folder, *SHORT, fault=["kill", n])["code"] == -signal.SIGKILL
-    left = durable.checkpoints(folder)
-    if left:
-        assert min(left) == 0
-        assert durable.find(folder, full=True) is not None  # raises if none can be used
-    assert ends_like(resume, folder, short)
-    shutil.rmtree(folder)
-    return True
-
-
 @pytest.mark.row(4, 28, 30)
-def test_kill_at_some_file_operations_changes_nothing(resume, short, tmp_path):
+@pytest.mark.parametrize("every", [31, pytest.param(1, marks=pytest.mark.slow)])
+def test_kill_at_every_file_operation_changes_nothing(resume, short, tmp_path, every):
     """Catches: a save or a prune that is not whole at some moment."""
-    for n in random.Random(0).sample(range(1, short.operations + 1), 12):
-        assert survives_kill(resume, tmp_path / "r", short, n)
-
-
-@pytest.mark.row(4, 28, 30)
-@pytest.mark.slow
-def test_kill_at_every_file_operation_changes_nothing(resume, short, tmp_path):
-    """Catches: as the test before, at every moment."""
-    for n in range(1, short.operations + 1):
-        assert survives_kill(resume, tmp_path / "r", short, n)
+    folder = tmp_path / "r"
+    for n in range(1, short.operations + 1, every):
+        assert resume(folder, *SHORT, fault=["kill", n])["code"] == -signal.SIGKILL
+        if durable.checkpoints(folder):
+            assert newest(folder) >= 0  # raises if none can be used
+        assert ends_like(resume, folder, short)
+        shutil.rmtree(folder)
 
 
 @pytest.mark.row(3)
@@ -151,41 +128,29 @@ def test_kill_at_20_random_moments_changes_nothing(resume, short, tmp_path):
     draw = random.Random(os.getpid())
     folder = tmp_path / "r"
     kills = 0
-    in_a_save = 0
     while kills < 20:
         found = resume(folder, *SHORT, kill_after=draw.uniform(0, short.seconds))
         if found["code"] == -signal.SIGKILL:
-            kills += 1
-            in_a_save += any(folder.glob("checkpoints/.tmp*"))
-            continue  # often killed again
-        assert found["code"] == 0
-        assert same(folder, short.folder, 6)
-        assert log_of(folder) == log_of(short.folder)
-        shutil.rmtree(folder)
-    print(f"{kills} kills, {in_a_save} of them in a save")
+            kills += 1  # often killed again
+        else:
+            assert ends_like(resume, folder, short)
+            shutil.rmtree(folder)
     assert ends_like(resume, folder, short)
 
 
 @pytest.mark.row(41)
-@pytest.mark.parametrize("step", [0, 4, 6])
-@pytest.mark.parametrize("where", ["evaluate", "benchmark", "sample"])
-def test_kill_in_an_evaluation_loses_no_step(resume, short, tmp_path, where, step):
+@pytest.mark.parametrize("where, step, logged, saved", [
+    ("evaluate", 0, 0, 0), ("benchmark", 4, 4, 4), ("sample", 4, 4, 4), ("evaluate", 6, 6, 6),
+    ("step", 6, 5, 4),  # control: there are kills that lose steps
+])
+def test_kill_in_an_evaluation_loses_no_step(resume, short, tmp_path, where, step, logged, saved):
     """Catches: an evaluation or a sample before the save that is due at the same step; a resume
     that does not repeat it, or that logs it twice."""
     folder = tmp_path / "r"
     fault = ["signal", where, step, "SIGKILL"]
     assert resume(folder, *SHORT, fault=fault)["code"] == -signal.SIGKILL
-    assert steps(folder) == first(step)
-    assert newest(folder) == step
-    assert ends_like(resume, folder, short)
-
-
-def test_kill_in_a_step_loses_the_steps_since_the_save(resume, short, tmp_path):
-    """Catches: a test before this one that could not fail: there are kills that lose steps."""
-    folder = tmp_path / "r"
-    resume(folder, *SHORT, fault=["signal", "step", 6, "SIGKILL"])
-    assert steps(folder) == first(5)
-    assert newest(folder) == 4
+    assert steps(folder) == first(logged)
+    assert newest(folder) == saved
     assert ends_like(resume, folder, short)
 
 
@@ -195,14 +160,13 @@ def test_leftovers_of_a_kill_are_removed_by_the_holder_of_the_lock(resume, copy)
     writing."""
     half = copy / "checkpoints/.tmp_step_00000030"
     half.mkdir()
-    (half / "model.pt").write_bytes(b"half")
     lock = runs.hold(copy)
     assert not half.exists()
     half.mkdir()  # now it is of the run that holds the lock
     assert resume(copy)["code"] == 2
     assert half.exists()
     os.close(lock)
-    assert resume(copy)["code"] == 0
+    assert resume(copy, "--stop_at", 15)["code"] == 75
     assert not half.exists()
 
 
@@ -212,52 +176,48 @@ class Killed(BaseException):
 
 def files_of(folder):
     return {path.relative_to(folder): path.read_bytes()
-            for path in (folder / "checkpoints").glob("step_*/*.*") if path.is_file()}
-
-
-def prune_killed_at(number, folder, keep_every):
-    """Prune, and raise Killed in the place of the file operation of that number, from 0; returns
-    whether there were so many."""
-    done = []
-
-    def counted(function):
-        def call(*args, **kwargs):
-            if len(done) == number:
-                raise Killed
-            done.append(function)
-            return function(*args, **kwargs)
-        return call
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("rename", "replace", "unlink", "rmdir"):
-            patch.setattr(os, name, counted(getattr(os, name)))
-        try:
-            durable.prune(folder, 15, keep_last=1, keep_every=keep_every)
-        except Killed:
-            return True
-    return False
+            for path in (folder / "checkpoints").glob("step_*/*.*")}
 
 
 @pytest.mark.row(4)
 @pytest.mark.parametrize("keep_every", [0, 10])  # step 10 is removed, or shrinks to its weights
-def test_prune_is_whole_at_every_moment(stopped, tmp_path, keep_every):
+def test_prune_is_whole_at_every_moment(stopped, tmp_path, monkeypatch, keep_every):
     """Catches: an old checkpoint that is half removed, or whose meta.json promises a file that is
     gone."""
-    expected = shutil.copytree(stopped, tmp_path / "expected")
-    durable.prune(expected, 15, keep_last=1, keep_every=keep_every)
-    assert files_of(expected) != files_of(stopped)
-    number = 0
+    left = 0  # file operations until the kill
+
+    def counted(function):
+        def call(*args, **kwargs):
+            nonlocal left
+            left -= 1
+            if left == 0:
+                raise Killed
+            return function(*args, **kwargs)
+        return call
+
+    for name in ("rename", "replace", "unlink", "rmdir"):
+        monkeypatch.setattr(os, name, counted(getattr(os, name)))
+    found = []
     killed = True
     while killed:
+        number = len(found) + 1
         folder = shutil.copytree(stopped, tmp_path / str(number))
-        killed = prune_killed_at(number, folder, keep_every)
+        left = number
+        try:
+            durable.prune(folder, 15, keep_last=1, keep_every=keep_every)
+            killed = False
+        except Killed:
+            pass
         for step in durable.checkpoints(folder).values():
-            files = durable.read_meta(step)["files"]
-            for name in files:
-                durable.verify(step, name, files)
+            promised = durable.read_meta(step)["files"]
+            for name in promised:
+                durable.verify(step, name, promised)
+        left = 0
         durable.prune(folder, 15, keep_last=1, keep_every=keep_every)  # at the next save
-        assert files_of(folder) == files_of(expected)
-        number += 1
-    assert number > 2
+        found.append(files_of(folder))
+    assert all(files == found[0] for files in found)
+    assert len(found) > 2
+    assert found[0] != files_of(stopped)  # control
 
 
 @pytest.mark.row(4)
@@ -268,14 +228,12 @@ def test_kill_while_starting_over_never_mixes_two_runs(server, data, stopped, tm
     whole = tmp_path / "whole"
     folder = tmp_path / "r"
     assert server(*other, "--run", whole)["code"] == 0
-    refusals = ("not the run that was saved", "start over with --overwrite")
     for n in range(1, 40, 3):
         shutil.copytree(stopped, folder)
         found = server(*other, "--run", folder, "--overwrite", fault=["kill", n])
         assert found["code"] == -signal.SIGKILL
         found = server(*other, "--run", folder, "--resume")
         if found["code"] == 2:  # still the old run, or what is left of it
-            assert any(refusal in found["stderr"] for refusal in refusals)
             found = server(*other, "--run", folder, "--overwrite")
         assert found["code"] == 0
         assert same(folder, whole, 6)
@@ -286,19 +244,14 @@ def test_kill_while_starting_over_never_mixes_two_runs(server, data, stopped, tm
 # -------------------------------------------------------------------------------------------------
 # Damaged
 
-def cut(path, size):
-    """Keep that many bytes; a negative number counts from the end, a share from the start."""
-    whole = path.stat().st_size
-    if isinstance(size, float):
-        size = int(size * whole)
-    os.truncate(path, size if size >= 0 else whole + size)
+def flipped(content, at):
+    """The same bytes, but for one bit."""
+    return content[:at] + bytes([content[at] ^ 4]) + content[at + 1:]
 
 
-def flip(path, share):
-    """Flip one bit, at a share of the file's length."""
-    content = bytearray(path.read_bytes())
-    content[min(len(content) - 1, int(share * len(content)))] ^= 4
-    path.write_bytes(content)
+def flip(path):
+    content = path.read_bytes()
+    path.write_bytes(flipped(content, len(content) // 2))
 
 
 def replace(path, old, new):
@@ -307,129 +260,93 @@ def replace(path, old, new):
     path.write_text(text.replace(old, new, 1))
 
 
-DAMAGES = {
-    "meta.json missing": ("meta.json", Path.unlink),
-    "meta.json empty": ("meta.json", functools.partial(cut, size=0)),
-    "meta.json half": ("meta.json", functools.partial(cut, size=0.5)),
-    "meta.json with another hash":
-        ("meta.json", functools.partial(replace, old='"sha256": "', new='"sha256": "0')),
-    "meta.json of another step":
-        ("meta.json", functools.partial(replace, old='"step": 15', new='"step": 14')),
-}
-for name in ("model.pt", "train_state.pt"):
-    DAMAGES[f"{name} missing"] = (name, Path.unlink)
-    for size in (0, 1, 0.5, -1):
-        DAMAGES[f"{name} cut to {size}"] = (name, functools.partial(cut, size=size))
-    for share in (0.001, 0.5, 1.0):
-        DAMAGES[f"{name} flipped at {share}"] = (name, functools.partial(flip, share=share))
+def damages(folder):
+    """(file, its damaged content) in the folder of step 15."""
+    meta = (folder / "meta.json").read_bytes()
+    other_hash = meta.replace(b'"sha256": "', b'"sha256": "0', 1)
+    other_step = meta.replace(b'"step": 15', b'"step": 14')
+    found = [("meta.json", content) for content in (b"", meta[:99], other_hash, other_step)]
+    for name in ("model.pt", "train_state.pt"):
+        content = (folder / name).read_bytes()
+        last = len(content) - 1
+        found += [(name, content[:size]) for size in (0, 1, last // 2, last)]
+        found += [(name, flipped(content, at)) for at in (9, last // 2, last)]
+    return found
 
 
 @pytest.mark.row(5, 6, 7)
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_checkpoint_is_named_and_skipped(resume, copy, whole, damage):
-    """Catches: a damaged state that is trained on, or that ends a run with an older good one."""
-    name, spoil = DAMAGES[damage]
-    spoil(place(copy, 15) / name)
-    found = resume(copy)
-    assert found["code"] == 0
+def test_every_damage_of_a_checkpoint_is_seen(copy, capsys):
+    """Catches: a damaged state that is used, or skipped without a word."""
+    folder = place(copy, 15)
+    for name, content in damages(folder):
+        whole = (folder / name).read_bytes()
+        (folder / name).write_bytes(content)
+        assert newest(copy) == 10
+        assert "step_00000015 is damaged" in capsys.readouterr().err
+        (folder / name).write_bytes(whole)
+        assert newest(copy) == 15  # control
+
+
+@pytest.mark.row(5, 6, 7)
+@pytest.mark.parametrize("name, damage", [("meta.json", Path.unlink), ("model.pt", flip)])
+def test_damaged_checkpoint_is_named_and_skipped(resume, copy, whole, name, damage):
+    """Catches: a damaged state that ends a run with an older good one, that counts as kept, so that
+    the last good one is removed, or that is in the way of the good one of the same step."""
+    damage(place(copy, 15) / name)
+    found = resume(copy, "--save_every", 12, "--stop_at", 12)
+    assert found["code"] == 75
     assert "step_00000015 is damaged" in found["stderr"]
     assert rows(copy, "resume", ("step",)) == [(10,)]
+    for step in (10, 12):
+        promised = durable.read_meta(place(copy, step))["files"]
+        durable.verify(place(copy, step), "train_state.pt", promised)
+    durable.remove(place(copy, 12))
+    assert resume(copy)["code"] == 0
     assert same(copy, whole)
     assert steps(copy) == first(20)
 
 
-@pytest.mark.row(5)
-@pytest.mark.parametrize("damage", ["meta.json missing", "model.pt cut to 0.5"])
-def test_damaged_checkpoint_is_replaced(resume, copy, damage):
-    """Catches: a damaged folder in the way of the good one of the same step."""
-    name, spoil = DAMAGES[damage]
-    spoil(place(copy, 15) / name)
-    assert resume(copy, "--stop_at", 15)["code"] == 75
-    assert newest(copy) == 15
-
-
-@pytest.mark.row(5)
-def test_damaged_newer_checkpoint_is_not_one_of_the_kept(resume, copy):
-    """Catches: a damaged state that counts as kept, so that the last good one is removed."""
-    flip(place(copy, 15) / "model.pt", 0.5)
-    assert resume(copy, "--save_every", 12, "--stop_at", 12)["code"] == 75
-    for step in (10, 12):
-        files = durable.read_meta(place(copy, step))["files"]
-        durable.verify(place(copy, step), "train_state.pt", files)
-
-
-def test_undamaged_checkpoint_is_used(resume, copy, whole):
-    """Catches: a good checkpoint that is skipped. The control of the tests before."""
-    found = resume(copy)
-    assert "damaged" not in found["stderr"]
-    assert rows(copy, "resume", ("step",)) == [(15,)]
-    assert same(copy, whole)
-
-
 @pytest.mark.row(8)
-def test_run_without_a_good_checkpoint_never_starts_over(resume, copy):
+def test_run_without_a_good_checkpoint_never_starts_over(data, copy, capsys):
     """Catches: a silent restart from step 0 that deletes the run."""
     log = (copy / "metrics.jsonl").read_bytes()
     for folder in durable.checkpoints(copy).values():
-        flip(folder / "model.pt", 0.5)
-    found = resume(copy)
-    assert found["code"] == 2
-    last = found["stderr"].splitlines()[-1]
+        flip(folder / "model.pt")
+    assert run(data, copy, "--resume") == 2
+    message = messages(capsys)[-1]
     for step in (10, 15):
-        assert f"step {step}: model.pt is not what was written" in last
+        assert f"step {step}: model.pt is not what was written" in message
     assert (copy / "metrics.jsonl").read_bytes() == log
 
 
 @pytest.mark.row(8)
-def test_run_without_checkpoints_never_starts_over(resume, copy):
+def test_run_without_checkpoints_never_starts_over(data, copy, capsys):
     """Catches: checkpoints on a disk that is not mounted taken for a run that has not begun."""
     (copy / "checkpoints").rename(copy / "elsewhere")
     log = (copy / "metrics.jsonl").read_bytes()
-    found = resume(copy)
-    assert found["code"] == 2
-    assert "holds a run but no checkpoint" in found["stderr"]
+    assert run(data, copy, "--resume") == 2
+    assert "holds a run but no checkpoint" in messages(capsys)[-1]
     assert (copy / "metrics.jsonl").read_bytes() == log
-    # control
-    (copy / "elsewhere").rename(copy / "checkpoints")
-    assert resume(copy, "--stop_at", 15)["code"] == 75
-
-
-READERS = {"sample": sample.main, "evaluate": evaluate.main}
+    (copy / "elsewhere").rename(copy / "checkpoints")  # control
+    assert run(data, copy, "--resume", "--stop_at", 15) == 75
 
 
 @pytest.mark.row(38)
-@pytest.mark.parametrize("reader", READERS)
-def test_readers_skip_damaged_checkpoints(copy, tmp_path, capsys, reader):
-    """Catches: a sample or a score of damaged weights; a traceback."""
-    def read(*argv):
-        code = exit_code(READERS[reader], [copy, *argv])
-        return code, capsys.readouterr().err
-
-    _, message = read()
-    assert "damaged" not in message  # control
-    flip(place(copy, 15) / "model.pt", 0.5)
-    code, message = read()
-    assert not code
-    assert "step_00000015 is damaged" in message
-    code, message = read("--step", 15)
-    assert code == 2
-    assert "no usable checkpoint (step 15: " in message.splitlines()[-1]
+@pytest.mark.parametrize("main", [sample.main, evaluate.main])
+def test_readers_skip_damaged_checkpoints(copy, tmp_path, capsys, main):
+    """Catches: a sample or a score of damaged weights; a traceback, also at a wrong path."""
+    assert not exit_code(main, [copy])
+    assert "damaged" not in capsys.readouterr().err  # control
+    flip(place(copy, 15) / "model.pt")
+    assert not exit_code(main, [copy])
+    assert "step_00000015 is damaged" in capsys.readouterr().err
     for folder in durable.checkpoints(copy).values():
-        cut(folder / "model.pt", 1)
-    code, message = read()
-    assert code == 2
-    assert "no usable checkpoint (step 15: " in message.splitlines()[-1]
-
-
-@pytest.mark.row(38)
-@pytest.mark.parametrize("reader", READERS)
-@pytest.mark.parametrize("name", ["empty", "absent"])
-def test_readers_refuse_a_folder_without_a_run(tmp_path, capsys, reader, name):
-    """Catches: a traceback at a wrong path."""
-    (tmp_path / "empty").mkdir()
-    assert exit_code(READERS[reader], [tmp_path / name]) == 2
-    message, = messages(capsys)
-    assert "no such run" in message
+        os.truncate(folder / "model.pt", 1)
+    for argv, message in [([copy], "no usable checkpoint (step 15: "),
+                          ([copy, "--step", 15], "no usable checkpoint (step 15: "),
+                          ([tmp_path / "absent"], "no such run")]:
+        assert exit_code(main, argv) == 2
+        assert message in messages(capsys)[-1]
 
 
 class Bomb:
@@ -446,32 +363,27 @@ class Bomb:
 @pytest.mark.parametrize("name", ["model.pt", "train_state.pt"])
 def test_checkpoint_that_runs_code_is_refused(data, copy, tmp_path, capsys, name):
     """Catches: code in a downloaded checkpoint that runs, or that is skipped in silence."""
+    exploded = tmp_path / "exploded"
     contents = {file: durable.load_file(place(copy, 15) / file)
                 for file in ("model.pt", "train_state.pt")}
-    contents[name]["bomb"] = Bomb(tmp_path / "exploded")
+    contents[name]["bomb"] = Bomb(exploded)
     durable.write_checkpoint(copy, 15, contents)  # with the right hash
     assert run(data, copy, "--resume") == 2
     message, = messages(capsys)
     assert f"{name}: holds more than tensors and plain values, so it is not loaded" in message
-    if name == "model.pt":
-        for reader in READERS.values():
-            assert exit_code(reader, [copy]) == 2
-            assert "not loaded" in messages(capsys)[-1]
-    assert not (tmp_path / "exploded").exists()
-    # control: the bomb works
+    assert not exploded.exists()
     torch.load(place(copy, 15) / name, weights_only=False)
-    assert (tmp_path / "exploded").exists()
+    assert exploded.exists()  # control: the bomb works
 
 
 @pytest.fixture
 def restored(stopped):
-    """Restores a state into a new network and its optimizer; returns both."""
+    """Restores a state into a new network and its optimizer; returns the moments there."""
     def restore(state):
         model, _, _ = checkpoint.load_model(stopped)
         optimizer = train.make_optimizer(model, train.read_settings(FLAGS), torch.device("cpu"))
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        checkpoint.restore(state, model, optimizer, scaler)
-        return model, optimizer
+        checkpoint.restore(state, model, optimizer, torch.amp.GradScaler("cpu", enabled=False))
+        return checkpoint.moments_of(optimizer, model)
     return restore
 
 
@@ -489,141 +401,75 @@ def test_moments_are_restored_by_name(saved, restored):
     """Catches: moments that another parameter gets when the code creates them in another order."""
     moments = saved["optimizer"]
     saved["optimizer"] = dict(reversed(moments.items()))
-    model, optimizer = restored(saved)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(optimizer.state[parameter]["exp_avg"], moments[name]["exp_avg"])
-        assert torch.equal(optimizer.state[parameter]["exp_avg_sq"], moments[name]["exp_avg_sq"])
+    assert trees.differences(restored(saved), moments) == []
     # control: by position these two would be taken for each other
     saved["optimizer"] = {**moments, UP[0]: moments[UP[1]], UP[1]: moments[UP[0]]}
-    model, optimizer = restored(saved)
-    parameter = dict(model.named_parameters())[UP[0]]
-    assert not torch.equal(optimizer.state[parameter]["exp_avg"], moments[UP[0]]["exp_avg"])
+    assert trees.differences(restored(saved), moments) != []
 
 
-def rename_weight(state):
-    state["model"]["model.norm.scale"] = state["model"].pop("model.norm.weight")
-
-
-def reshape_weight(state):
-    state["model"][UP[0]] = state["model"][UP[0]].flatten()
-
-
-def lose_moments(state):
-    del state["optimizer"][UP[0]]
-
-
-def add_moments(state):
-    state["optimizer"]["lm_head.bias"] = state["optimizer"][UP[0]]
-
-
-def reshape_moments(state):
-    state["optimizer"][UP[0]]["exp_avg_sq"] = torch.zeros(3)
-
-
-def lose_all_moments(state):
-    state["optimizer"] = {}
-
-
-def round_weights(state):
-    state["model"][UP[0]] = state["model"][UP[0]].half()
-
-
-def thin_out_weight(state):
-    state["model"][UP[0]] = state["model"][UP[0]].to_sparse()
-
-
-def round_moments(state):
-    state["optimizer"][UP[0]]["exp_avg_sq"] = state["optimizer"][UP[0]]["exp_avg_sq"].half()
-
-
-def lose_an_update(state):
-    for moments in state["optimizer"].values():
-        moments["step"] -= 1
-
-
-def lose_random_state(state):
-    del state["rng"]["cpu"]
+def rename_norm(weights):
+    return {name.replace("model.norm", "model.scale"): tensor for name, tensor in weights.items()}
 
 
 @pytest.mark.row(32)
-@pytest.mark.parametrize("spoil, message", [
-    (rename_weight, r"weights do not fit .* 2 parameters: .*model.norm.scale \(.*absent in the"),
-    (reshape_weight, r"weights do not fit .* 1 parameters: .*up_proj.weight \(\(2048,\) float32"),
-    (round_weights, r"weights do not fit .*up_proj.weight \(\(64, 32\) float16 saved"),
-    (lose_moments, r"optimizer state do not fit .* 3 parameters: .*\(absent saved"),
-    (add_moments, r"optimizer state do not fit .* lm_head.bias"),
-    (reshape_moments, r"optimizer state do not fit .*exp_avg_sq \(\(3,\) float32 saved"),
-    (round_moments, r"optimizer state do not fit .*exp_avg_sq \(\(64, 32\) float16 saved"),
-    (lose_all_moments, r"optimizer state do not fit"),
-    (lose_an_update, r"is of 14.0 updates, not of 15"),
-    (thin_out_weight, r"weights do not fit .*\(\(64, 32\) float32 sparse_coo saved"),
-    (lose_random_state, r"the checkpoint cannot be used \(KeyError: 'cpu'\)"),
+@pytest.mark.parametrize("path, change, message", [
+    (["model"], rename_norm, r"weights do not fit .*model.scale.weight \(.*absent in the"),
+    (["model", UP[0]], torch.Tensor.flatten, r"up_proj.weight \(\(2048,\) float32 saved"),
+    (["model", UP[0]], torch.Tensor.half, r"up_proj.weight \(\(64, 32\) float16 saved"),
+    (["optimizer"], lambda moments: {}, r"optimizer state do not fit"),
+    (["optimizer", UP[0], "exp_avg"], torch.Tensor.flatten, r"exp_avg \(\(2048,\) float32 saved"),
+    (["updates"], lambda number: 14, r"is of 15.0 updates, not of 14"),
+    (["rng"], lambda state: {}, r"the checkpoint cannot be used \(KeyError: 'cpu'\)"),
 ])
-def test_state_of_another_network_is_refused(saved, restored, spoil, message):
+def test_state_of_another_network_is_refused(saved, restored, path, change, message):
     """Catches: weights or moments that are left out, or loaded into another parameter."""
-    spoil(saved)
+    part = saved
+    for name in path[:-1]:
+        part = part[name]
+    part[path[-1]] = change(part[path[-1]])
     with pytest.raises(UserError, match=message):
         restored(saved)
 
 
-def test_state_of_another_step_is_refused(data, copy, capsys):
+def test_state_of_another_step_is_refused(copy):
     """Catches: a renamed checkpoint, with which the data would go on at another place."""
     place(copy, 15).rename(place(copy, 16))
-    replace(place(copy, 16) / "meta.json", '"step": 15', '"step": 16')
-    assert run(data, copy, "--resume") == 2
-    message, = messages(capsys)
-    assert "holds the state of step 15" in message
+    with pytest.raises(UserError, match="holds the state of step 15"):
+        checkpoint.load(place(copy, 16))
 
 
-def test_setting_that_is_unknown_is_refused(data, copy, saved, capsys):
-    """Catches: a run that goes on with a setting forgotten."""
-    saved["config"]["dropout"] = 0.1
-    checkpoint.save(copy, saved, keep_last=2, keep_every=0)
-    log = (copy / "metrics.jsonl").read_bytes()
-    assert run(data, copy, "--resume") == 2
-    message, = messages(capsys)
-    assert "another version of this code" in message
-    assert "dropout" in message
-    assert (copy / "metrics.jsonl").read_bytes() == log
-
-
-def test_setting_that_is_newer_has_its_default(data, copy, saved, capsys, monkeypatch, whole):
-    """Catches: runs that a new flag makes unusable; the default of a preset, which is not what the
-    code did before the flag."""
+def test_settings_that_are_newer_have_their_default(data, copy, saved, capsys, monkeypatch, whole):
+    """Catches: runs that a new flag or a new field of ModelConfig makes unusable; the default of a
+    preset, which is not what the code did before the flag."""
     monkeypatch.setitem(train.BY_PRESET["test"], "beta2", 0.5)
     assert saved["config"].pop("beta2") == 0.95
+    assert saved["model_config"].pop("rope_theta") == 500_000.0
     checkpoint.save(copy, saved, keep_last=2, keep_every=0)
     assert run(data, copy, "--resume") == 0
-    note = "note: the run does not have the settings beta2 0.95: the default is used"
-    assert note in messages(capsys)
+    printed = capsys.readouterr().err
+    assert "does not have the settings beta2 0.95: the default is used" in printed
+    assert "config does not have rope_theta 500000.0: the default is used" in printed
     assert same(copy, whole)
     assert train.read_settings(["--preset", "test"]).beta2 == 0.5  # control
-
-
-def test_config_that_is_older_has_the_defaults(saved, capsys):
-    """Catches: checkpoints that a new field of ModelConfig makes unusable, or a field that is
-    forgotten."""
-    sizes = saved["model_config"]
-    assert sizes.pop("rope_theta") == 500_000.0
-    assert checkpoint.read_config(sizes) == TEST
-    assert messages(capsys) == [
-        "note: the checkpoint's config does not have rope_theta 500000.0: the default is used"]
-    with pytest.raises(UserError, match="unexpected keyword argument 'activation'"):
-        checkpoint.read_config({**sizes, "activation": "gelu"})
 
 
 # -------------------------------------------------------------------------------------------------
 # The disk
 
 @pytest.mark.row(10)
-@pytest.mark.parametrize("n", [5, 100, 150, 260, 500])  # which write into a checkpoint fails
-def test_full_disk_keeps_older_checkpoints(resume, whole, tmp_path, n):
-    """Catches: half a checkpoint in the place of a whole one; a reason that is not told."""
+@pytest.mark.parametrize("fault, reason", [
+    (["full", 5], "No space left on device"),  # from this write into a checkpoint on
+    (["full", 260], "No space left on device"),
+    (["limit", 60_000], "File too large"),
+])
+def test_full_disk_keeps_older_checkpoints(resume, whole, tmp_path, fault, reason):
+    """Catches: half a checkpoint in the place of a whole one; PyTorch's "unexpected pos" in the
+    place of the system's reason."""
     folder = tmp_path / "r"
-    found = resume(folder, fault=["full", n])
+    found = resume(folder, fault=fault)
     assert found["code"] == 4
     message, = found["stderr"].strip().splitlines()
-    assert "not saved ([Errno 28] No space left on device); it needs " in message
+    assert f"{reason}); it needs " in message
     assert " MB are free" in message
     assert not list(folder.glob("checkpoints/.tmp*"))
     for step in durable.checkpoints(folder).values():
@@ -632,46 +478,24 @@ def test_full_disk_keeps_older_checkpoints(resume, whole, tmp_path, n):
     assert same(folder, whole)
 
 
-@pytest.mark.row(10)
-@pytest.mark.parametrize("limit", [60_000, 200_000])  # within model.pt, within train_state.pt
-def test_reason_of_the_system_is_told(resume, whole, tmp_path, limit):
-    """Catches: PyTorch's "unexpected pos" in the place of the system's reason."""
-    found = resume(tmp_path / "r", fault=["limit", limit])
-    assert found["code"] == 4
-    assert "File too large" in found["stderr"]
-    assert "unexpected pos" not in found["stderr"]
-    assert resume(tmp_path / "r")["code"] == 0
-    assert same(tmp_path / "r", whole)
-
-
 @pytest.mark.row(12)
-def test_disk_too_small_for_one_state_ends_before_the_first_step(resume, whole, tmp_path):
+def test_disk_too_small_for_one_state_ends_before_the_first_step(resume, tmp_path):
     """Catches: hours of training that cannot be saved."""
-    folder = tmp_path / "r"
-    found = resume(folder, fault=["full", 1])
-    assert found["code"] == 4
-    assert log_of(folder) == []  # not even an evaluation
-    assert durable.checkpoints(folder) == {}
-    assert resume(folder)["code"] == 0
-    assert same(folder, whole)
+    assert resume(tmp_path / "r", fault=["full", 1])["code"] == 4
+    assert evals(tmp_path / "r") == []
 
 
 @pytest.mark.row(12)
 def test_unusable_folder_is_one_line(data, tmp_path, capsys):
-    """Catches: a run folder that cannot be made, or not be written, found after the first step."""
+    """Catches: a run folder that cannot be made, found after the first step."""
     (tmp_path / "file").write_text("")
-    (tmp_path / "closed").mkdir(mode=0o500)
     assert run(data, tmp_path / "file/r") == 2
     message, = messages(capsys)
     assert "r: Not a directory" in message
-    if os.getuid() != 0:  # root may write everywhere
-        assert run(data, tmp_path / "closed/r") == 2
-        message, = messages(capsys)
-        assert "r: Permission denied" in message
 
 
 @pytest.mark.row(11)
-@pytest.mark.parametrize("n", [1, 7, 30])  # which line of the log is cut
+@pytest.mark.parametrize("n", [1, 30])  # which line of the log is cut
 def test_half_a_line_of_a_full_disk_is_not_taken_for_a_line(resume, whole, tmp_path, n):
     """Catches: a log that goes on after half a line; a full disk that nobody sees."""
     folder = tmp_path / "r"
@@ -685,33 +509,16 @@ def test_half_a_line_of_a_full_disk_is_not_taken_for_a_line(resume, whole, tmp_p
 
 
 @pytest.mark.row(30)
-def test_log_longer_than_the_checkpoint_is_cut(resume, copy, whole):
-    """Catches: steps that stand twice in the log, or a row behind half a row."""
-    with open(copy / "metrics.jsonl", "a") as log:
-        log.write('{"event": "train", "step": 16, "loss": 1.0}\n{"event": "train", "st')
-    assert resume(copy)["code"] == 0
-    assert steps(copy) == first(20)
-    assert same(copy, whole)
-
-
-@pytest.mark.row(30)
-@pytest.mark.parametrize("change", ["shorter", "edited", "deleted"])
-def test_log_that_was_changed_is_refused(resume, copy, change):
+def test_log_that_was_changed_is_refused(data, copy, capsys):
     """Catches: rows that are lost or cut in the middle because the log is not the saved one."""
     log = copy / "metrics.jsonl"
     text = log.read_text()
-    if change == "shorter":
-        log.write_text(text[:len(text) // 2])
-    if change == "edited":
-        log.write_text(text.replace('"loss"', '"nats"', 1).replace(" ", "", 3))
-    if change == "deleted":
-        log.unlink()
-    found = resume(copy)
-    assert found["code"] == 2
-    message, = found["stderr"].strip().splitlines()
-    assert "was changed since the state to resume was saved" in message
+    for changed in (text[:len(text) // 2], text.replace(" ", "", 3)):
+        log.write_text(changed)
+        assert run(data, copy, "--resume") == 2
+        assert "was changed since the state to resume was saved" in messages(capsys)[-1]
     log.write_text(text)  # control
-    assert resume(copy, "--stop_at", 15)["code"] == 75
+    assert run(data, copy, "--resume", "--stop_at", 15) == 75
 
 
 @pytest.mark.row(4)
@@ -722,7 +529,7 @@ def test_save_is_forced_to_the_disk_before_its_rename(data, tmp_path, monkeypatc
     rename = os.rename
     log = tmp_path / "r/metrics.jsonl"
     forced = set()  # inodes since the last commit
-    commits = []
+    commits = []  # how many files each has
 
     def watched_fsync(handle):
         forced.add(os.fstat(handle).st_ino)
@@ -730,15 +537,15 @@ def test_save_is_forced_to_the_disk_before_its_rename(data, tmp_path, monkeypatc
 
     def watched_rename(source, target):
         if Path(target).name.startswith("step_"):
-            files = {path.name: path.stat().st_ino for path in [*source.iterdir(), log]}
-            commits.append(sorted(files))
-            assert set(files.values()) <= forced
+            inodes = {path.stat().st_ino for path in [*source.iterdir(), log]}
+            commits.append(len(inodes))
+            assert inodes <= forced
             forced.clear()
         rename(source, target)
     monkeypatch.setattr(os, "fsync", watched_fsync)
     monkeypatch.setattr(os, "rename", watched_rename)
     assert run(data, tmp_path / "r", "--stop_at", 2) == 75
-    assert commits == [["meta.json", "metrics.jsonl", "model.pt", "train_state.pt"]] * 3
+    assert commits == [4, 4, 4]  # three files and the log
     assert (tmp_path / "r/checkpoints").stat().st_ino in forced  # the rename itself
 
 
@@ -797,129 +604,66 @@ def test_saving_needs_no_second_copy_in_memory(tmp_path):
     assert child.returncode == 0
 
 
-def has_own_checksums(file):
-    """Whether the checksums of PyTorch in one of its files, which is a zip, are right."""
-    with zipfile.ZipFile(file) as archive:
-        return archive.testzip() is None
-
-
-def test_one_checksum_is_enough(tmp_path):
-    """Catches: a second checksum of 20 GB; a file without it that cannot be read, or whose damage
-    is not seen."""
-    file = tmp_path / "model.pt"
-    tensors = {"a": torch.arange(1000.0)}
-    recorded = durable.write_file(file, tensors)
-    assert not has_own_checksums(file)
-    assert torch.equal(durable.load_file(file)["a"], tensors["a"])
-    durable.verify(tmp_path, "model.pt", {"model.pt": recorded})
-    flip(file, 0.5)
-    with pytest.raises(durable.Damaged):
-        durable.verify(tmp_path, "model.pt", {"model.pt": recorded})
-    torch.save(tensors, file)  # control; and other files of the user are as they were
-    assert has_own_checksums(file)
-
-
-LOAD_100_MB = """
-import sys
-sys.path.insert(0, sys.argv[1])
-import torch
-from support import durable
-
-def memory():  # what this process has for itself; pages of a file are shared
-    lines = open("/proc/self/status").read().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-if sys.argv[3] == "several":
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0,
-                                         world_size=1)
-before = memory()
-weights = durable.load_file(sys.argv[2])["w"]
-total = weights.sum().item()  # reads all of it
-grown = memory() - before
-weights += 1                  # what one process changes
-again = durable.load_file(sys.argv[2])["w"].sum().item()
-print(grown, total == again == 25_000_000)
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_processes_share_what_they_load(tmp_path):
+def test_processes_share_what_they_load(tmp_path, monkeypatch):
     """Catches: eight copies of a state of 20 GB in the memory of a machine; a change of one process
     that reaches the file, and so the others."""
     file = tmp_path / "model.pt"
-    durable.write_file(file, {"w": torch.ones(25_000_000)})
-    grown = {}
-    for processes in ("several", "one"):
-        command = [sys.executable, "-c", LOAD_100_MB, str(ROOT), str(file), processes]
-        child = subprocess.run(command, capture_output=True, text=True)
-        print(child.stderr)
-        bytes_, is_equal = child.stdout.split()
-        grown[processes] = int(bytes_)
-        assert is_equal == "True"
-    assert grown["several"] < 20e6
-    assert grown["one"] > 80e6  # control
+    durable.write_file(file, {"w": torch.ones(1000)})
+    for several in (False, True):  # False: control
+        monkeypatch.setattr(torch.distributed, "is_initialized", lambda: several)
+        loaded = durable.load_file(file)["w"]
+        assert (str(file) in Path("/proc/self/maps").read_text()) == several
+        loaded += 1
+        assert durable.load_file(file)["w"].sum() == 1000
 
 
 @pytest.mark.row(60)
-def test_old_state_that_cannot_be_removed_ends_nothing(data, tmp_path, capsys, monkeypatch):
+def test_old_state_that_cannot_be_removed_ends_nothing(data, copy, capsys, monkeypatch):
     """Catches: a training that ends although the new state is on the disk; a refusal without a
     word, or one that no later save tries again; a folder that --overwrite cannot free."""
-    folder = tmp_path / "r"
     rename = os.rename
 
-    def refused(path, *rest, **options):
-        if "step_" in str(path) and ".tmp_" not in str(path):
+    def refused(path, target):
+        if Path(path).name.startswith("step_"):
             raise OSError(errno.EBUSY, "Device or resource busy")
-        return rename(path, *rest)
+        rename(path, target)
 
     with monkeypatch.context() as patch:
-        patch.setattr(durable.os, "rename", refused)
-        assert run(data, folder, "--save_every", 3) == 0
-        assert newest(folder) == 20
-        said = [line for line in messages(capsys)
-                if "not removed (Device or resource busy)" in line]
-        assert said and len(set(said)) == len(said)  # each folder once
-    kept = durable.checkpoints(folder)
-    assert len(kept) > 4
-    assert run(data, folder, "--max_steps", 24, "--resume", "--save_every", 3) == 0
-    assert not set(durable.checkpoints(folder)) & {3, 6, 9, 12}  # control: tried again
+        patch.setattr(os, "rename", refused)
+        assert run(data, copy, "--resume") == 0
+    assert "step_00000010: not removed (Device or resource busy)" in capsys.readouterr().err
+    assert {10, 15, 20} <= set(durable.checkpoints(copy))
+    assert run(data, copy, "--resume", "--max_steps", 21) == 0
+    assert not {10, 15} & set(durable.checkpoints(copy))  # tried again
 
     with monkeypatch.context() as patch:  # a network drive keeps files that are open
         patch.setattr(shutil, "rmtree", lambda path, ignore_errors=False: None)
-        for _ in range(2):
-            assert run(data, folder, "--overwrite", "--stop_at", 1) == 75
-        assert any("not removed; it takes room" in line for line in messages(capsys))
-    assert run(data, folder, "--overwrite", "--stop_at", 1) == 75
-    assert not list(folder.glob(".tmp_*"))
+        assert run(data, copy, "--overwrite", "--stop_at", 0) == 75
+    assert "not removed; it takes room" in capsys.readouterr().err
+    assert run(data, copy, "--overwrite", "--stop_at", 0) == 75
+    assert not list(copy.glob(".tmp_*"))
 
 
 @pytest.mark.row(60)
-@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP])
-def test_folder_that_cannot_be_forced_to_the_disk_is_said(data, tmp_path, capsys, monkeypatch,
-                                                          number):
-    """Catches: a network drive on which no run begins, or a preparation that is thrown away."""
+def test_folder_that_cannot_be_forced_to_the_disk_is_said(data, tmp_path, capsys, monkeypatch):
+    """Catches: a network drive on which no run begins; a file that is not on the disk, taken for
+    such a folder."""
     fsync = os.fsync
-    runs.warn.cache_clear()
+    refuses = stat.S_ISDIR
 
     def refused(handle):
-        if stat.S_ISDIR(os.fstat(handle).st_mode):
-            raise OSError(number, os.strerror(number))
+        if refuses(os.fstat(handle).st_mode):
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
         fsync(handle)
 
     monkeypatch.setattr(os, "fsync", refused)
+    runs.warn.cache_clear()
     assert run(data, tmp_path / "r", "--stop_at", 2) == 75
-    said = [line for line in messages(capsys) if "folders cannot be forced to the disk" in line]
-    assert len(said) == 1
-    (tmp_path / "a.txt").write_text("Some words of my own. " * 999)
-    argv = ["text", tmp_path / "a.txt", "--out", tmp_path / "o"]
-    assert exit_code(prepare_data.main, argv) is None
-
-    def no_room(handle):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", no_room)  # control: of a file it is an error, with its name
-    with pytest.raises(OSError, match="a.txt"):
-        files.sync(tmp_path / "a.txt")
+    assert capsys.readouterr().err.count("folders cannot be forced to the disk") == 1
+    refuses = stat.S_ISREG  # control
+    with pytest.raises(OSError, match="config.json"):
+        files.sync(tmp_path / "r/config.json")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -927,9 +671,8 @@ def test_folder_that_cannot_be_forced_to_the_disk_is_said(data, tmp_path, capsys
 
 @pytest.mark.row(18)
 @pytest.mark.parametrize("where, name", [
-    ("step", "SIGTERM"), ("step", "SIGINT"), ("step", "SIGHUP"), ("step", "SIGUSR1"),
-    ("evaluate", "SIGTERM"), ("evaluate", "SIGINT"),
-    ("save", "SIGTERM"), ("save", "SIGINT"),
+    ("step", "SIGTERM"), ("step", "SIGHUP"), ("step", "SIGUSR1"), ("evaluate", "SIGINT"),
+    ("save", "SIGINT"),
 ])
 def test_signal_saves_the_step(resume, whole, tmp_path, where, name):
     """Catches: a step that is lost, or half done, when the run is told to stop."""
@@ -939,61 +682,49 @@ def test_signal_saves_the_step(resume, whole, tmp_path, where, name):
     last = 8 if where == "step" else 9  # outside of a step, one more is made
     assert steps(folder) == first(last)
     assert newest(folder) == last
-    assert rows(folder, "end", ("step", "reason")) == [(last, "stopped")]
+    end = (folder / "metrics.jsonl").read_text().splitlines()[-1]
+    assert '"reason": "stopped"' in end  # as a job script may look for it, see README
     assert resume(folder)["code"] == 0
     assert same(folder, whole)
 
 
-@pytest.mark.parametrize("flags, fault", [
-    (["--stop_at", 20], []),
-    ([], ["signal", "step", 20, "SIGTERM"]),
-])
-def test_stop_at_the_last_step_leaves_its_evaluation_to_the_resume(
-        resume, whole, tmp_path, flags, fault):
+def test_stop_at_the_last_step_leaves_its_evaluation_to_the_resume(resume, whole, tmp_path):
     """Catches: a run that counts as finished without its last evaluation."""
     folder = tmp_path / "r"
-    assert resume(folder, *flags, fault=fault)["code"] == 75
-    assert steps(folder) == first(20)
+    assert resume(folder, fault=["signal", "step", 20, "SIGTERM"])["code"] == 75
     assert newest(folder) == 20
-    assert [row[0] for row in evals(folder)] == [0, 1, 2, 4, 8, 16]
+    assert evals(folder) == evals(whole)[:-1]
     assert resume(folder)["code"] == 0
     assert same(folder, whole)
-    assert rows(folder, "end", ("step", "reason")) == [(20, "done")]
 
 
 @pytest.mark.row(18, 50)
-@pytest.mark.parametrize("names, code", [
-    (["SIGTERM", "SIGTERM"], 75),
-    (["SIGINT", "SIGTERM"], 75),
-    (["SIGINT", "SIGINT"], -signal.SIGINT),
-    (["SIGTERM", "SIGINT"], -signal.SIGINT),
+@pytest.mark.parametrize("names, code, saved", [
+    (["SIGTERM", "SIGTERM"], 75, 7),
+    (["SIGINT", "SIGINT"], -signal.SIGINT, 5),
 ])
-def test_second_signal_at_once(resume, whole, tmp_path, names, code):
+def test_second_signal_at_once(resume, whole, tmp_path, names, code, saved):
     """Catches: a cluster that sends one stop twice and so prevents the save; a second Ctrl-C that
     does not end the process."""
     folder = tmp_path / "r"
     assert resume(folder, fault=["signal", "step", 7, *names])["code"] == code
-    saved_at = 7 if code == 75 else 5
-    assert newest(folder) == saved_at
+    assert newest(folder) == saved
     assert resume(folder)["code"] == 0
     assert same(folder, whole)
 
 
 @pytest.mark.row(50)
-@pytest.mark.parametrize("seconds, ends", [(9, []), (11, [signal.SIGTERM])])
-def test_second_signal_after_10_seconds_ends_the_process(monkeypatch, seconds, ends):
+def test_second_signal_after_10_seconds_ends_the_process(monkeypatch):
     """Catches: a process that cannot be stopped any more, as its save hangs."""
-    now = [1000.0]
     raised = []
-    monkeypatch.setattr(devices.time, "monotonic", lambda: now[0])
     monkeypatch.setattr(signal, "raise_signal", raised.append)
     stop = devices.StopSignals(SimpleNamespace(say=print))
-    os.kill(os.getpid(), signal.SIGTERM)
-    assert stop.requested
-    now[0] += seconds
-    os.kill(os.getpid(), signal.SIGTERM)
+    for now in (1000, 1009, 1011):
+        assert raised == []
+        monkeypatch.setattr(devices.time, "monotonic", lambda: now)
+        os.kill(os.getpid(), signal.SIGTERM)
     stop.restore()
-    assert raised == ends
+    assert raised == [signal.SIGTERM]
 
 
 @pytest.mark.row(18)
@@ -1085,76 +816,11 @@ def test_two_processes_train_the_same_run(data, tmp_path):
     codes, _ = ends(two(data, tmp_path / "two", *flags))
     assert codes == [0, 0]
     assert run(data, tmp_path / "one", *flags) == 0
-    assert run(data, tmp_path / "other", *flags, "--seed", 2) == 0
     assert distance(tmp_path / "two", tmp_path / "one") < 1e-5
-    assert distance(tmp_path / "other", tmp_path / "one") > 1e-3  # control
-
-    def scores(name):
-        keys = ("step", "acc", "acc_norm", "acc_pmi", "n")
-        return rows(tmp_path / name, "benchmark", keys)
-    assert scores("two") == scores("one")
-    assert scores("other") != scores("one")  # control
-    one = [row[1] for row in evals(tmp_path / "one")]
-    two_ = [row[1] for row in evals(tmp_path / "two")]
-    assert np.allclose(two_, one, rtol=1e-5)
-
-
-GRADIENTS_IN_BUCKETS = '''
-has_diverged = train.has_diverged
-
-def count_storages(*args):
-    import gc, torch
-    held = [x for x in gc.get_objects() if isinstance(x, torch.nn.Parameter) and x.grad is not None]
-    storages = {x.grad.untyped_storage().data_ptr() for x in held}
-    print("gradients", len(held), len(storages), file=sys.stderr, flush=True)
-    return has_diverged(*args)
-
-train.has_diverged = count_storages
-'''
-
-
-@pytest.mark.slow
-def test_gradients_of_several_processes_are_held_once(data, tmp_path):
-    """Catches: 7 GB of gradients twice on each GPU, in the parameters and in the buckets in which
-    they are exchanged."""
-    codes, errors = ends(two(data, tmp_path / "two", "--stop_at", 3, before=GRADIENTS_IN_BUCKETS))
-    assert codes == [75, 75]
-    counts = [line.split()[1:] for line in errors[0].splitlines() if line.startswith("gradients")]
-    parameters, storages = map(int, counts[-1])  # the buckets are final after the first step
-    assert storages < parameters / 4
-    one = start(data, tmp_path / "one", "--stop_at", 3, before=GRADIENTS_IN_BUCKETS)
-    codes, errors = ends([one])
-    lines = [line for line in errors[0].splitlines() if line.startswith("gradients")]
-    assert lines[-1] == f"gradients {parameters} {parameters}"  # control
-
-
-@pytest.mark.row(18)
-@pytest.mark.slow
-def test_ctrl_c_at_a_random_moment_changes_nothing(data, tmp_path):
-    """Catches: a moment at which Ctrl-C ends a real process without a save."""
-    flags = ("--max_steps", 150, "--eval_every", 50)
-    process = start(data, tmp_path / "r", *flags)
-    wait_for(tmp_path / "r", 20)
-    time.sleep(0.2 * random.random())
-    process.send_signal(signal.SIGINT)
-    codes, _ = ends([process])
-    assert codes == [75]
-    assert run(data, tmp_path / "r", *flags, "--resume") == 0
-    assert run(data, tmp_path / "straight", *flags) == 0
-    assert same(tmp_path / "r", tmp_path / "straight", 150)
-
-
-@pytest.mark.row(18)
-@pytest.mark.slow
-def test_second_ctrl_c_ends_a_long_step(data, tmp_path):
-    """Catches: a second Ctrl-C that waits for the end of the step."""
-    long = ("--max_steps", 100_000, "--batch_tokens", 128 * 512)
-    process = start(data, tmp_path / "r", *long)
-    wait_for(tmp_path / "r", 1)
-    process.send_signal(signal.SIGINT)
-    time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(10) == -signal.SIGINT
+    for event, keys in (("eval", ("step", "val_loss")), ("benchmark", ("step", "acc", "acc_pmi"))):
+        scores = rows(tmp_path / "one", event, keys)
+        assert np.allclose(rows(tmp_path / "two", event, keys), scores, rtol=1e-5)
+        assert scores[0][1:] != scores[-1][1:]  # control
 
 
 @pytest.mark.slow
@@ -1175,15 +841,11 @@ def test_surroundings_do_not_end_a_run_in_a_traceback(data, tmp_path):
     child = tmp_path / "child.py"
     child.write_text(CHILD)
     argv = [*FLAGS, "--data", data, "--run", tmp_path / "r", "--max_steps", 2]
-    command = " ".join(map(str, [sys.executable, child, *argv]))
+    command = " ".join(map(str, [sys.executable, child, *argv, ">&- 2>&-"]))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "MPLBACKEND": "nonsense"}
-    done = subprocess.run(f"{command} >&- 2>{tmp_path}/stderr", shell=True, env=env)
-    assert done.returncode == 0
-    assert "Traceback" not in (tmp_path / "stderr").read_text()
+    assert subprocess.run(command, shell=True, env=env).returncode == 0
     assert (tmp_path / "r/dynamics.png").exists()
-    lines = (tmp_path / "r/metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["event"] for line in lines][-1] == "end"
-    assert subprocess.run(f"{command} --resume >&- 2>&-", shell=True, env=env).returncode == 0
+    assert rows(tmp_path / "r", "end", ("reason",)) == [("done",)]
 
 
 # The disk of rank 0 is full at step 8.
@@ -1282,30 +944,16 @@ def test_signal_to_one_of_two_processes_stops_both(data, tmp_path):
     assert run(data, folder, "--max_steps", step + 5, "--resume") == 0
 
 
-@pytest.mark.slow
-def test_mistake_is_one_line_on_each_process(data, copy):
-    """Catches: tracebacks of the processes that wait for the one with the message."""
-    codes, found = ends(two(data, copy, "--seed", 5))
-    assert codes == [2, 2]
-    # One of them says why; it is quick enough to end the other before that says anything.
-    assert "not the run that was saved: seed" in found[0] + found[1]
-    assert "Traceback" not in found[0] + found[1]
-    codes, found = ends(two(data / "nowhere", copy))
-    assert codes == [2, 2]
-    assert "Traceback" not in found[0] + found[1]
-
-
 @pytest.mark.row(18)
 @pytest.mark.slow
 def test_torchrun_passes_the_stop_on(data, tmp_path):
     """Catches: a launcher that is stopped before its workers have saved."""
     folder = tmp_path / "r"
     (tmp_path / "child.py").write_text(CHILD)
-    flags = [*FLAGS, "--data", data, "--run", folder, "--max_steps", 5000, "--micro_batch", 2]
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                "--nproc_per_node=2", "--", tmp_path / "child.py", *flags]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launcher = subprocess.Popen([str(word) for word in torchrun], env=env,
+                "--nproc_per_node=2", "--", tmp_path / "child.py", *FLAGS, "--data", data,
+                "--run", folder, "--max_steps", "5000", "--micro_batch", "2"]
+    launcher = subprocess.Popen(torchrun, env={**os.environ, "OMP_NUM_THREADS": "1"},
                                 stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(folder, 20)
     launcher.terminate()
@@ -1338,25 +986,18 @@ CHANGES = {
 
 
 @pytest.mark.row(13)
-@pytest.mark.parametrize("name", CHANGES)
-def test_resume_of_another_experiment_is_refused(data, copy, capsys, name):
-    """Catches: a flag that turns the run into another one half way."""
+def test_resume_of_another_experiment_is_refused(data, copy, capsys):
+    """Catches: a flag that turns the run into another one half way; a message that has to be met
+    once for each setting."""
     fixed = vars(train.read_settings(FLAGS)).keys() - {*flags.MAY_CHANGE, *flags.ONCE}
     assert set(CHANGES) == fixed
     saved = json.loads((copy / "config.json").read_text())
     log = (copy / "metrics.jsonl").read_bytes()
-    assert run(data, copy, "--resume", *CHANGES[name]) == 2
+    assert run(data, copy, "--resume", *sum(CHANGES.values(), [])) == 2
     message, = messages(capsys)
-    assert f"not the run that was saved: {name} (saved {saved[name]}, given " in message
+    for name in CHANGES:
+        assert f"{name} (saved {saved[name]}, given " in message
     assert (copy / "metrics.jsonl").read_bytes() == log
-
-
-@pytest.mark.row(13)
-def test_resume_of_another_experiment_names_all_settings(data, copy, capsys):
-    """Catches: a message that has to be met once for each setting."""
-    assert run(data, copy, "--resume", "--lr", 0.02, "--seed", 3) == 2
-    message, = messages(capsys)
-    assert "seed (saved 1337, given 3), lr (saved 0.01, given 0.02)" in message
     assert run(data, copy, "--resume", "--lr", 0.01, "--stop_at", 15) == 75  # control
 
 
@@ -1365,37 +1006,29 @@ def test_harmless_changes_are_printed_and_logged(data, copy, whole, capsys, one_
     """Catches: a change of speed or last bits that nobody can find afterwards."""
     changes = ("--eval_every", 2, "--micro_batch", 2, "--threads", 2)
     assert run(data, copy, "--resume", *changes, "--stop_at", 16) == 75
-    printed = capsys.readouterr().out
-    line, = [line for line in printed.splitlines() if "changed since it was saved" in line]
+    printed = capsys.readouterr().out.split("changed since it was saved: ")[1]
     for change in ("eval_every 8 → 2", "micro_batch 4 → 2", "threads 1 → 2"):
-        assert change in line
-    assert "dtype" not in line  # control
+        assert change in printed
+    assert "dtype" not in printed  # control
     (env, config), = rows(copy, "resume", ("env", "config"))
-    assert env["threads"] == 2
-    assert env["micro_batch"] == 2
-    assert config["eval_every"] == 2
+    assert (env["threads"], env["micro_batch"], config["eval_every"]) == (2, 2, 2)
     assert np.allclose(rows(copy), rows(whole)[:16], rtol=1e-4)
 
 
-WITHOUT_END = FLAGS[:2] + FLAGS[4:]  # FLAGS without --max_steps 20
-
-
 @pytest.mark.row(14)
-@pytest.mark.parametrize("flags, end", [([], 20), (["--max_steps", 30], 30)])
-def test_end_moves_only_on_request(data, copy, whole, capsys, flags, end):
+def test_end_moves_only_on_request(data, copy, whole, capsys):
     """Catches: an end that moves by itself, or a schedule that changes in silence."""
-    assert run(data, copy, "--resume", *flags, base=WITHOUT_END) == 0
-    assert steps(copy) == first(end)
-    assert (rows(copy)[:20] == rows(whole)) == (end == 20)
-    assert json.loads((copy / "config.json").read_text())["max_steps"] == end
-    (config,), = rows(copy, "resume", ("config",))
-    assert config["max_steps"] == end
+    base = FLAGS[:2] + FLAGS[4:]  # FLAGS without --max_steps 20
+    assert run(data, copy, "--resume", "--max_steps", 30, "--stop_at", 17, base=base) == 75
     printed = capsys.readouterr().out
-    # The formula of the cosine, at 9 of the 14 or 24 steps after the warm-up.
-    before, now = [0.001 + 0.009 * (1 + np.cos(np.pi * 9 / length)) / 2
-                   for length in (14, end - 6)]
+    before = rows(whole, keys=("lr",))[15][0]
+    now = rows(copy, keys=("lr",))[15][0]
+    assert now > before
     assert f"lr {before:.2e} as saved, {now:.2e} now" in printed
-    assert (f"max_steps 20 → {end}" in printed) == (end != 20)
+    assert "max_steps 20 → 30" in printed
+    assert run(data, copy, "--resume", base=base) == 0
+    assert steps(copy) == first(30)
+    assert "max_steps" not in capsys.readouterr().out  # control
 
 
 @pytest.fixture
@@ -1405,166 +1038,115 @@ def data_copy(data, tmp_path):
 
 @pytest.mark.row(25)
 def test_data_edited_between_stop_and_resume_is_refused(copy, data, data_copy, capsys):
-    """Catches: the rest of a run on other text."""
+    """Catches: the rest of a run on other text, on the same shards in another order, or on not all
+    of them."""
+    def refusal():
+        assert run(data_copy, copy, "--resume") == 2
+        return messages(capsys)[-1]
+
     tokens = np.load(data_copy / "train_0001.npy")
     tokens[700] = (tokens[700] + 1) % 299
     np.save(data_copy / "train_0001.npy", tokens)
-    assert run(data_copy, copy, "--resume") == 2
-    message, = messages(capsys)
-    assert "is not the data of this run (changed: train_0001.npy)" in message
-    # control: the same bytes in another folder
+    assert "is not the data of this run (changed: train_0001.npy)" in refusal()
     shutil.copy(data / "train_0001.npy", data_copy)
-    assert run(data_copy, copy, "--resume", "--stop_at", 15) == 75
-
-
-@pytest.mark.row(25)
-@pytest.mark.parametrize("change, what", [("reordered", "the order of the shards"),
-                                          ("fewer", "train_0001.npy")])
-def test_data_with_other_shards_is_refused(copy, data_copy, capsys, change, what):
-    """Catches: the same shards in another order, or not all of them."""
+    assert run(data_copy, copy, "--resume", "--stop_at", 15) == 75  # control: the same bytes
     meta = json.loads((data_copy / "meta.json").read_text())
-    if change == "reordered":
-        meta["splits"]["train"].reverse()
-    if change == "fewer":
-        meta["splits"]["train"].pop()
+    meta["splits"]["train"].reverse()
     (data_copy / "meta.json").write_text(json.dumps(meta))
-    assert run(data_copy, copy, "--resume") == 2
-    message, = messages(capsys)
-    assert f"is not the data of this run (changed: {what})" in message
+    assert "(changed: the order of the shards)" in refusal()
+    meta["splits"]["train"].pop()
+    (data_copy / "meta.json").write_text(json.dumps(meta))
+    assert "(changed: train_0000.npy)" in refusal()
 
 
 @pytest.mark.row(24)
-@pytest.mark.parametrize("name", ["train_0001.npy", "val_0000.npy"])
-def test_flipped_bit_in_a_shard_is_refused_at_a_fresh_start(data_copy, tmp_path, capsys, name):
+def test_flipped_bit_in_a_shard_is_refused_at_a_fresh_start(data_copy, tmp_path, capsys):
     """Catches: shards whose hashes are written but never compared."""
     assert run(data_copy, tmp_path / "r", "--stop_at", 0) == 75  # control
-    flip(data_copy / name, 0.7)
+    flip(data_copy / "train_0001.npy")
     assert run(data_copy, tmp_path / "fresh") == 2
     message, = messages(capsys)
-    assert name in message
+    assert "train_0001.npy" in message
     assert "SHA-256 differs" in message
-    assert not (tmp_path / "fresh/metrics.jsonl").exists()
 
 
 # -------------------------------------------------------------------------------------------------
 # NaN and infinity
 
-def break_gradient(patch, step=7):
-    """The gradient of a step has a NaN."""
-    clip = torch.nn.utils.clip_grad_norm_
+def spoiled(function, number, spoil):
+    """The same function, but its last argument is spoiled in its number-th call."""
     calls = []
 
-    def broken(parameters, *args):
-        parameters = list(parameters)
+    def call(*args):
         calls.append(1)
-        if len(calls) == step:
-            parameters[0].grad[0, 0] = float("nan")
-        return clip(parameters, *args)
-    patch.setattr(torch.nn.utils, "clip_grad_norm_", broken)
+        if len(calls) == number:
+            spoil(args[-1])
+        return function(*args)
+    return call
 
 
-def break_loss(patch):
-    """The loss of step 7 is infinite."""
-    forward = train.Llama.forward
-    calls = []
-
-    def broken(*args, **kwargs):
-        logits, loss = forward(*args, **kwargs)
-        if kwargs.get("reduction") == "sum":
-            calls.append(1)
-            if len(calls) == 14:
-                loss = loss + float("inf")
-        return logits, loss
-    patch.setattr(train.Llama, "forward", broken)
+def spoil_gradient(optimizer):
+    optimizer.param_groups[0]["params"][0].grad[0, 0] = float("nan")
 
 
+def spoil_loss(loss):
+    loss.fill_(float("inf"))
+
+
+# Before step 9 the state was saved, and evaluated; before step 7 only the failure saves.
 @pytest.mark.row(21)
-@pytest.mark.parametrize("fail, message", [
-    (break_gradient, "gradient norm nan, lr 1.00e-02; this update was not made"),
-    (break_loss, "step 7: loss inf, gradient norm "),
+@pytest.mark.parametrize("owner, name, spoil, step, message", [
+    (torch.amp.GradScaler, "unscale_", spoil_gradient, 9, "gradient norm nan, lr "),
+    (train, "sum_over_processes", spoil_loss, 7, "loss inf, gradient norm "),
 ])
-def test_nan_never_reaches_the_weights(data, whole, tmp_path, capsys, monkeypatch, fail, message):
+def test_nan_never_reaches_the_weights(data, whole, tmp_path, capsys, owner, name, spoil, step,
+                                       message):
     """Catches: an update with a NaN or an infinity, after which every weight is NaN; good steps
-    that are lost with it."""
+    that are lost with it; a state that is saved again after its evaluation, so that the log of the
+    resumed run has the evaluation twice."""
     folder = tmp_path / "r"
-    with monkeypatch.context() as patch:
-        fail(patch)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(owner, name, spoiled(getattr(owner, name), step, spoil))
         assert run(data, folder) == 3
     line, = messages(capsys)
-    assert line.startswith("train.py: step 7: loss ")
+    assert line.startswith(f"train.py: step {step}: loss ")
     assert message in line
-    assert rows(folder) == rows(whole)[:6]
-    assert newest(folder) == 6  # where only the failure saves
+    assert rows(folder) == rows(whole)[:step - 1]
+    assert newest(folder) == step - 1
     assert run(data, folder, "--resume") == 0
     assert same(folder, whole)
 
 
-@pytest.mark.row(21)
-def test_failure_after_an_evaluation_does_not_repeat_it(data, whole, tmp_path, monkeypatch):
-    """Catches: a state that is saved again after its evaluation, so that the log of the resumed run
-    has the evaluation twice."""
-    folder = tmp_path / "r"
-    with monkeypatch.context() as patch:
-        break_gradient(patch, step=9)
-        assert run(data, folder) == 3
-    assert newest(folder) == 8  # saved, and evaluated
-    assert run(data, folder, "--resume") == 0
-    assert evals(folder) == evals(whole)
-
-
-@pytest.mark.row(21)
-def test_diverging_run_ends_with_its_last_good_state(data, tmp_path, capsys):
-    """Catches: a NaN in a checkpoint after too high a learning rate."""
-    folder = tmp_path / "r"
-    diverging = ("--lr", 1e12, "--grad_clip", 0, "--warmup_steps", 0)
-    assert run(data, folder, *diverging) == 3
-    message, = messages(capsys)
-    assert "a lower --lr" in message
-    for tensor in state(folder, newest(folder)).values():
-        assert tensor.isfinite().all()
-
-
 @pytest.mark.row(22)
-def test_nan_is_never_saved(data, tmp_path, capsys, monkeypatch):
+def test_nan_is_never_saved(data, copy, capsys, monkeypatch):
     """Catches: a checkpoint with an infinity, whatever made it."""
     step = torch.optim.AdamW.step
-    calls = []
 
     def broken(self, *args, **kwargs):
         step(self, *args, **kwargs)
-        calls.append(1)
-        if len(calls) == 12:  # in step 10: two were made to read back the states of steps 1 and 2
-            with torch.no_grad():
-                self.param_groups[0]["params"][3][0] = float("inf")
+        self.param_groups[0]["params"][3].data[0] = float("inf")
     monkeypatch.setattr(torch.optim.AdamW, "step", broken)
-    monkeypatch.setattr(train.Observer, "evaluate", lambda *args: None)
-    folder = tmp_path / "r"
-    assert run(data, folder) == 3
+    assert run(data, copy, "--resume") == 3
     message, = messages(capsys)
-    assert "step 10: NaN or infinity in 1 tensors (model." in message
-    assert newest(folder) == 8
-    for tensor in state(folder, 8).values():
+    assert "step 16: NaN or infinity in 1 tensors (model." in message
+    assert newest(copy) == 15
+    for tensor in state(copy, 15).values():
         assert tensor.isfinite().all()
 
 
 # -------------------------------------------------------------------------------------------------
 
 def test_comparison_of_runs_sees_one_changed_number(whole, tmp_path):
-    """Catches: comparisons here that cannot fail, because `same` leaves something out or all
-    numbers are equal. The control of them all."""
+    """Catches: comparisons here that cannot fail, because `same` leaves something out. The control
+    of them all."""
     copy = shutil.copytree(whole, tmp_path / "copy")
+    log = copy / "metrics.jsonl"
+    text = log.read_text()
+    for key in ('"grad_norm": ', '"position_loss": ['):
+        replace(log, key, f"{key}1")
+        assert not same(copy, whole)
+        log.write_text(text)
     assert same(copy, whole)
-    losses = [row[0] for row in rows(whole, keys=("loss",))]
-    assert len(set(losses)) == 20
-    assert len({row[1] for row in evals(whole)}) == len(evals(whole))
-
-    log = (copy / "metrics.jsonl").read_text()
-    replace(copy / "metrics.jsonl", '"grad_norm": ', '"grad_norm": 1')
-    assert not same(copy, whole)
-    (copy / "metrics.jsonl").write_text(log)
-    replace(copy / "metrics.jsonl", '"position_loss": [', '"position_loss": [1')
-    assert not same(copy, whole)
-    (copy / "metrics.jsonl").write_text(log)
     file = place(copy, 20) / "train_state.pt"
     contents = durable.load_file(file)
     contents["optimizer"][UP[0]]["exp_avg"][0, 0] += 1e-7
