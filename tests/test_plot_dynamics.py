@@ -8,7 +8,6 @@ import time
 import matplotlib
 import numpy as np
 import pytest
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 import plot_dynamics
 from conftest import ROOT, exit_code, messages, rows, write_lines
@@ -20,10 +19,6 @@ DRAW = plot_dynamics.main  # conftest replaces plot_dynamics.main, which train.p
 def draw(*arguments):
     """The exit code of plot_dynamics.py."""
     return exit_code(DRAW, arguments)
-
-
-def events_of(folder):
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def write_log(folder, events):
@@ -86,17 +81,16 @@ def test_curves_are_those_of_the_log(whole):
 def test_tuning_is_drawn_over_steps(tmp_path):
     """Catches: tokens on the x axis of a tuning, whose steps differ in their number of tokens."""
     training = write_log(tmp_path / "training", losses_of([1, 2]))
-    answers = {"event": "sft_eval", "step": 0, "heldout_loss": 3.0, "token_acc": 0.1, "ended": 0.5}
+    answers = {"event": "sft_eval", "step": 2, "token_acc": 0.1}
     tuning = write_log(tmp_path / "tuning", [*losses_of([1, 2]), answers])
-    assert curve(page_of(tuning), "Held-out answers", "tokens right") == [[0], [0.1]]
-    for folders, label in (([training], "tokens"), ([tuning], "steps"),
-                           ([tuning, training], "steps")):
-        assert panel(page_of(*folders), "Loss").get_xlabel() == label
+    assert curve(page_of(tuning), "Held-out answers", "tokens right") == [[2], [0.1]]
+    assert panel(page_of(tuning, training), "Loss").get_xlabel() == "steps"
+    assert panel(page_of(training), "Loss").get_xlabel() == "tokens"  # control
 
 
 def test_later_evaluations_are_added(whole, tmp_path):
     """Catches: losses of other text, or scores of another benchmark, in the curves of a run."""
-    folder = write_log(tmp_path, events_of(whole))
+    folder = shutil.copytree(whole, tmp_path / "r")
     own = read_run(folder).rows
     score = own["benchmark"][-1]
     write_lines(folder / "evaluations.jsonl", [
@@ -113,39 +107,33 @@ def test_later_evaluations_are_added(whole, tmp_path):
 
 
 def test_results_of_lm_eval_are_drawn(tmp_path, capsys):
-    """Catches: a benchmark trajectory that is not drawn, or at another step; one that cannot be
-    told from another; a broken file that stops the drawing."""
-    tiny = write_log(tmp_path / "tiny", losses_of([1, 16]))
-    for step in (4, 16):
-        results = tiny / f"lm_eval/step_{step}/hf__tiny/results_2026-01-01T00-00-00.json"
-        results.parent.mkdir(parents=True)
-        results.write_text(json.dumps({
-            "results": {"piqa": {"acc,none": 0.1, "acc_norm,none": step / 100},
-                        "sciq": {"acc,none": 0.5}},
-            "n-samples": {"piqa": {"original": 9, "effective": 8}}}))
-    assert list(read_run(tiny).benchmarks) == ["piqa (lm-eval, 8 questions)", "sciq (lm-eval)"]
+    """Catches: a benchmark trajectory that is not drawn, or at another step; a broken file that
+    stops the drawing."""
+    tiny = write_log(tmp_path, losses_of([1, 16]))
+    assert panel(page_of(tiny), "Benchmarks") is None  # control
+    broken = {"results": {"piqa": None}}
+    for step in (4, 9, 16):
+        good = {"results": {"piqa": {"acc,none": 0.1, "acc_norm,none": step / 100},
+                            "sciq": {"acc,none": 0.5}},
+                "n-samples": {"piqa": {"original": 9, "effective": 8}}}
+        folder = tiny / f"lm_eval/step_{step}/hf__tiny"
+        folder.mkdir(parents=True)
+        results = folder / "results_2026-01-01T00-00-00.json"
+        results.write_text(json.dumps(broken if step == 9 else good))
+    run = read_run(tiny)
+    assert "left out: not a result file of lm-eval" in messages(capsys)[-1]
+    assert list(run.benchmarks) == ["piqa (lm-eval, 8 questions)", "sciq (lm-eval)"]
     assert curve(page_of(tiny), "Benchmarks", "piqa") == [[4 * 128, 16 * 128], [0.04, 0.16]]
-    plain = write_log(tmp_path / "plain", losses_of([1, 16]))
-    assert panel(page_of(plain), "Benchmarks") is None  # control
-    lines = panel(page_of(tiny, plain), "Benchmarks").lines
-    assert len({line.get_color() for line in lines}) == 2
-    for step, text in (("no_step", "{}"), ("step_9", '{"results": {"a": null}}')):
-        (tiny / "lm_eval" / step).mkdir()
-        (tiny / "lm_eval" / step / "results_a.json").write_text(text)
-    assert len(read_run(tiny).benchmarks) == 2
-    assert len(messages(capsys)) == 2
 
 
 def test_new_event_is_drawn_by_one_line_in_panels(tmp_path, monkeypatch):
     """Catches: a reader that drops keys it does not know, so that a new curve needs more edits."""
-    measured = [{"event": "measured", "step": step, "norm": step / 7} for step in (0, 10)]
-    folder = write_log(tmp_path, [*losses_of([1, 10]), *measured])
+    measured = {"event": "measured", "step": 10, "norm": 1.5}
+    folder = write_log(tmp_path, [*losses_of([1, 10]), measured])
     assert panel(page_of(folder), "A new panel") is None  # control: not without the line
-    new = ("A new panel", "L2", [("measured", "norm", "here"), ("measured", "other", "absent")])
+    new = ("A new panel", "L2", [("measured", "norm", "here")])
     monkeypatch.setattr(plot_dynamics, "PANELS", [*plot_dynamics.PANELS, new])
-    page = page_of(folder)
-    assert curve(page, "A new panel", "here") == [[0, 1280], [0, 10 / 7]]
-    assert len(panel(page, "A new panel").lines) == 1
+    assert curve(page_of(folder), "A new panel", "here") == [[1280], [1.5]]
 
 
 PLAIN_LOG = """0 val 10.9
@@ -219,13 +207,12 @@ def test_many_runs_fit_the_page(tmp_path, capsys):
     logs = [write_log(tmp_path / f"a run with a long name and a number, {n:02d}, {'x' * 60}",
                       losses_of([1, 2])) for n in range(30)]
     page = page_of(*logs)
-    renderer = FigureCanvasAgg(page.figure).get_renderer()
-    page.figure.draw(renderer)
+    page.figure.draw_without_rendering()
     width, height = page.figure.bbox.size
     legend, = page.figure.legends
     assert len({text.get_text() for text in legend.get_texts()}) == 30
     for thing in (page.figure._suptitle, legend):
-        box = thing.get_window_extent(renderer)
+        box = thing.get_window_extent()
         assert 0 <= box.x0 < box.x1 <= width
         assert 0 <= box.y0 < box.y1 <= height
     assert panel(page, "Loss").get_legend() is None
@@ -251,8 +238,8 @@ def test_figures_do_not_depend_on_the_users_settings(tmp_path):
 def test_live_and_broken_logs_are_drawn(whole, tmp_path, capsys):
     """Catches: a drawing that fails on a half-written line, or before the first training step."""
     lines = (whole / "metrics.jsonl").read_text().splitlines()
-    log = write_log(tmp_path, []) / "metrics.jsonl"
-    log.write_text("\n".join([*lines[:2], "{}", "[" * 100_000, lines[-3][:25]]))
+    log = "\n".join([*lines[:2], "{}", "[" * 100_000, lines[-3][:25]])
+    (tmp_path / "metrics.jsonl").write_text(log)
     assert draw(tmp_path, "--out", tmp_path) == 0  # the start and the first evaluation
     assert "broken lines left out: 3 (line 3, 4, 5)" in messages(capsys)[-1]
 
@@ -260,20 +247,13 @@ def test_live_and_broken_logs_are_drawn(whole, tmp_path, capsys):
 def test_what_cannot_be_drawn_is_refused(tmp_path, capsys):
     """Catches: a traceback, or an empty page, where the log has no number or the user mistyped a
     path or a number."""
-    def log_of(name, text):
-        (tmp_path / name).write_text(text)
-        return tmp_path / name
-
-    log = write_log(tmp_path / "good", losses_of([1]))
-    text = log_of("text.jsonl", "\x00 some text\n")
-    weights = log_of("weights.jsonl", '{"event": "weights", "step": 1, "norm": 2.0}\n')
-    null = log_of("null.jsonl", '{"event": "train", "step": 1, "loss": null, "lr": "high"}\n')
-    for arguments, message in [([text], "nothing to draw"),
-                               ([weights], "nothing to draw"),
-                               ([null], "no number"),
-                               ([tmp_path], "no log"),
-                               ([log, "--out", text], "File exists"),
-                               ([log, "--batch_tokens", 0], "out of range")]:
+    log = tmp_path / "r.jsonl"
+    nan = '{"event": "train", "step": 1, "loss": null, "lr": "high"}\n'
+    for text, arguments, message in [("\x00 some text\n", [log], "nothing to draw"),
+                                     (nan, [log], "no number"),
+                                     (PLAIN_LOG, [tmp_path], "no log"),
+                                     (PLAIN_LOG, [log, "--batch_tokens", 0], "out of range")]:
+        log.write_text(text)
         assert draw("--out", tmp_path / "out", *arguments) == 2
         last_line = messages(capsys)[-1]
         assert last_line.startswith("plot_dynamics.py: ")
@@ -312,24 +292,22 @@ def test_smoothing_keeps_a_straight_line():
 
 def test_resumes_and_changes_are_marked(tmp_path):
     """Catches: a jump in a curve whose cause, a resume or another machine, is not on the page."""
-    resumes = [(5, {}), (10, {"restored_optimizer": False}), (12, {"env": {"threads": 64}})]
-    events = [{"event": "start", "step": 0, "env": {"threads": 1}}]
-    for step, changed in resumes:
-        speeds = losses_of(range(events[-1]["step"] + 1, step + 1), tok_per_s=100 * step)
-        resume = {"event": "resume", "step": step, "env": {"threads": 1}, **changed}
-        events += [*speeds, resume]
-    events += losses_of([13], tok_per_s=100)
-    folder = write_log(tmp_path, events)
+    resume = {"event": "resume", "step": 5, "env": {"threads": 1}}
+    folder = write_log(tmp_path, [
+        {**resume, "event": "start", "step": 0},
+        *losses_of([5], tok_per_s=500),
+        resume,
+        {**resume, "restored_optimizer": False},
+        {**resume, "env": {"threads": 64}},
+        *losses_of([6], tok_per_s=1000)])
     assert read_run(folder).marks == [(5, "resume", "resume"),
-                                      (10, "optimizer", "without optimizer state"),
-                                      (12, "hardware", "threads 1 → 64")]
-    page = page_of(folder)
-    for title in ("Loss", "Throughput"):
-        vertical = [line.get_xdata()[0] for line in panel(page, title).lines[-3:]]
-        assert vertical == [5 * 128, 10 * 128, 12 * 128]
-    texts = [" ".join(text.get_text().split()) for text in panel(page, "Throughput").texts]
-    assert texts == ["without optimizer state: 750 → 1,200 tokens/s",
-                     "threads 1 → 64: 1,000 → 100 tokens/s"]
+                                      (5, "optimizer", "without optimizer state"),
+                                      (5, "hardware", "threads 1 → 64")]
+    speed = panel(page_of(folder), "Throughput")
+    assert [line.get_xdata()[0] for line in speed.lines[-3:]] == [5 * 128] * 3
+    texts = [" ".join(text.get_text().split()) for text in speed.texts]
+    assert texts == ["without optimizer state: 500 → 1,000 tokens/s",
+                     "threads 1 → 64: 500 → 1,000 tokens/s"]
 
 
 def test_seconds_are_those_of_an_undisturbed_run(tmp_path):
@@ -344,16 +322,11 @@ def test_seconds_are_those_of_an_undisturbed_run(tmp_path):
 
 def test_several_runs_stay_apart(tmp_path, capsys):
     """Catches: two runs with the same name, of which one replaces the other or cannot be told."""
-    score = {"event": "benchmark", "step": 2, "acc": 0.2, "acc_norm": 0.3, "acc_pmi": 0.4}
-    logs = [write_log(tmp_path / name, [*losses_of([1, 2]), score]) for name in ("a", "b", "c/a")]
+    logs = [write_log(tmp_path / name, losses_of([1, 2])) for name in ("a", "b", "c/a")]
     assert draw(*logs, logs[0], "--out", tmp_path / "out") == 0
     names = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == [str(logs[0]), "b", str(logs[2]), "drawn"]
-    page = page_of(*logs[:2])
-    assert legend_of(page, "Loss") == ["a: loss", "b: loss"]
-    for shown, curves in ((page, 2), (page_of(logs[0]), 3)):  # of one run three accuracies
-        drawn = [line for line in panel(shown, "Accuracy").lines if line.get_marker() == "o"]
-        assert len(drawn) == curves
+    assert legend_of(page_of(*logs[:2]), "Loss") == ["a: loss", "b: loss"]
 
 
 @pytest.mark.slow
@@ -363,12 +336,10 @@ def test_long_logs_are_drawn_in_seconds(tmp_path):
     events = [{"event": "train", "step": i + 1, "tokens": 1000 * (i + 1), "loss": 3 + noise[i],
                "lr": 1e-3, "grad_norm": noise[i], "tok_per_s": 1e5 * noise[i]}
               for i in range(50_000)]
-    long = write_log(tmp_path / "long", events)
-    shorter = [write_log(tmp_path / name, events[:5000]) for name in "0123456789"]
-    for logs in [long], shorter:
-        start = time.perf_counter()
-        assert draw(*logs, "--out", tmp_path) == 0
-        assert time.perf_counter() - start < 20  # a few seconds, with room for a busy machine
+    log = write_log(tmp_path, events)
+    start = time.perf_counter()
+    assert draw(log, "--out", tmp_path) == 0
+    assert time.perf_counter() - start < 20  # a few seconds, with room for a busy machine
 
 
 def test_drawing_needs_no_torch(tmp_path):

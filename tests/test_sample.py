@@ -168,13 +168,14 @@ def test_dtype_is_used_wherever_text_is_made(whole, tmp_path, monkeypatch, flags
 
 @pytest.fixture
 def talk(monkeypatch, capsys):
-    """A function that gives lines to sample.py --chat; it returns (code, lines, stderr)."""
+    """A function that gives lines to sample.py --chat; it returns (code, lines, stderr). The code
+    of success is None, as its main returns."""
     def talk(run, lines, *flags):
         monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
         argv = [run, "--chat", "--temperature", 0, "--max_new_tokens", 6, *flags]
-        code = exit_code(sample.main, argv)  # None, as a script's main returns, is success
+        code = exit_code(sample.main, argv)
         out, err = capsys.readouterr()
-        return code or 0, out.splitlines(), err
+        return code, out.splitlines(), err
 
     return talk
 
@@ -199,10 +200,10 @@ def test_chat_remembers(tuned, talk, answer):
     that ends, or forgets, at a question that is too long or not UTF-8."""
     first = answer(user("a?"))
     second = answer(user("a?"), assistant(first), user("b?"))
-    assert talk(tuned, b"a?\nb?\n") == (0, [first, second], "")
+    assert talk(tuned, b"a?\nb?\n") == (None, [first, second], "")
     assert second != answer(user("b?"))  # control
     code, lines, err = talk(tuned, b"\xff\n/reset\na?\na?" + b"y" * 70 + b"\nb?")
-    assert (code, lines[1:]) == (0, [first, second])
+    assert (code, lines[1:]) == (None, [first, second])
     assert "ask a shorter one" in err
 
 
@@ -211,7 +212,7 @@ def test_chat_commands(tuned, talk, answer):
     """Catches: /reset that forgets nothing, /exit that goes on, a blank line that is answered, an
     unknown command that is put to the model; the lines of one question answered one by one."""
     code, lines, err = talk(tuned, b"a?\n\n/reset\n/what\nb?\\\nc?\n/exit\na?")
-    assert (code, lines) == (0, [answer(user("a?")), answer(user("b?\nc?"))])
+    assert (code, lines) == (None, [answer(user("a?")), answer(user("b?\nc?"))])
     assert "unknown command /what" in err
 
 
@@ -219,7 +220,7 @@ def test_chat_takes_the_system_prompt_of_the_tuning(tuned, whole, talk, answer):
     """Catches: a model that is asked with another beginning than it was tuned with, or --system
     that is not used; one that was never tuned and gets no note; a chat in which no question can
     fit."""
-    assert talk(tuned, b"a?") == (0, [answer(user("a?"))], "")
+    assert talk(tuned, b"a?") == (None, [answer(user("a?"))], "")
     assert talk(tuned, b"a?", "--system", "T.")[1] == [answer(user("a?"), system="T.")]
     assert "was never tuned" in talk(whole, b"")[2]
     code, lines, err = talk(tuned, b"a?", "--system", "long " * 30)
@@ -274,7 +275,6 @@ def test_history_is_cut_between_turns(asked):
         list(chat.ask("question 5"))
         fitting = [n for n in range(1, 12, 2) if length(everything[-n:]) < window]
         kept = everything[-fitting[-1]:]
-        assert chat.messages == [*kept, assistant("x")]
         assert asked[-1][0] == encode_chat(tokenizer, kept, "S.")[0]
         numbers.add(len(kept))
     assert numbers == set(range(1, 12, 2))  # control: every cut occurs
