@@ -45,19 +45,13 @@ TALK = [user("Hi there"), assistant("Hello."), user("Why?"), assistant("No idea.
 
 
 def test_chat_template_is_vicuna():
-    """Catches: another template than the one FastChat renders, a space or an end-of-text apart."""
+    """Catches: another template than the one FastChat renders, a space or an end-of-text apart; a
+    mask off by one token, or an end-of-text that is not learned."""
     ids, is_answer = encode_chat(GPT2, TALK)
     assert GPT2.decode(ids) == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant "
         "gives helpful, detailed, and polite answers to the user's questions. USER: Hi there "
         "ASSISTANT: Hello.<|endoftext|>USER: Why? ASSISTANT: No idea.\nSorry<|endoftext|>")
-    assert ids.count(GPT2.eot) == 2
-    assert len(ids) == len(is_answer)
-
-
-def test_mask_covers_answers_and_their_end():
-    """Catches: a mask off by one token, or an end-of-text that is not learned."""
-    ids, is_answer = encode_chat(GPT2, TALK)
     answers = [i for i, answer in zip(ids, is_answer) if answer]
     first = GPT2.encode(" Hello.")
     second = GPT2.encode(" No idea.\nSorry")
@@ -70,19 +64,15 @@ def test_prompt_is_the_beginning_of_the_example():
     prompt, is_answer = encode_chat(GPT2, TALK[:1])
     assert prompt == ids[:len(prompt)]
     assert not any(is_answer)
-    assert GPT2.decode(prompt).endswith("USER: Hi there ASSISTANT:")
     with_a_space, _ = encode_chat(GPT2, [user("Hi there ")])
     assert with_a_space != prompt  # control
 
 
 def test_system_prompt_begins_the_conversation():
     """Catches: a system prompt that is not used, or that wins over the one in the row."""
-    own = {"role": "system", "content": "Be long."}
-    assert chat_pieces([user("a")], "Be brief.") == [("Be brief. USER: a ASSISTANT:", False)]
-    assert chat_pieces([own, user("a")], "Be brief.") == [("Be long. USER: a ASSISTANT:", False)]
+    assert chat_pieces([user("a")], "S.") == [("S. USER: a ASSISTANT:", False)]
+    assert chat_pieces([system("T."), user("a")], "S.") == [("T. USER: a ASSISTANT:", False)]
     assert chat_pieces([user("a")], "") == [("USER: a ASSISTANT:", False)]
-    once = chat_pieces(TALK, "S.")
-    assert [text.count("S. ") for text, _ in once] == [1, 0, 0, 0]
 
 
 def test_endoftext_in_a_text_is_plain_text():
@@ -99,28 +89,11 @@ def test_alpaca_input_follows_the_instruction():
         return messages_of({"instruction": "Add.", "output": "3", **row})[0]["content"]
 
     assert question(input="1 2") == "Add.\n1 2"
-    assert question(input="") == "Add."
-    assert question(input=None) == "Add."
-    assert question() == "Add."
+    assert question(input="") == question() == "Add."
 
 
 # -------------------------------------------------------------------------------------------------
 # Rows of tokens
-
-def test_targets_are_the_next_tokens_of_answers(examples):
-    """Catches: a target beside the next token, a question that counts, padding that counts."""
-    rows = np.array([0, 17, 30, 5])  # of different lengths; row 30 has two answers
-    inputs, targets = examples.read(rows)
-    assert inputs.shape == targets.shape
-    assert inputs.shape[1] % 32 == 0
-    for place, row in enumerate(rows):
-        ids, is_answer = encode_chat(Tokenizer(300), examples.chats[row], "S.")
-        padding = inputs.shape[1] - (len(ids) - 1)
-        wanted = np.where(is_answer[1:], ids[1:], IGNORE).tolist()
-        assert inputs[place].tolist() == ids[:-1] + [0] * padding
-        assert targets[place].tolist() == wanted + [IGNORE] * padding
-        assert wanted != [IGNORE] * len(wanted)  # control
-
 
 def test_long_row_is_cut_or_skipped_and_counted():
     """Catches: a row that loses its whole answer and is still counted as read, or is lost without
@@ -145,13 +118,11 @@ def test_question_after_the_last_answer_is_not_read():
     """Catches: a row cut within its second question that still costs the tokens of it."""
     chat = [user("abc"), assistant("defghi")]
     ids, is_answer = encode_chat(LETTERS, chat, "")
-    examples = Examples([[*chat, *chat]], LETTERS, "", len(ids) + 3)
-    assert examples.cut == 1
-    assert examples.whole == [False]
-    assert examples.lengths.tolist() == [len(ids) - 1]
-    assert examples.targets.tolist() == [sum(is_answer)]
-    complete = Examples([[*chat, *chat]], LETTERS, "", 200)
-    assert complete.targets.tolist() == [2 * sum(is_answer)]  # control
+    for window, answers in ((len(ids) + 3, 1), (200, 2)):
+        examples = Examples([[*chat, *chat]], LETTERS, "", window)
+        assert examples.whole == [answers == 2]
+        assert examples.lengths.tolist() == [answers * len(ids) - 1]
+        assert examples.targets.tolist() == [answers * sum(is_answer)]
 
 
 def test_skipped_rows_do_not_shift_the_others():
@@ -159,7 +130,6 @@ def test_skipped_rows_do_not_shift_the_others():
     long = [user("long " * 20), assistant("a")]
     short = [user("b"), assistant("c")]
     examples = Examples([long, short], LETTERS, "", 40)
-    assert examples.skipped == 1
     assert examples.chats == [short]
     assert LETTERS.decode(examples.ids[0].tolist()).startswith("USER: b ASSISTANT: c")
 
@@ -168,7 +138,7 @@ def test_skipped_rows_do_not_shift_the_others():
 # Held out, and batches
 
 def conversation(question, answer="Yes."):
-    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    return [user(question), assistant(answer)]
 
 
 def different(n):
@@ -183,25 +153,18 @@ def test_split_decides_what_is_held_out():
 
 
 def test_without_split_a_random_share_is_held_out():
-    """Catches: a share of the wrong size, a row on both sides, a draw that ignores the seed."""
+    """Catches: a share of the wrong size, a row on both sides, a draw that ignores the seed;
+    nothing left to train on, or nothing to score."""
     chats = different(50)
     training, held_out = hold_out(chats, [None] * 50, 0.1, seed=0)
     assert len(held_out) == 5
     assert sorted([*training, *held_out]) == list(range(50))
     assert hold_out(chats, [None] * 50, 0.1, seed=0)[1].tolist() == held_out.tolist()
     assert hold_out(chats, [None] * 50, 0.1, seed=1)[1].tolist() != held_out.tolist()  # control
-
-
-@pytest.mark.parametrize("n, share, sizes", [
-    (1, 0.5, [1, 0]),    # the only row is trained on
-    (2, 0.01, [1, 1]),   # at least one of two
-    (9, 0, [9, 0]),
-    (3, 0.9, [1, 2]),    # at least one is trained on
-])
-def test_few_rows_are_still_divided(n, share, sizes):
-    """Catches: nothing left to train on, or nothing to score."""
-    parts = hold_out(different(n), [None] * n, share, seed=0)
-    assert [len(part) for part in parts] == sizes
+    for n, share, expected in ((1, 0.5, 0), (2, 0.01, 1), (9, 0, 0), (3, 0.9, 2)):
+        training, held_out = hold_out(different(n), [None] * n, share, seed=0)
+        assert len(held_out) == expected
+        assert len(training) == n - expected
 
 
 @pytest.mark.row(43)
@@ -213,8 +176,7 @@ def test_repeated_rows_are_on_one_side():
     assert sorted(row % 20 for row in [*training, *held_out]) == list(range(20))
     assert len(held_out) == 4
 
-    system = {"role": "system", "content": "S."}
-    chats = [conversation("A  b?\n"), conversation("C?"), [system, *conversation("A b?")],
+    chats = [conversation("A  b?\n"), conversation("C?"), [system("S."), *conversation("A b?")],
              conversation("A b?", "No.")]
     training, held_out = hold_out(chats, ["train", None, "test", "train"], 0.2, seed=0)
     assert held_out.tolist() == [2]  # it stays what it was before the copy
@@ -235,29 +197,24 @@ def epoch_of(examples, epoch, seed):
 
 
 def test_each_epoch_reads_each_row_once(examples):
-    """Catches: a row that is left out or comes twice, a batch that is too large."""
-    for epoch in (0, 1):
-        batches = epoch_of(examples, epoch, seed=3)
-        assert sorted(sum(batches, [])) == list(range(len(examples)))
-        assert {len(batch) for batch in batches} <= {3, 4}
+    """Catches: a row that is left out or comes twice, a batch that is too large; batches sorted by
+    length, so that an epoch begins with all the short answers."""
+    batches = epoch_of(examples, 1, seed=3)
+    assert sorted(sum(batches, [])) == list(range(len(examples)))
+    assert {len(batch) for batch in batches} <= {3, 4}
+    costs = [examples.padded[batch].mean() for batch in batches]
+    assert costs != sorted(costs)
+    assert costs != sorted(costs, reverse=True)
 
 
 def test_batches_follow_from_seed_and_step(examples):
     """Catches: an order that depends on what was read before, so that a resume reads other rows."""
     first = epoch_of(examples, 0, seed=3)
-    assert first == epoch_of(examples, 0, seed=3)
     assert first != epoch_of(examples, 1, seed=3)  # control: another epoch
     assert first != epoch_of(examples, 0, seed=4)  # control: another seed
     batches = Batches(examples, 4, seed=3)
     batches.of_step(20)
     assert batches.of_step(2).tolist() == first[2]
-
-
-def test_batches_come_in_random_order(examples):
-    """Catches: batches sorted by length, so that an epoch begins with all the short answers."""
-    costs = [examples.padded[batch].mean() for batch in epoch_of(examples, 0, seed=3)]
-    assert costs != sorted(costs)
-    assert costs != sorted(costs, reverse=True)
 
 
 WORDS = ("the of a and to is in that for as with return value array function list element number "
@@ -279,26 +236,21 @@ def alpaca_like(n):
     return rows
 
 
-def tokens_of(examples, parts):
-    """The number of tokens of these micro-batches, with their padding."""
-    return sum(examples.read(part)[0].size for part in parts)
-
-
 def test_batches_are_90_percent_useful():
     """Catches: long rows beside short ones, so that most of a batch is padding."""
-    rows = alpaca_like(3000)
-    assert 750 < len(json.dumps(rows)) / len(rows) < 870
-    examples = Examples([messages_of(row) for row in rows], GPT2, SYSTEM, 1024)
+    examples = Examples([messages_of(row) for row in alpaca_like(3000)], GPT2, SYSTEM, 1024)
     batches = Batches(examples, 128, seed=0)
-    parts = []
+    tokens = 0  # read, with the padding
     for step in range(batches.per_epoch):
         batch = batches.of_step(step)
-        parts += [batch[start:start + 8] for start in range(0, len(batch), 8)]
+        for start in range(0, len(batch), 8):
+            tokens += examples.read(batch[start:start + 8])[0].size
     text = examples.lengths.sum()
     assert batches.useful(8) >= 0.9
-    assert batches.useful(8) == pytest.approx(text / tokens_of(examples, parts))
-    mixed = np.array_split(np.random.RandomState(0).permutation(3000), 375)
-    assert text / tokens_of(examples, mixed) < 0.6  # control: batches of any lengths
+    assert batches.useful(8) == pytest.approx(text / tokens)
+    mixed = np.random.RandomState(0).permutation(3000).reshape(375, 8)
+    tokens = sum(examples.read(rows)[0].size for rows in mixed)
+    assert text / tokens < 0.6  # control: batches of any lengths
 
 
 @pytest.mark.slow
@@ -332,36 +284,27 @@ def test_most_frequent_answer():
 GOOD = {"instruction": "a?", "output": "b"}
 GOOD_LINE = json.dumps(GOOD)
 
-NOT_JSON = {
-    "half a row": ('{"instruction": "a?", "output"', "not valid JSON"),
-    "too deep": ('{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}", "too deeply nested"),
-    "a long number": ('{"instruction": "a", "output": ' + "9" * 5000 + "}", "not valid JSON"),
-}
-NOT_A_CHAT = {
-    "a list": ("[1]", "not a JSON object"),
-    "a number": ("7", "not a JSON object"),
-    "no output": ('{"instruction": "a?"}', '"output" is missing (or give "messages")'),
-    "unknown": ('{"q": 1}', '"instruction" is missing (or give "messages")'),
-    "empty answer": ('{"instruction": "a?", "output": " "}', "an answer is empty"),
-    "empty question": ('{"instruction": "", "output": "b"}', "a question is empty"),
-    "answer 3": ('{"instruction": "a?", "output": 3}', "an answer must be a string"),
-    "question list": ('{"instruction": ["a"], "output": "b"}', '"input" must be strings'),
-    "NaN": ('{"instruction": "a", "input": NaN, "output": "b"}', '"input" must be strings'),
-    "false": ('{"instruction": "a", "input": false, "output": "b"}', '"input" must be strings'),
-    "surrogate": ('{"instruction": "a", "output": "\\ud800"}', "a lone surrogate"),
-    "messages text": ('{"messages": "hi"}', '"messages" must be a list of'),
-    "no messages": ('{"messages": []}', '"messages" must be a list of'),
-    "no role": ('{"messages": [{"content": "a"}]}', '"messages" must be a list of'),
-    "role bot": ('{"messages": [{"role": "bot", "content": "a"}]}', "the roles must be"),
-    "role list": ('{"messages": [{"role": ["user"], "content": "a"}]}', "the roles must be"),
-    "no answer": (json.dumps({"messages": [user("a")]}), "ending with an answer"),
-    "two questions": (json.dumps({"messages": [user("a"), user("b")]}), "in turn"),
-    "question 3": (json.dumps({"messages": [user(3), assistant("b")]}),
-                   "a question must be a string"),
-    "split list": ('{"instruction": "a?", "output": "b", "split": ["val"]}',
-                   '"split" must be a string'),
-    "a giant": (json.dumps({**GOOD, "output": "b" * 1_000_001}),
-                "an answer has 1,000,001 characters, more than 1,000,000"),
+BAD_ROWS = {
+    '{"instruction": "a?", "output"': "not valid JSON",
+    '{"messages": ' + "[" * 100_000 + "]" * 100_000 + "}": "too deeply nested",
+    '{"instruction": "a", "output": ' + "9" * 5000 + "}": "not valid JSON",
+    "[1]": "not a JSON object",
+    '{"instruction": "a?"}': '"output" is missing (or give "messages")',
+    '{"instruction": "a?", "output": " "}': "an answer is empty",
+    '{"instruction": "", "output": "b"}': "a question is empty",
+    '{"instruction": "a?", "output": 3}': "an answer must be a string",
+    '{"instruction": "a", "input": NaN, "output": "b"}': '"input" must be strings',
+    '{"instruction": "a", "output": "\\ud800"}': "a lone surrogate",
+    '{"messages": []}': '"messages" must be a list of',
+    '{"messages": [{"content": "a"}]}': '"messages" must be a list of',
+    '{"messages": [{"role": ["user"], "content": "a"}]}': "the roles must be",
+    json.dumps({"messages": [user("a")]}): "ending with an answer",
+    json.dumps({**GOOD, "split": ["val"]}): '"split" must be a string',
+    json.dumps({**GOOD, "output": "b" * 1_000_001}): "has 1,000,001 characters",
+    json.dumps({**GOOD, "history": [["c?"]]}): "a list of [question, answer]",
+    json.dumps({**GOOD, "system": 3}): "the system prompt must be a string",
+    json.dumps({"messages": [system("A."), *TALK], "system": "B."}): 'a "system" beside',
+    json.dumps({"messages": [user("a?"), {**assistant("b"), "weight": "0"}]}): "must be 0 or 1",
 }
 
 
@@ -374,64 +317,42 @@ def refusal(file):
 
 
 @pytest.mark.row(27)
-@pytest.mark.parametrize("line, why", (NOT_JSON | NOT_A_CHAT).values(),
-                         ids=(NOT_JSON | NOT_A_CHAT).keys())
-def test_bad_line_is_named_with_its_reason(tmp_path, line, why):
+@pytest.mark.parametrize("row", BAD_ROWS, ids=BAD_ROWS.values())
+def test_bad_row_is_refused_with_its_reason(tmp_path, row):
     """Catches: a traceback, a message without the line, a row that is left out silently."""
     file = tmp_path / "rows.jsonl"
-    file.write_text(f"{GOOD_LINE}\n\n{line}\n{GOOD_LINE}\n")
+    file.write_text(f"{GOOD_LINE}\n\n{row}\n{GOOD_LINE}\n")
     message = refusal(file)
     assert f"{file}, line 3: " in message
-    assert why in message
+    assert BAD_ROWS[row] in message
     assert "--skip_bad" in message
     chats, splits, bad, _ = read_instructions(file, skip_bad=True)
     assert bad == 1
     assert chats == [messages_of(GOOD)] * 2  # control: the others are read
     assert splits == [None, None]
-    file.write_text(line)
-    with pytest.raises(UserError, match="all 1 rows are bad"):
-        read_instructions(file, skip_bad=True)
-
-
-@pytest.mark.row(27)
-@pytest.mark.parametrize("row, why", NOT_A_CHAT.values(), ids=NOT_A_CHAT.keys())
-def test_bad_row_of_an_array_is_named_by_its_index(tmp_path, row, why):
-    """Catches: a message that does not tell which row of an array it is about."""
-    file = tmp_path / "rows.json"
-    file.write_text(f"[{GOOD_LINE},\n{row}]")
-    message = refusal(file)
-    assert f"{file}, row 1: " in message
-    assert why in message
-    assert read_instructions(file, skip_bad=True)[2] == 1
-    file.write_text(f"[{GOOD_LINE},\n{GOOD_LINE}]")
-    assert read_instructions(file)[2] == 0  # control
 
 
 LATIN = b'{"instruction": "\xff", "output": "b"}'  # not UTF-8
+BAD_FILES = {
+    GOOD_LINE.encode() + b"\n" + LATIN: ", line 2: not valid UTF-8",
+    b"[" + GOOD_LINE.encode() + b",\n" + LATIN + b"]": ": not valid UTF-8 (line 2)",
+    b"[" + GOOD_LINE.encode(): ": not valid JSON",
+    b"[" + GOOD_LINE.encode() + b", {}]": ', row 1: "instruction" is missing',
+    json.dumps({"data": [GOOD]}, indent=1).encode(): ", line 1: not valid JSON",
+    b"\n \n": ": no conversation in it",
+}
 
 
 @pytest.mark.row(27)
-@pytest.mark.parametrize("content, place, why", [
-    (GOOD_LINE.encode() + b"\n" + LATIN, ", line 2: ", "not valid UTF-8"),
-    (b"[" + GOOD_LINE.encode() + b",\n" + LATIN + b"]", ": ", "not valid UTF-8 (line 2)"),
-    (b"[" + GOOD_LINE.encode() + b",\n{]", ": ", "line 2"),
-    (b"[" + GOOD_LINE.encode(), ": ", "not valid JSON"),
-    (json.dumps({"data": [GOOD]}, indent=1).encode(), ", line 1: ", "not valid JSON"),
-    ("[1]".encode("utf-16"), ", line 1: ", "not valid UTF-8"),
-    (b"", ": ", "no conversation in it"),
-    (b"[]", ": ", "no conversation in it"),
-    (b"\n \n", ": ", "no conversation in it"),
-], ids=["bytes in a line", "bytes in an array", "broken array",
-        "half an array", "object over lines", "UTF-16", "empty", "empty array", "blank"])
-def test_bad_file_is_named_with_its_reason(tmp_path, content, place, why):
-    """Catches: a traceback of json, a message without file and line, a run without rows."""
+def test_bad_file_is_refused_with_its_reason(tmp_path):
+    """Catches: a traceback of json, a message without the place, a run without rows."""
     file = tmp_path / "rows.json"
-    file.write_bytes(content)
-    message = refusal(file)
-    assert message.startswith(f"{file}{place}")
-    assert why in message
-    file.write_bytes(GOOD_LINE.encode())
-    assert read_instructions(file)[0] == [messages_of(GOOD)]  # control
+    for content, why in BAD_FILES.items():
+        file.write_bytes(content)
+        assert refusal(file).startswith(f"{file}{why}")
+    file.write_text("{}")
+    with pytest.raises(UserError, match="all 1 rows are bad"):
+        read_instructions(file, skip_bad=True)
 
 
 PACKED = {
@@ -442,23 +363,24 @@ PACKED = {
 }
 
 
-@pytest.mark.row(67)
+@pytest.mark.row(27, 67)
 @pytest.mark.parametrize("pack", PACKED)
-@pytest.mark.parametrize("is_array", [True, False], ids=["array", "lines"])
-def test_every_reader_reads_alike(tmp_path, pack, is_array):
-    """Catches: a byte-order mark, gzip or line ends that one reader takes and another refuses."""
-    question = {"ctx": "a", "endings": ["b", "c"], "label": 1, "text": "words", **GOOD}
-    rows = [question, {**question, "text": None}]
-    text = json.dumps(rows, indent=1)
-    if not is_array:
-        text = "".join(f"{json.dumps(row)}\n" for row in rows)
+def test_every_reader_reads_alike(tmp_path, pack):
+    """Catches: a byte-order mark, gzip or line ends that one reader takes and another refuses; a
+    form of the file in which a row, or its "split", is lost."""
+    row = {"ctx": "a", "endings": ["b", "c"], "label": 1, "text": "words", **GOOD}
+    rows = [row, {**row, "text": None, "split": "val"}]
     file = tmp_path / "rows.json"
-    file.write_bytes(PACKED[pack](text.encode()))
-    assert read_instructions(file)[0] == [messages_of(GOOD)] * 2
-    assert Benchmark(file, GPT2, 64).labels.tolist() == [1, 1]
-    assert list(textfiles.read_pieces(file, None)) == [("words", True)]
-    (first, found, share), = tables.read_rows(file, ("text",))
-    assert (first, [row for _, row in found], share) == (0, [{"text": "words"}, {}], 1)
+    lines = "".join(f"{json.dumps(row)}\n" for row in rows)
+    for text in (lines, json.dumps(rows, indent=1)):
+        file.write_bytes(PACKED[pack](text.encode()))
+        chats, splits, _, _ = read_instructions(file)
+        assert chats == [messages_of(GOOD)] * 2
+        assert splits == [None, "val"]
+        assert Benchmark(file, GPT2, 64).labels.tolist() == [1, 1]
+        assert list(textfiles.read_pieces(file, None)) == [("words", True)]
+        (_, found, _), = tables.read_rows(file, ("text",))
+        assert [row for _, row in found] == [{"text": "words"}, {}]
 
 
 @pytest.mark.row(67)
@@ -475,33 +397,24 @@ def test_questions_from_a_pipe(tmp_path):
 @pytest.mark.row(56)
 def test_row_has_its_own_system_prompt_and_history():
     """Catches: a conversation that is trained on without its beginning."""
-    row = {**GOOD, "system": "Be brief.", "history": [["c?", "d"], ["e?", "f"]]}
-    assert messages_of(row) == [system("Be brief."), user("c?"), assistant("d"), user("e?"),
+    row = {**GOOD, "system": "S.", "history": [["c?", "d"], ["e?", "f"]]}
+    assert messages_of(row) == [system("S."), user("c?"), assistant("d"), user("e?"),
                                 assistant("f"), user("a?"), assistant("b")]
-    row = {"messages": [user("a?"), assistant("b")], "system": "Be brief."}
-    assert messages_of(row) == [system("Be brief."), user("a?"), assistant("b")]
-    for bad, why in ((dict(history=[["c?"]]), "a list of .question, answer."),
-                     (dict(history="c?"), "a list of .question, answer."),
-                     (dict(history=[["c?", 3]]), "an answer must be a string"),
-                     (dict(system=3), "the system prompt must be a string"),
-                     (dict(messages=[system("A."), *row["messages"]], system="B."), "beside")):
-        with pytest.raises(ValueError, match=why):
-            messages_of({**GOOD, **bad})
+    row = {"messages": [user("a?"), assistant("b")], "system": "S."}
+    assert messages_of(row) == [system("S."), user("a?"), assistant("b")]
 
 
 @pytest.mark.row(56)
-@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"loss": False, "weight": None}])
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"loss": False, "weight": None}])
 def test_answers_that_do_not_count_are_read_and_not_learned(mark):
     """Catches: an answer that is marked as not to be learned, and is a target all the same."""
-    marked = {"messages": [user("a?"), {**assistant("b"), **mark}, user("c?"), assistant("d")]}
-    plain = {"messages": [user("a?"), assistant("b"), user("c?"), assistant("d")]}
-    ids, counts = encode_chat(GPT2, messages_of(marked), "S.")
-    whole, learned = encode_chat(GPT2, messages_of(plain), "S.")
+    marked = [TALK[0], {**TALK[1], **mark}, *TALK[2:]]
+    ids, counts = encode_chat(GPT2, messages_of({"messages": marked}))
+    whole, learned = encode_chat(GPT2, TALK)
     assert ids == whole
-    assert sum(learned) == 4  # control: two tokens in each answer
-    assert np.flatnonzero(counts).tolist() == np.flatnonzero(learned).tolist()[2:]
-    with pytest.raises(ValueError, match="a mark of a message .* must be 0 or 1"):
-        messages_of({"messages": [user("a?"), {**assistant("b"), "weight": "0"}]})
+    second = len(encode_chat(GPT2, TALK[:2])[0])
+    assert counts == [False] * second + learned[second:]
+    assert any(learned[:second])  # control
 
 
 @pytest.mark.row(56, 58)
@@ -512,22 +425,6 @@ def test_fields_that_are_not_read_are_counted(tmp_path):
             {"messages": [user("a?"), call], "instruction": None, "output": "x", "id": 8}]
     file = tmp_path / "rows.json"
     file.write_text(json.dumps(rows))
-    chats, _, bad, unread = read_instructions(file)
+    chats, _, _, unread = read_instructions(file)
     assert chats == [messages_of(GOOD)] * 2
-    assert bad == 0
     assert unread == {"id": 2, "messages.tool_calls": 1, "output": 1}
-    file.write_text(json.dumps([GOOD]))
-    assert read_instructions(file)[3] == {}  # control
-
-
-@pytest.mark.row(27)
-def test_array_and_lines_give_the_same_rows(tmp_path):
-    """Catches: a form of the file in which a row, or its "split", is lost."""
-    rows = [GOOD, {**GOOD, "split": "val"}, {"messages": TALK}]
-    array = tmp_path / "rows.json"
-    array.write_text(json.dumps(rows))
-    lines = tmp_path / "rows.jsonl"
-    lines.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    found = read_instructions(array)
-    assert found == read_instructions(lines)
-    assert found == ([messages_of(GOOD), messages_of(GOOD), TALK], [None, "val", None], 0, {})
