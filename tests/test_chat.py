@@ -12,7 +12,7 @@ from conftest import INSTRUCTIONS
 from corpus import tables, textfiles
 from data import Tokenizer
 from evaluate import Benchmark
-from support.chat import (IGNORE, SYSTEM, Batches, Examples, chat_pieces, encode_chat, hold_out,
+from support.chat import (IGNORE, SYSTEM, Batches, Examples, encode_chat, hold_out,
                           messages_of, most_frequent_answer, read_instructions)
 from support.runs import UserError
 
@@ -46,7 +46,8 @@ TALK = [user("Hi there"), assistant("Hello."), user("Why?"), assistant("No idea.
 
 def test_chat_template_is_vicuna():
     """Catches: another template than the one FastChat renders, a space or an end-of-text apart; a
-    mask off by one token, or an end-of-text that is not learned."""
+    mask off by one token, or an end-of-text that is not learned; a question that is asked in other
+    tokens than those it was learned in."""
     ids, is_answer = encode_chat(GPT2, TALK)
     assert GPT2.decode(ids) == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant "
@@ -56,31 +57,9 @@ def test_chat_template_is_vicuna():
     first = GPT2.encode(" Hello.")
     second = GPT2.encode(" No idea.\nSorry")
     assert answers == [*first, GPT2.eot, *second, GPT2.eot]
-
-
-def test_prompt_is_the_beginning_of_the_example():
-    """Catches: a question that is asked in other tokens than those it was learned in."""
-    ids, _ = encode_chat(GPT2, TALK)
     prompt, is_answer = encode_chat(GPT2, TALK[:1])
     assert prompt == ids[:len(prompt)]
     assert not any(is_answer)
-    with_a_space, _ = encode_chat(GPT2, [user("Hi there ")])
-    assert with_a_space != prompt  # control
-
-
-def test_system_prompt_begins_the_conversation():
-    """Catches: a system prompt that is not used, or that wins over the one in the row."""
-    assert chat_pieces([user("a")], "S.") == [("S. USER: a ASSISTANT:", False)]
-    assert chat_pieces([system("T."), user("a")], "S.") == [("T. USER: a ASSISTANT:", False)]
-    assert chat_pieces([user("a")], "") == [("USER: a ASSISTANT:", False)]
-
-
-def test_endoftext_in_a_text_is_plain_text():
-    """Catches: a question or an answer that ends its turn by the letters "<|endoftext|>"."""
-    ids, is_answer = encode_chat(GPT2, [user("<|endoftext|>"), assistant("<|endoftext|> x")])
-    assert ids.count(GPT2.eot) == 1
-    assert ids[-1] == GPT2.eot
-    assert is_answer[-1]
 
 
 def test_alpaca_input_follows_the_instruction():
@@ -125,15 +104,6 @@ def test_question_after_the_last_answer_is_not_read():
         assert examples.targets.tolist() == [answers * sum(is_answer)]
 
 
-def test_skipped_rows_do_not_shift_the_others():
-    """Catches: tokens and lengths of one row beside the conversation of another."""
-    long = [user("long " * 20), assistant("a")]
-    short = [user("b"), assistant("c")]
-    examples = Examples([long, short], LETTERS, "", 40)
-    assert examples.chats == [short]
-    assert LETTERS.decode(examples.ids[0].tolist()).startswith("USER: b ASSISTANT: c")
-
-
 # -------------------------------------------------------------------------------------------------
 # Held out, and batches
 
@@ -159,9 +129,8 @@ def test_without_split_a_random_share_is_held_out():
     training, held_out = hold_out(chats, [None] * 50, 0.1, seed=0)
     assert len(held_out) == 5
     assert sorted([*training, *held_out]) == list(range(50))
-    assert hold_out(chats, [None] * 50, 0.1, seed=0)[1].tolist() == held_out.tolist()
     assert hold_out(chats, [None] * 50, 0.1, seed=1)[1].tolist() != held_out.tolist()  # control
-    for n, share, expected in ((1, 0.5, 0), (2, 0.01, 1), (9, 0, 0), (3, 0.9, 2)):
+    for n, share, expected in ((1, 0.5, 0), (2, 0.01, 1), (3, 0.9, 2)):
         training, held_out = hold_out(different(n), [None] * n, share, seed=0)
         assert len(held_out) == expected
         assert len(training) == n - expected
@@ -198,23 +167,19 @@ def epoch_of(examples, epoch, seed):
 
 def test_each_epoch_reads_each_row_once(examples):
     """Catches: a row that is left out or comes twice, a batch that is too large; batches sorted by
-    length, so that an epoch begins with all the short answers."""
-    batches = epoch_of(examples, 1, seed=3)
-    assert sorted(sum(batches, [])) == list(range(len(examples)))
-    assert {len(batch) for batch in batches} <= {3, 4}
-    costs = [examples.padded[batch].mean() for batch in batches]
+    length, so that an epoch begins with all the short answers; an order that depends on what was
+    read before, so that a resume reads other rows."""
+    found = epoch_of(examples, 1, seed=3)
+    assert sorted(sum(found, [])) == list(range(len(examples)))
+    assert {len(batch) for batch in found} <= {3, 4}
+    costs = [examples.padded[batch].mean() for batch in found]
     assert costs != sorted(costs)
     assert costs != sorted(costs, reverse=True)
-
-
-def test_batches_follow_from_seed_and_step(examples):
-    """Catches: an order that depends on what was read before, so that a resume reads other rows."""
-    first = epoch_of(examples, 0, seed=3)
-    assert first != epoch_of(examples, 1, seed=3)  # control: another epoch
-    assert first != epoch_of(examples, 0, seed=4)  # control: another seed
     batches = Batches(examples, 4, seed=3)
     batches.of_step(20)
-    assert batches.of_step(2).tolist() == first[2]
+    assert batches.of_step(batches.per_epoch + 2).tolist() == found[2]
+    assert found != epoch_of(examples, 0, seed=3)  # control: another epoch
+    assert found != epoch_of(examples, 1, seed=4)  # control: another seed
 
 
 WORDS = ("the of a and to is in that for as with return value array function list element number "
@@ -236,40 +201,31 @@ def alpaca_like(n):
     return rows
 
 
-def test_batches_are_90_percent_useful():
-    """Catches: long rows beside short ones, so that most of a batch is padding."""
-    examples = Examples([messages_of(row) for row in alpaca_like(3000)], GPT2, SYSTEM, 1024)
-    batches = Batches(examples, 128, seed=0)
-    tokens = 0  # read, with the padding
-    for step in range(batches.per_epoch):
-        batch = batches.of_step(step)
-        for start in range(0, len(batch), 8):
-            tokens += examples.read(batch[start:start + 8])[0].size
-    text = examples.lengths.sum()
-    assert batches.useful(8) >= 0.9
-    assert batches.useful(8) == pytest.approx(text / tokens)
-    mixed = np.random.RandomState(0).permutation(3000).reshape(375, 8)
-    tokens = sum(examples.read(rows)[0].size for rows in mixed)
-    assert text / tokens < 0.6  # control: batches of any lengths
-
-
-@pytest.mark.slow
-def test_50000_rows_are_read_in_seconds(tmp_path):
-    """Catches: a step per row that is so slow that a file of 50,000 rows takes minutes."""
+@pytest.mark.parametrize("n", [3000, pytest.param(50_000, marks=pytest.mark.slow)])
+def test_batches_are_90_percent_useful(tmp_path, n):
+    """Catches: long rows beside short ones, so that most of a batch is padding; a step per row that
+    is so slow that a file of 50,000 rows takes minutes."""
     file = tmp_path / "rows.json"
-    file.write_text(json.dumps(alpaca_like(50_000)))
+    file.write_text(json.dumps(alpaca_like(n)))
     start = time.monotonic()
     chats, _, _, _ = read_instructions(file)
     examples = Examples(chats, GPT2, SYSTEM, 1024)
     batches = Batches(examples, 128, seed=0)
+    tokens = 0  # read, with the padding
     for step in range(batches.per_epoch):
-        for part in np.array_split(batches.of_step(step), 16):
-            examples.read(part)
+        batch = batches.of_step(step)
+        for first in range(0, len(batch), 8):
+            tokens += examples.read(batch[first:first + 8])[0].size
     seconds = time.monotonic() - start
-    print(f"{len(examples)} rows, {examples.lengths.sum():,} tokens in {seconds:.1f} s; "
+    text = examples.lengths.sum()
+    print(f"{len(examples)} rows, {text:,} tokens in {seconds:.1f} s; "
           f"{batches.useful(8):.1%} are not padding")
     assert seconds < 20
     assert batches.useful(8) >= 0.9
+    assert batches.useful(8) == pytest.approx(text / tokens)
+    mixed = np.random.RandomState(0).permutation(n).reshape(-1, 8)
+    tokens = sum(examples.read(rows)[0].size for rows in mixed)
+    assert text / tokens < 0.6  # control: batches of any lengths
 
 
 def test_most_frequent_answer():
@@ -400,8 +356,6 @@ def test_row_has_its_own_system_prompt_and_history():
     row = {**GOOD, "system": "S.", "history": [["c?", "d"], ["e?", "f"]]}
     assert messages_of(row) == [system("S."), user("c?"), assistant("d"), user("e?"),
                                 assistant("f"), user("a?"), assistant("b")]
-    row = {"messages": [user("a?"), assistant("b")], "system": "S."}
-    assert messages_of(row) == [system("S."), user("a?"), assistant("b")]
 
 
 @pytest.mark.row(56)

@@ -11,7 +11,6 @@ import checkpoint
 import sample
 import sft
 from conftest import TUNE, exit_code, messages, rows, run, same, tune
-from model import Llama, ModelConfig
 from support import durable, lora
 
 
@@ -23,35 +22,20 @@ def short_answers():
         yield
 
 
-def small(seed=0):
-    torch.manual_seed(seed)
-    model = Llama(ModelConfig(dim=32, n_layers=2, n_heads=2, n_kv_heads=1, intermediate_size=64,
-                              vocab_size=300, max_seq_len=128))
-    for parameter in model.parameters():  # far from the even guesses of a new model
-        torch.nn.init.normal_(parameter, std=0.2)
-    return model
-
-
 TOKENS = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+
+
+def network(run):
+    return checkpoint.load_model(run)[0]
 
 
 # -------------------------------------------------------------------------------------------------
 # Adapters
 
-def test_fresh_adapters_change_nothing():
-    """Catches: a B that does not start as zeros, so that tuning starts from another model."""
-    model = small()
-    before, _ = model(TOKENS)
-    lora.add_adapters(model, 4, 16)
-    assert torch.equal(model(TOKENS)[0], before)
-    torch.nn.init.normal_(model.model.layers[0].mlp.up_proj.lora_B)
-    assert not torch.allclose(model(TOKENS)[0], before)  # control
-
-
-def test_only_adapters_of_linear_layers_are_trained():
+def test_only_adapters_of_linear_layers_are_trained(whole):
     """Catches: a layer without adapters, a weight that is not frozen, a parameter's other name; a
     part of a block that a reader has added, taken for a linear layer."""
-    model = small()
+    model = network(whole)
     model.model.layers[0].mlp.drop = torch.nn.Dropout(0.1)
     shapes = {name: p.shape for name, p in model.named_parameters()}
     lora.add_adapters(model, 4, 16)
@@ -73,20 +57,22 @@ def test_adapted_layer_is_the_formula():
     assert not torch.allclose(adapted(x), x @ (linear.weight + low_rank).T, atol=1e-6)  # control
 
 
-def test_merged_weights_equal_adapters():
-    """Catches: a merge without the scale, or into the wrong layer."""
-    model = small()
+def test_merged_weights_equal_adapters(whole):
+    """Catches: a B that does not start as zeros, so that tuning starts from another model; a merge
+    without the scale, or into the wrong layer."""
+    model = network(whole)
+    before, _ = model(TOKENS)
     lora.add_adapters(model, 4, 16)
+    assert torch.equal(model(TOKENS)[0], before)
     adapters = {name: t for name, t in model.state_dict().items() if ".lora_" in name}
     for name, tensor in adapters.items():
         if name.endswith(".lora_B"):
             torch.nn.init.normal_(tensor, std=0.1)
-    merged = small()
-    weights = merged.state_dict()  # the tensors of `merged` themselves
-    before, _ = merged(TOKENS)
-    lora.merge(weights, adapters)
-    assert torch.allclose(merged(TOKENS)[0], model(TOKENS)[0], rtol=1e-5, atol=1e-4)
-    assert not torch.allclose(before, model(TOKENS)[0], rtol=1e-5, atol=1e-4)  # control
+    after, _ = model(TOKENS)
+    merged = network(whole)
+    lora.merge(merged.state_dict(), adapters)  # in place: into the tensors of `merged`
+    assert torch.allclose(merged(TOKENS)[0], after, rtol=1e-5, atol=1e-4)
+    assert not torch.allclose(before, after, rtol=1e-5, atol=1e-4)  # control
 
 
 # -------------------------------------------------------------------------------------------------
@@ -114,8 +100,9 @@ def adapted(short_answers, whole, instructions, tmp_path_factory):
     return folder
 
 
-def test_lora_saves_adapters_only(adapted):
-    """Catches: a checkpoint with the frozen weights, or moments of them."""
+def test_lora_saves_adapters_only(whole, adapted):
+    """Catches: a checkpoint with the frozen weights, or moments of them; a second copy of the
+    base's weights on the disk, or those of another step."""
     folder = adapted / "checkpoints/step_00000012"
     weights = durable.load_file(folder / "model.pt")["model"]
     moments = durable.load_file(folder / "train_state.pt")["optimizer"]
@@ -123,10 +110,6 @@ def test_lora_saves_adapters_only(adapted):
     assert len(scales) == 2 * 7
     assert weights.keys() - scales == moments.keys()
     assert all(".lora_" in name for name in moments)
-
-
-def test_base_is_kept_as_a_link(whole, adapted):
-    """Catches: a second copy of the weights on the disk, or those of another step."""
     assert os.path.samefile(adapted / "base.pt", whole / "checkpoints/step_00000020/model.pt")
     assert equal(weights_of(adapted, 0), weights_of(whole))
     assert not equal(weights_of(adapted, 12), weights_of(whole))  # control: it is tuned
