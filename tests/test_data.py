@@ -89,6 +89,17 @@ def test_any_text_comes_back(vocab_size):
     assert tokenizer.byte_lengths[tokenizer.eot] == 0
 
 
+@pytest.mark.row(47)
+@pytest.mark.parametrize("blank", [" ", "\u00a0"])
+def test_a_million_blanks_are_encoded(blank):
+    """Catches: a panic of tiktoken's, in any script."""
+    tokenizer = Tokenizer(512)
+    text = f"A word.{blank * 1_500_000}Another word."
+    assert tokenizer.decode(tokenizer.encode(text)) == text
+    with pytest.raises(BaseException, match="StackOverflow|BacktrackLimit|called .Result"):
+        tokenizer.bpe.encode_ordinary(text)  # control: it does panic
+
+
 def test_another_table_is_refused(tmp_path, monkeypatch):
     """Catches: a tokenizer without all bytes, with ids beyond GPT-2's table, or with other ids than
     GPT-2's from an altered table."""
