@@ -5,7 +5,6 @@ import hashlib
 import io
 import json
 import pickle
-import random
 from pathlib import Path
 
 import numpy as np
@@ -53,40 +52,21 @@ def slow_encode(text, ranks):
 
 @pytest.mark.parametrize("vocab_size", [257, 2048, 50_257])
 def test_small_vocab_equals_slow_bpe(vocab_size):
-    """Catches: a small vocabulary that does not merge like GPT-2 with fewer merges."""
+    """Catches: a small vocabulary that does not merge like GPT-2 with fewer merges; "<|endoftext|>"
+    in a text that ends its document; lengths in bytes that are not the text's."""
     tokenizer = Tokenizer(vocab_size)
     ranks = ranks_of(vocab_size)
     for text in SAMPLES:
         ids = tokenizer.encode(text)
         assert ids == slow_encode(text, ranks)
         assert tokenizer.eot not in ids
-    assert tokenizer.eot == vocab_size - 1
-    # control: another number of merges shows
-    assert tokenizer.encode(SAMPLES[0]) != slow_encode(SAMPLES[0], ranks_of(400))
-
-
-def random_text(rng):
-    """Up to 60 characters, a third of them ASCII; without surrogates, which are not characters."""
-    text = ""
-    for _ in range(rng.randrange(60)):
-        first, end = rng.choice([(0, 128), (0, 0xD800), (0xE000, 0x110000)])
-        text += chr(rng.randrange(first, end))
-    return text
-
-
-@pytest.mark.parametrize("vocab_size", [257, 50_257])
-def test_any_text_comes_back(vocab_size):
-    """Catches: text that the tokenizer changes, or lengths in bytes that are not the text's;
-    end-of-text that counts as bytes of text."""
-    tokenizer = Tokenizer(vocab_size)
-    rng = random.Random(0)
-    texts = SAMPLES + [random_text(rng) for _ in range(200)]
-    for text in texts:
-        ids = tokenizer.encode(text)
         assert tokenizer.decode(ids) == text
         assert tokenizer.byte_lengths[ids].sum() == len(text.encode())
+    assert tokenizer.eot == vocab_size - 1
     assert tokenizer.decode([tokenizer.eot]) == "<|endoftext|>"
     assert tokenizer.byte_lengths[tokenizer.eot] == 0
+    # control: another number of merges shows
+    assert tokenizer.encode(SAMPLES[0]) != slow_encode(SAMPLES[0], ranks_of(400))
 
 
 @pytest.mark.row(47)
@@ -217,28 +197,6 @@ def test_shards_of_both_kinds_are_read(tmp_path):
         assert np.array_equal(open_shard(tmp_path / name, 300, offset).tokens, TOKENS)
 
 
-@pytest.mark.row(54)
-def test_flipped_bit_in_a_header_is_refused_or_harmless(tmp_path):
-    """Catches: a traceback, or wrong tokens, from a .npy file with one flipped bit in its first 128
-    bytes, which are its header. All 1024 of them are tried."""
-    file = tmp_path / "a.npy"
-    intact = npy(TOKENS)
-    wrong = []
-    messages = []
-    for bit in range(8 * 128):
-        damaged = bytearray(intact)
-        damaged[bit // 8] ^= 1 << bit % 8
-        file.write_bytes(damaged)
-        try:
-            if not np.array_equal(open_shard(file, 300).tokens, TOKENS):
-                wrong.append(bit)
-        except UserError as error:
-            messages.append(str(error))
-    assert len(messages) > 1000  # control
-    assert "\n" not in "".join(messages)
-    assert wrong == []
-
-
 # ---- folders
 
 TRAIN = {"file": "train_0000.npy", "tokens": 300, "sha256": "a"}
@@ -296,9 +254,8 @@ def test_missing_data_names_the_command(tmp_path):
         DataFolder(our_folder(tmp_path / "a", splits=splits))
     with pytest.raises(UserError, match="no data of ours in .*run: python prepare_data.py text"):
         DataFolder(tmp_path / "nowhere")
-    for name in ("pydocs", "fineweb-edu"):
-        with pytest.raises(UserError, match=f"prepare_data.py {name}"):
-            DataFolder(tmp_path / name)
+    with pytest.raises(UserError, match="prepare_data.py fineweb-edu"):
+        DataFolder(tmp_path / "fineweb-edu")
 
 
 @pytest.mark.row(54)

@@ -23,7 +23,7 @@ import sft
 from conftest import INSTRUCTIONS, QUESTIONS, exit_code, run, same, write_lines
 from data import DataFolder, Tokenizer, open_shard
 from corpus import foreign_shards, textfiles
-from support import chat, durable, lora, runs, trees
+from support import chat, durable, runs, trees
 from support.files import write_json
 from support.runs import UserError
 from test_adopt import llmc
@@ -125,9 +125,8 @@ def open_data(folder):
     """{split: {file: its tokens}} of a folder that is checked as a new run checks it."""
     data = DataFolder(folder)
     data.check_content()
-    data.fingerprint
     return {split: {shard.path.name: shard.tokens.tobytes() for shard in getattr(data, split)}
-            for split in ("train", "val")}, data.vocab_size
+            for split in ("train", "val")}
 
 
 @pytest.mark.row(54, 55)
@@ -135,17 +134,17 @@ def test_data_folder_with_a_mutated_meta_json_is_refused_or_right(data, tmp_path
     """Catches: a meta.json that ends in a traceback, or that lets other tokens in."""
     folder = shutil.copytree(data, tmp_path / "data")
     meta = json.loads((folder / "meta.json").read_text())
-    expected, vocab_size = open_data(folder)
+    expected = open_data(folder)
     every = {**expected["train"], **expected["val"]}
     assert len(every) == 3  # control
 
     def trial(draw):
         (folder / "meta.json").write_bytes(mutate_json(meta, draw))
-        found, size = open_data(folder)
+        found = open_data(folder)
         train = found["train"]
         val = found["val"]
         apart = train and val and not set(train) & set(val)
-        return apart and (train | val).items() <= every.items() and size == vocab_size
+        return apart and (train | val).items() <= every.items()
     hold(2000, trial)
 
 
@@ -283,22 +282,6 @@ def test_log_to_resume_that_was_mutated_is_refused_or_cut(whole, tmp_path):
 
 
 @pytest.mark.row(55)
-def test_last_line_that_was_mutated_is_not_the_end_of_a_run(tmp_path):
-    """Catches: a traceback, or a run that is taken for finished and is not."""
-    end = {"event": "end", "step": 20, "reason": "done", "seconds": 1.0}
-    file = tmp_path / "metrics.jsonl"
-    finished = []
-
-    def trial(draw):
-        file.write_bytes(b'{"event": "train"}\n' + mutate_json(end, draw))
-        finished.append(runs.is_finished(tmp_path, {"step": 20}, last=20))
-        text = file.read_text(errors="replace")
-        return not finished[-1] or ('"end"' in text and '"done"' in text)
-    hold(1000, trial, refused_share=0)
-    assert 200 < sum(finished) < 800  # control
-
-
-@pytest.mark.row(55)
 def test_mutated_log_is_read_and_drawn_without_the_broken_lines(whole, tuned, tmp_path, capsys):
     """Catches: a wrong type in a row that ends in a traceback, or that takes other rows with it; a
     number or a text that the figure cannot show."""
@@ -370,7 +353,7 @@ def test_readers_of_a_mutated_config_json_refuse_it_or_are_right(whole, tmp_path
 
 
 # -------------------------------------------------------------------------------------------------
-# Text, questions, instructions, the base of a LoRA run
+# Text, questions, instructions
 
 @pytest.mark.row(55)
 @pytest.mark.parametrize("style", ["token", "harness"])
@@ -455,16 +438,3 @@ def test_mutated_gzip_is_refused_or_right(tmp_path):
         found = [text for text, _ in textfiles.read_pieces(file, None)]
         return found == (["Text."] if mutated else [])
     hold(2500, trial)
-
-
-@pytest.mark.row(55)
-def test_mutated_base_json_is_refused_or_right(tmp_path):
-    """Catches: a traceback, or a base that is not verified."""
-    recorded = durable.write_file(tmp_path / "base.pt", {"config": {}, "model": {}})
-
-    def trial(draw):
-        content = mutate_json({"base.pt": recorded}, draw)
-        (tmp_path / "base.json").write_bytes(content)
-        is_recorded = recorded["sha256"].encode() in content
-        return lora.base_file(tmp_path) == tmp_path / "base.pt" and is_recorded
-    hold(1000, trial)
