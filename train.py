@@ -347,22 +347,19 @@ def open_data(path, state):
 def make_model(args, state, vocab_size):
     """A network of the preset, with new random weights or those of --init_from; on a resume one
     with the saved sizes, to be filled. Raises UserError if these sizes cannot be used."""
-    if state is not None:
-        return checkpoint.network(checkpoint.read_config(state["model_config"]))
-    config = PRESETS[args.preset]
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
     sizes["vocab_size"] = vocab_size
+    if state is not None:
+        config = checkpoint.read_config(state["model_config"])
+        check_sizes(config, sizes, args.run)
+        return checkpoint.network(config)
+    config = PRESETS[args.preset]
     padded = None  # to the next multiple of 128
     if args.init_from:
         weights, _ = checkpoint.load_weights(args.init_from)
         config = checkpoint.read_config(weights["config"])
         padded = config.padded_vocab_size
-        # Shapes do not tell everything: vocabularies may be padded to the same size.
-        for name, value in sizes.items():
-            if getattr(config, name) != value:
-                raise UserError(f"{args.init_from} has {name} {getattr(config, name)}, here "
-                                f"{value} — its weights tell the sizes: leave out other flags, and "
-                                f"prepare the text with its --vocab_size")
+        check_sizes(config, sizes, args.init_from)
     try:
         config = replace(config, **sizes, padded_vocab_size=padded,
                          max_seq_len=max(config.max_seq_len, args.seq_len))
@@ -373,6 +370,16 @@ def make_model(args, state, vocab_size):
     if args.init_from:
         checkpoint.restore_weights(weights, model)
     return model
+
+
+def check_sizes(config, sizes, run):
+    """Raise UserError unless the weights of `run` have these sizes. Their shapes do not tell all:
+    vocabularies may be padded to the same size."""
+    for name, value in sizes.items():
+        if getattr(config, name) != value:
+            raise UserError(f"{run} has {name} {getattr(config, name)}, here {value} — its weights "
+                            f"tell the sizes: leave out other flags, and prepare the text with its "
+                            f"--vocab_size")
 
 
 def prepare(args, state, model, machine, T, compiled=False):

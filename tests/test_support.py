@@ -96,7 +96,7 @@ def test_broken_settings_are_refused(tmp_path, content):
     run = make_run(tmp_path, "a", changed=1)
     assert settings_of(run) == {"data": "d", "seq_len": 16}  # control
     (run / "config.json").write_bytes(content)
-    with pytest.raises(UserError, match="config.json is missing or damaged"):
+    with pytest.raises(UserError, match="config.json is missing, damaged"):
         settings_of(run)
 
 
@@ -108,8 +108,8 @@ def test_broken_settings_are_refused(tmp_path, content):
 def test_finished_means_that_the_last_row_says_done(tmp_path, log, finished):
     """Catches: a stopped run that no resume continues."""
     (tmp_path / "metrics.jsonl").write_text(log)
-    assert is_finished(tmp_path, {"step": 6}, last=6) == finished
-    assert not is_finished(tmp_path, {"step": 5}, last=6)
+    assert is_finished(tmp_path, {"step": 6}, max_steps=6) == finished
+    assert not is_finished(tmp_path, {"step": 5}, max_steps=6)
 
 
 # ---- the log
@@ -119,7 +119,8 @@ def test_train_row_has_speed_and_utilization(tmp_path, capsys):
     JSON does not have; every line once for each process."""
     for folder in (None, tmp_path):  # None: every process but the first
         assert capsys.readouterr().out == ""
-        log = Log(folder, 0, max_steps=9, peak_rate=64.0)
+        log = Log(folder, 0, max_steps=9)
+        log.peak_rate = 64.0
         log.train(1, 8, math.nan, 0.1, 1.0, seconds=0.5, tokens_in_step=8, skipped=False)
     assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {
         "event": "train", "step": 1, "tokens": 8, "loss": None, "lr": 0.1, "grad_norm": 1.0,
