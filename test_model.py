@@ -22,12 +22,11 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 import model
-from model import PRESETS, KVCache, Llama, ModelConfig, RMSNorm, SwiGLU, sample_ids
+from model import PRESETS, KVCache, Llama, ModelConfig, RMSNorm, sample_ids
 from support import fast
 
 SMALL = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, intermediate_size=96,
                     vocab_size=100, max_seq_len=32)  # head_dim 16, vocabulary padded to 128
-VARIANTS = {"gqa": {}, "mha": {"n_kv_heads": 4}, "tied": {"tie_embeddings": True}}
 
 
 @pytest.fixture(autouse=True)
@@ -79,25 +78,22 @@ def relative_gap(ours, theirs):
 # -------------------------------------------------------------------------------------------------
 # Sizes
 
-@pytest.mark.parametrize("preset, size", [
-    ("tiny", 5_245_184),
-    ("124m", 190_532_352),
-    ("978m", 978_218_240),
-    ("1.7b", 1_716_144_128),
-])
-def test_presets_have_the_stated_sizes(preset, size, capsys):
-    """Catches: a preset of another size, a bias, a tied head, a wrong total in the table."""
+SIZES = {"tiny": 5_245_184, "124m": 190_532_352, "978m": 978_218_240, "1.7b": 1_716_144_128}
+
+
+@pytest.mark.parametrize("preset", SIZES)
+def test_presets_have_the_stated_sizes(preset, monkeypatch, capsys):
+    """Catches: a preset of another size, a bias, a tied head, a vocabulary that is not padded to a
+    multiple of 128, or padded although it is one; a part that the table leaves out."""
     config = PRESETS[preset]
     assert config.norm_eps == 1e-5
     assert config.rope_theta == 500_000.0
-    with torch.device("meta"):
-        llama = Llama(config)
-        tied = Llama(replace(config, tie_embeddings=True))
-    assert sum(parameter.numel() for parameter in llama.parameters()) == size
     model.main([preset])
-    assert f"{size:,} " in capsys.readouterr().out
+    assert f"{SIZES[preset]:,} " in capsys.readouterr().out
+    monkeypatch.setitem(PRESETS, preset, replace(config, tie_embeddings=True))  # control
+    model.main([preset])
     head = config.padded_vocab_size * config.dim
-    assert sum(parameter.numel() for parameter in tied.parameters()) == size - head  # control
+    assert f"{SIZES[preset] - head:,} " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sizes, message", [
@@ -105,10 +101,8 @@ def test_presets_have_the_stated_sizes(preset, size, capsys):
     ({"dim": 12}, "dim / n_heads = 3 is odd"),
     ({"n_kv_heads": 3}, "n_heads 4 is not divisible by n_kv_heads 3"),
     ({"n_kv_heads": 0}, "n_kv_heads 0 must be at least 1"),
-    ({"n_layers": 0}, "n_layers 0 must be at least 1"),
+    ({"rope_theta": 0}, "rope_theta 0.0 must be positive"),
     ({"padded_vocab_size": 64}, "padded_vocab_size 64 is below vocab_size 100"),
-    ({"tie_embeddings": 1}, "tie_embeddings 1 is not of type bool, as its default False is"),
-    ({"rope_theta": "1"}, "rope_theta '1' is not of type float"),
     ({"dim": True}, "dim True is not of type int"),
 ])
 def test_impossible_sizes_are_refused(sizes, message):
@@ -116,12 +110,6 @@ def test_impossible_sizes_are_refused(sizes, message):
     replace(SMALL)  # control
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **sizes)
-
-
-@pytest.mark.parametrize("vocab_size, padded", [(1, 128), (128, 128), (129, 256), (50_257, 50_304)])
-def test_vocabulary_is_padded_to_128(vocab_size, padded):
-    """Catches: rounding down, or a multiple of 128 that is padded again."""
-    assert ModelConfig(vocab_size=vocab_size).padded_vocab_size == padded
 
 
 def test_initial_weights_are_normal_with_std_002():
@@ -133,8 +121,7 @@ def test_initial_weights_are_normal_with_std_002():
         else:
             assert parameter.mean().item() == pytest.approx(0, abs=5e-4), name
             assert parameter.std().item() == pytest.approx(0.02, rel=0.02), name
-    tokens = batch(T=64)
-    _, loss = llama(tokens, batch(T=64, seed=2))
+    _, loss = llama(batch(T=64), batch(T=64, seed=2))
     assert loss.item() == pytest.approx(math.log(4096), abs=0.1)  # every next token equally likely
     assert nn.Linear(256, 256).weight.std().item() != pytest.approx(0.02, rel=0.02)  # control
 
@@ -158,14 +145,14 @@ def rotate_by_hand(x, theta=SMALL.rope_theta, interleaved=False):
     return torch.cat((turned.real, turned.imag), dim=-1)
 
 
-@pytest.mark.parametrize("mistake", [{"interleaved": True}, {"theta": 10_000.0}], ids=str)
-def test_rope_rotates_pairs_of_halves(mistake):
+def test_rope_rotates_pairs_of_halves():
     """Catches: interleaved pairs, another theta, another sign, angles rounded on the way."""
     x = torch.randn(1, 2, 1024, 16)
     cos, sin = model.rope_table(16, 1024, SMALL.rope_theta)
     rotated = model.apply_rope(x, cos, sin)
     assert gap(rotated, rotate_by_hand(x)) < 1e-3
-    assert gap(rotated, rotate_by_hand(x, **mistake)) > 5e-3  # control
+    assert gap(rotated, rotate_by_hand(x, interleaved=True)) > 5e-3  # controls
+    assert gap(rotated, rotate_by_hand(x, theta=10_000.0)) > 5e-3
 
 
 def test_rope_rounds_once_in_bf16():
@@ -181,156 +168,56 @@ def test_rope_rounds_once_in_bf16():
     assert (control - exact).norm() > 1.2 * one_rounding
 
 
-def test_rope_is_relative():
-    """Catches: angles that do not fit the pairs, so that q · k depends on the place in the text."""
-    q = torch.randn(16)
-    k = torch.randn(16)
-
-    def products(cos, sin):
-        """q · k for a query at positions 5, 6, … and a key 5 tokens before it."""
-        q_rotated = model.apply_rope(q.expand(64, 16), cos, sin)
-        k_rotated = model.apply_rope(k.expand(64, 16), cos, sin)
-        return (q_rotated[5:] * k_rotated[:-5]).sum(-1)
-
-    cos, sin = model.rope_table(16, 64, 10_000.0)
-    relative = products(cos, sin)
-    assert gap(relative, relative[0]) < 1e-4
-    assert gap(relative[0], q @ k) > 1e-2  # control: another distance
-    cos = cos[:, :8].repeat_interleave(2, dim=1)  # control: angles [a a b b] for pairs of halves
-    sin = sin[:, :8].repeat_interleave(2, dim=1)
-    mixed = products(cos, sin)
-    assert gap(mixed, mixed[0]) > 1e-2
-
-
 def neighbours(head, group):
     return head // group
 
 
-def own_and_past(i, T, S):
-    return S - T + i + 1
-
-
-def attention_by_hand(q, k, v, key_head=neighbours, visible=own_and_past, divisor=math.sqrt):
+def attention_by_hand(q, k, v, key_head=neighbours, ahead=0, power=0.5):
     """softmax(q kᵀ / √head_dim) v in float64, one head and one query at a time.
 
-    key_head, visible and divisor are arguments so that tests can make mistakes in them: the
-    key/value head of a query head, the number of positions that query i sees, and what divides the
+    The last three are arguments so that tests can make mistakes in them: the key/value head of a
+    query head, how many tokens a query sees beyond itself, and the power of what divides the
     scores."""
     q = q.double()
     k = k.double()
     v = v.double()
     n_heads, T, head_dim = q.shape[1:]
-    S = k.shape[2]
+    past = k.shape[2] - T
     y = torch.zeros_like(q)
     for head in range(n_heads):
         shared = key_head(head, n_heads // k.shape[1])
         for i in range(T):
-            seen = visible(i, T, S)
+            seen = past + i + 1 + ahead
             keys = k[:, shared, :seen]    # (B, seen, head_dim)
             values = v[:, shared, :seen]  # (B, seen, head_dim)
-            scores = torch.einsum("bd,bsd->bs", q[:, head, i], keys) / divisor(head_dim)
-            weights = scores.exp() / scores.exp().sum(-1, keepdim=True)
-            y[:, head, i] = torch.einsum("bs,bsd->bd", weights, values)
+            scores = torch.einsum("bd,bsd->bs", q[:, head, i], keys) / head_dim ** power
+            y[:, head, i] = torch.einsum("bs,bsd->bd", scores.softmax(-1), values)
     return y
 
 
-ATTENTION_MISTAKES = {
-    "[K1 K2 K1 K2]": {"key_head": lambda head, group: head % (4 // group)},
-    "no mask": {"visible": lambda i, T, S: S},
-    "one token ahead": {"visible": lambda i, T, S: min(S - T + i + 2, S)},
-    "blind to itself": {"visible": lambda i, T, S: S - T + i},
-    "counts from 0": {"visible": lambda i, T, S: i + 1},
-    "no square root": {"divisor": lambda head_dim: head_dim},
-    "no scale": {"divisor": lambda head_dim: 1},
-}
-
-
-@pytest.mark.parametrize("mistake", ATTENTION_MISTAKES.values(), ids=ATTENTION_MISTAKES)
-def test_attention_is_the_formula(mistake):
+def test_attention_is_the_formula():
     """Catches: another order of key/value heads, a wrong mask, a wrong scale."""
     q = torch.randn(2, 4, 5, 16)
     k = torch.randn(2, 2, 12, 16)
     v = torch.randn(2, 2, 12, 16)
     y = model.attention(q, k, v, model.causal_mask(12)[7:])
     assert gap(y, attention_by_hand(q, k, v)) < 1e-5
-    assert gap(y, attention_by_hand(q, k, v, **mistake)) > 1e-2  # control
-
-
-def attention_layer_by_hand(layer, x, interleaved=False, rotate_keys=True):
-    """The whole layer in float64: projections, rotary positions, attention, projection."""
-    def heads(projection):
-        y = x.double() @ projection.weight.double().T
-        return y.unflatten(-1, (-1, layer.head_dim)).transpose(1, 2)  # (B, heads, T, head_dim)
-
-    q = rotate_by_hand(heads(layer.q_proj), interleaved=interleaved)
-    k = heads(layer.k_proj)
-    if rotate_keys:
-        k = rotate_by_hand(k, interleaved=interleaved)
-    y = attention_by_hand(q, k, heads(layer.v_proj))
-    return y.transpose(1, 2).flatten(2) @ layer.o_proj.weight.double().T
-
-
-@pytest.mark.parametrize("mistake", [{"interleaved": True}, {"rotate_keys": False}], ids=str)
-@torch.no_grad()
-def test_attention_layer_rotates_queries_and_keys(mistake):
-    """Catches: interleaved pairs, keys without positions, rotated values, heads cut otherwise."""
-    decoder = build().model
-    layer = decoder.layers[0].self_attn
-    x = torch.randn(2, 12, 64)
-    y = layer(x, decoder.rope_cos[:12], decoder.rope_sin[:12], model.causal_mask(12))
-    assert gap(y, attention_layer_by_hand(layer, x)) < 1e-5
-    assert gap(y, attention_layer_by_hand(layer, x, **mistake)) > 1e-2  # control
-
-
-@torch.no_grad()
-def test_gqa_equals_mha_with_repeated_heads():
-    """Catches: key/value heads in the order [K1 K2 K1 K2], for which no pretrained weights fit."""
-    grouped = build()
-    tokens = batch()
-
-    def logits_of_full_heads(repeat):
-        """The logits of a network with a key/value head for each query head, by repeating them."""
-        state = grouped.state_dict()
-        for name in state:
-            if "k_proj" in name or "v_proj" in name:
-                state[name] = repeat(state[name].view(2, 16, 64)).reshape(64, 64)
-        full = build(n_kv_heads=4)
-        full.load_state_dict(state)
-        return full(tokens)[0]
-
-    logits, _ = grouped(tokens)
-    same = logits_of_full_heads(lambda heads: heads.repeat_interleave(2, dim=0))  # [K1 K1 K2 K2]
-    assert gap(logits, same) < 1e-5
-    other = logits_of_full_heads(lambda heads: heads.repeat(2, 1, 1))  # control: [K1 K2 K1 K2]
-    assert gap(logits, other) > 1e-2
-
-
-@torch.no_grad()
-def test_network_is_causal():
-    """Catches: a token that sees the future."""
-    llama = build()
-    tokens = batch(B=1)
-    other = tokens.clone()
-    other[0, 10] = (other[0, 10] + 1) % 100
-    changed = (llama(tokens)[0] - llama(other)[0]).abs().amax(-1)[0]  # (T,)
-    assert changed[:10].max() < 1e-6
-    assert changed[10:].min() > 1e-4  # control
+    # controls: the order [K1 K2 K1 K2], a token ahead, blind to itself, no square root
+    for mistake in ({"key_head": lambda head, group: head % group}, {"ahead": 1}, {"ahead": -1},
+                    {"power": 1}):
+        assert gap(y, attention_by_hand(q, k, v, **mistake)) > 1e-2
 
 
 @torch.no_grad()
 def test_rmsnorm_is_the_formula():
-    """Catches: eps outside the root, a mean subtracted as in LayerNorm, the weight left out."""
+    """Catches: eps outside the root, the weight left out, a mean that is subtracted."""
     norm = RMSNorm(4096, eps=1e-2)
     norm.weight.normal_()
     x = 0.1 * torch.randn(64, 4096) + 0.1
     weight = norm.weight.double()
     mean_of_squares = x.double().square().mean(-1, keepdim=True)
     assert gap(norm(x), weight * x / (mean_of_squares + 1e-2).sqrt()) < 1e-5
-    # controls: eps outside the root; the mean subtracted
-    assert gap(norm(x), weight * x / (mean_of_squares.sqrt() + 1e-2)) > 1e-2
-    variance = x.double().var(-1, keepdim=True, correction=0)
-    centred = x - x.double().mean(-1, keepdim=True)
-    assert gap(norm(x), weight * centred / (variance + 1e-2).sqrt()) > 1e-2
+    assert gap(norm(x), weight * x / (mean_of_squares.sqrt() + 1e-2)) > 1e-2  # control
 
 
 @torch.no_grad()
@@ -349,22 +236,14 @@ def test_rmsnorm_computes_in_fp32():
 
 
 @torch.no_grad()
-def test_swiglu_gates_with_gate_proj():
+def test_swiglu_is_the_formula():
     """Catches: gate and up exchanged, another activation."""
-    mlp = SwiGLU(SMALL)
-    for projection in mlp.children():
-        projection.weight.normal_()
+    mlp = build().model.layers[0].mlp
     x = torch.randn(2, 3, 64)
-
-    def by_hand(gate_proj, up_proj):
-        gate = x.double() @ gate_proj.weight.double().T
-        up = x.double() @ up_proj.weight.double().T
-        return (gate * gate.sigmoid() * up) @ mlp.down_proj.weight.double().T
-
-    expected = by_hand(mlp.gate_proj, mlp.up_proj)
-    scale = expected.abs().max().item()
-    assert gap(mlp(x), expected) < 1e-6 * scale
-    assert gap(mlp(x), by_hand(mlp.up_proj, mlp.gate_proj)) > 1e-2 * scale  # control
+    gate = mlp.gate_proj(x)
+    up = mlp.up_proj(x)
+    assert gap(mlp(x), mlp.down_proj(gate * gate.sigmoid() * up)) < 1e-5
+    assert gap(mlp(x), mlp.down_proj(gate * up * up.sigmoid())) > 1e-2  # control
 
 
 # -------------------------------------------------------------------------------------------------
@@ -384,10 +263,7 @@ def in_transformers(ours, **mistake):
         max_position_embeddings=config.max_seq_len,
         rms_norm_eps=config.norm_eps,
         rope_parameters={"rope_type": "default", "rope_theta": config.rope_theta},
-        hidden_act="silu",
         tie_word_embeddings=config.tie_embeddings,
-        attn_implementation="eager",
-        bos_token_id=None,
         eos_token_id=None,
     )
     options.update(mistake)
@@ -403,9 +279,10 @@ NETWORK_MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.parametrize("changes", [{}, {"n_kv_heads": 4, "tie_embeddings": True}], ids=str)
 def test_logits_and_gradients_equal_transformers(changes):
-    """Catches: any difference to LLaMA, in the network or in the names of its weights."""
+    """Catches: any difference to LLaMA, in the network or in the names of its weights: keys without
+    positions, another order of heads, a token that sees the future, a norm at another place."""
     ours = build(**changes)
     tokens = batch()
     targets = batch(seed=2)
@@ -434,11 +311,12 @@ def greedy(llama, tokens, n, temperature=0, **options):
 
 
 def test_greedy_text_equals_transformers():
-    """Catches: a generation that differs from the one that others get from our weights."""
+    """Catches: a generation that differs from the one that others get from our weights; text after
+    its end, a row that ends with another row, a generation without end."""
     ours = build(vocab_size=128)  # nothing is padded, so both choose among the same ids
     tokens = batch(T=4)
 
-    def expected(theirs, eot=None):
+    def expected(theirs, tokens, eot=None):
         text = theirs.generate(tokens, attention_mask=torch.ones_like(tokens), max_new_tokens=24,
                                do_sample=False, eos_token_id=eot, pad_token_id=eot or 0)
         return text[:, 4:]
@@ -446,30 +324,24 @@ def test_greedy_text_equals_transformers():
     theirs = in_transformers(ours)
     ids = greedy(ours, tokens, 24)
     assert min(len(row.unique()) for row in ids) > 5  # the text is more than one repeated id
-    assert torch.equal(ids, expected(theirs))
+    assert torch.equal(ids, expected(theirs, tokens))
     eot = ids[0, 6].item()
-    assert torch.equal(greedy(ours, tokens, 24, eot=eot), expected(theirs, eot))
+    assert eot not in ids[1]
+    for some in (tokens, tokens[:1]):  # one of two rows ends; all do
+        assert torch.equal(greedy(ours, some, 24, eot=eot), expected(theirs, some, eot))
     other = in_transformers(ours, **NETWORK_MISTAKES["theta"])
-    assert not torch.equal(ids, expected(other))  # control
+    assert not torch.equal(ids, expected(other, tokens))  # control
 
 
 # -------------------------------------------------------------------------------------------------
-# The loss: as it is written, and in chunks of rows, whose gradients are computed by hand or, if the
-# text was edited, by autograd.
+# The loss: as it is written, and in chunks of rows. A batch has 48: of 7, the last is shorter.
 
-WAYS = {"as written": None, "by hand, 1": 1, "by hand, 7": 7, "by hand, 48": 48,
-        "by hand, 2048": 2048, "by autograd, 7": 7, "by autograd, 48": 48}
-
-
-@pytest.fixture(params=WAYS)
+@pytest.fixture(params=["as written", 7, 48])
 def way(request, monkeypatch):
-    """A function that lets a network compute its loss in one of the ways. Chunks are of so many
-    rows. A batch has 48: 7 leaves a rest."""
+    """A function that lets a network compute its loss in one of the ways."""
     if request.param == "as written":
         return lambda llama: llama
-    monkeypatch.setattr(fast, "CHUNK", WAYS[request.param])
-    if "autograd" in request.param:
-        monkeypatch.setattr(fast, "has_known_loss", lambda llama: False)
+    monkeypatch.setattr(fast, "CHUNK", request.param)
     return lambda llama: fast.use(llama, ["loss"])
 
 
@@ -492,11 +364,10 @@ def loss_by_hand(llama, tokens, targets, reduction="mean"):
     return total / len(losses) if reduction == "mean" else total
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("reduction, tied", [("sum", True), ("mean", False)])
 def test_loss_is_cross_entropy(way, reduction, tied):
-    """Catches: −100 counted as token 0, a chunk lost or counted twice, a gradient that misses the
-    factor by which the loss was multiplied."""
+    """Catches: −100 counted as token 0, a chunk lost or counted twice, a mean of the rows' means, a
+    gradient that misses the factor by which the loss was multiplied."""
     llama = way(build(tie_embeddings=tied))
     tokens = batch()
     targets = targets_with_gaps()
@@ -505,24 +376,8 @@ def test_loss_is_cross_entropy(way, reduction, tied):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     ours = gradients(llama, 3.7 * loss)
     assert relative_gap(ours, gradients(llama, 3.7 * expected)) < 1e-5
-
-    unscaled = loss_by_hand(llama, tokens, targets, reduction)
-    assert relative_gap(ours, gradients(llama, unscaled)) > 0.1  # control: without the 3.7
-    as_token_0 = targets.masked_fill(targets == -100, 0)
-    counted = loss_by_hand(llama, tokens, as_token_0, reduction)
+    counted = loss_by_hand(llama, tokens, targets.masked_fill(targets == -100, 0), reduction)
     assert relative_gap(ours, gradients(llama, 3.7 * counted)) > 0.1  # control: −100 counted
-
-
-def test_mean_loss_weighs_every_target_alike(way):
-    """Catches: a mean of the rows' means, in which targets of short rows weigh more."""
-    llama = way(build())
-    tokens = batch()
-    targets = targets_with_gaps()
-    short = llama(tokens[:1], targets[:1])[1].item()  # of 2 targets
-    long = llama(tokens[1:], targets[1:])[1].item()   # of 19
-    mean = llama(tokens, targets)[1].item()
-    assert mean == pytest.approx((2 * short + 19 * long) / 21, rel=1e-5)
-    assert mean != pytest.approx((short + long) / 2, rel=1e-2)  # control
 
 
 def test_loss_is_computed_in_fp32(way):
@@ -537,13 +392,12 @@ def test_loss_is_computed_in_fp32(way):
     assert control != pytest.approx(expected, rel=1e-4)
 
 
-@pytest.mark.parametrize("reduction", ["sum", "mean"])
-def test_loss_without_targets_is_0(way, reduction):
+def test_loss_without_targets_is_0(way):
     """Catches: 0 / 0 = NaN in a batch whose targets are all −100."""
     llama = way(build())
     tokens = batch()
     nothing = torch.full_like(tokens, -100)
-    _, loss = llama(tokens, nothing, reduction=reduction)
+    _, loss = llama(tokens, nothing)
     assert loss.item() == 0
     for grad in gradients(llama, loss).values():
         assert (grad == 0).all()
@@ -558,78 +412,51 @@ def test_loss_scale_reaches_fp16_gradients(way):
     targets = targets_with_gaps()
     small = 2.0 ** -24  # a loss so small that its gradients vanish in fp16
 
-    def half_precision_gradients(scale):
+    def gap_in_fp16(scale):
         with torch.autocast("cpu", torch.float16):
             _, loss = llama(tokens, targets)
         scaled = gradients(llama, loss * small * scale)
-        return {name: grad / scale for name, grad in scaled.items()}
+        exact = gradients(llama, loss_by_hand(llama, tokens, targets) * small * scale)
+        return relative_gap(scaled, exact)
 
-    exact = gradients(llama, loss_by_hand(llama, tokens, targets) * small)
-    assert relative_gap(half_precision_gradients(2.0 ** 24), exact) < 0.02
-    assert relative_gap(half_precision_gradients(1.0), exact) > 0.5  # control: without the scale
+    assert gap_in_fp16(2.0 ** 24) < 0.02
+    assert gap_in_fp16(1.0) > 0.5  # control: without the scale
 
 
 # -------------------------------------------------------------------------------------------------
 # Cache and generation
 
 @torch.no_grad()
-def cached_logits(llama, tokens, sizes):
-    """The logits (B, T, V) of tokens that are read in parts of these sizes, behind a cache."""
-    cache = KVCache(llama.config)
-    parts = [llama(part, cache=cache)[0] for part in tokens.split(sizes, dim=1)]
-    assert cache.length == tokens.shape[1]
-    return torch.cat(parts, dim=1)
-
-
-SPLITS = {"empty cache": [24], "one by one": [1] * 24, "mixed": [5, 1, 3, 8, 7]}
-
-
-@pytest.mark.parametrize("sizes", SPLITS.values(), ids=SPLITS)
-def test_cached_logits_equal_uncached(sizes):
-    """Catches: keys lost or overwritten, an empty cache that is treated as none."""
+def test_cached_logits_equal_uncached():
+    """Catches: keys lost or overwritten; a mask or positions that start at 0 again behind the
+    cache."""
     llama = build()
+
+    def cached_logits(tokens):
+        """The logits (B, T, V) of tokens that are read in parts, behind a cache."""
+        cache = KVCache(SMALL)
+        parts = [llama(part, cache=cache)[0] for part in tokens.split([5, 1, 3, 8, 7], dim=1)]
+        return torch.cat(parts, dim=1)
+
     tokens = batch()
     logits, _ = llama(tokens)
-    assert gap(cached_logits(llama, tokens, sizes), logits) < 1e-5
-    other = tokens.clone()
-    other[:, 0] = 0
-    assert gap(cached_logits(llama, other, sizes), logits) > 1e-2  # control: another past
+    assert gap(cached_logits(tokens), logits) < 1e-5
+    tokens[:, 0] = 0
+    assert gap(cached_logits(tokens)[:, 5:], logits[:, 5:]) > 1e-2  # control: another past
 
 
-def test_positions_continue_behind_the_cache():
-    """Catches: a mask or rotary positions that start at 0 again behind the cache."""
-    llama = build()
-    tokens = batch()
-    logits, _ = llama(tokens)
-    sizes = [8, 8, 8]
-    assert gap(cached_logits(llama, tokens, sizes), logits) < 1e-5
-
-    def starts_at_0(q, k, v, mask=None):
-        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
-
-    for block in llama.model.layers:
-        block.self_attn.attend = starts_at_0  # control: the mask
-    assert gap(cached_logits(llama, tokens, sizes), logits) > 1e-2
-    llama = build()
-    for table in (llama.model.rope_cos, llama.model.rope_sin):
-        table[:24] = table[:8].repeat(3, 1)  # control: positions 0 … 7 three times
-    assert gap(cached_logits(llama, tokens, sizes), logits) > 1e-2
-
-
+@torch.no_grad()
 def test_too_many_tokens_are_refused():
     """Catches: tokens beyond the window, read at positions that were never trained."""
     llama = build()
-    assert llama(batch(T=32))[0].shape == (2, 32, 128)  # control
-    with pytest.raises(ValueError, match="33 tokens are more than max_seq_len 32"):
-        llama(batch(T=33))
     cache = KVCache(SMALL)
-    with torch.no_grad():
-        llama(batch(T=30), cache=cache)
-        with pytest.raises(ValueError, match="33 tokens are more than max_seq_len 32"):
-            llama(batch(T=3), cache=cache)
+    llama(batch(T=30), cache=cache)
+    llama(batch(T=2), cache=cache)  # control
+    with pytest.raises(ValueError, match="33 tokens are more than max_seq_len 32"):
+        llama(batch(T=1), cache=cache)
 
 
-@pytest.mark.parametrize("prompt", [1, 5, 15, 16, 17, 40])
+@pytest.mark.parametrize("prompt", [5, 16, 40])
 @torch.no_grad()
 def test_generation_continues_past_the_window(prompt):
     """Catches: a cache that is not read again when the window is full, or one token too late."""
@@ -639,34 +466,28 @@ def test_generation_continues_past_the_window(prompt):
     def expected(keep):
         """40 ids without any cache; a full window is cut down to the last `keep` tokens."""
         text = tokens[:, -16:]
-        ids = []
         for _ in range(40):
             if text.shape[1] > 16:
                 text = text[:, -keep:]
             logits, _ = llama(text)
-            ids.append(logits[:, -1].argmax(-1))
-            text = torch.cat((text, ids[-1][:, None]), dim=1)
-        return torch.stack(ids, dim=1)
+            next_ids = logits[:, -1].argmax(-1)
+            text = torch.cat((text, next_ids[:, None]), dim=1)
+            yield next_ids
 
     ids = greedy(llama, tokens, 40)
-    assert torch.equal(ids, expected(keep=8))
-    assert not torch.equal(ids, expected(keep=16))  # control: a window that moves by one
+    assert torch.equal(ids, torch.stack(list(expected(keep=8)), dim=1))
+    other = torch.stack(list(expected(keep=16)), dim=1)
+    assert not torch.equal(ids, other)  # control: a window that moves by one
 
 
-def test_smallest_window_generates():
-    """Catches: half of a window of 1 token, which would keep nothing, or everything."""
-    assert greedy(build(max_seq_len=1), batch(T=3), 5).shape == (2, 5)
-
-
-@pytest.mark.parametrize("temperature", [0, 1.0])
-def test_padded_ids_are_never_drawn(temperature):
+def test_padded_ids_are_never_drawn():
     """Catches: an id that the tokenizer does not have."""
     llama = build()
     tokens = batch()
     with torch.no_grad():
         llama.lm_head.weight[100:] = 50.0 * torch.randn(28, 64)
         assert (llama(tokens)[0].argmax(-1) >= 100).all()  # control: they would win
-    assert greedy(llama, tokens, 40, temperature=temperature).max() < 100
+    assert greedy(llama, tokens, 40).max() < 100
 
 
 def test_seed_and_settings_decide_the_text():
@@ -682,10 +503,8 @@ def test_seed_and_settings_decide_the_text():
     assert torch.equal(sampled(1, top_k=1), likeliest)
     assert torch.equal(sampled(1, top_p=1e-6), likeliest)
     assert torch.equal(sampled(1), sampled(1))
-    assert not torch.equal(sampled(1), sampled(2))   # control
-    assert not torch.equal(sampled(1), likeliest)    # control
-    first_ids = {sampled(seed)[0, 0].item() for seed in range(20)}
-    assert len(first_ids) > 5
+    assert not torch.equal(sampled(1), sampled(2))  # controls
+    assert not torch.equal(sampled(1), likeliest)
 
 
 def ids_to_draw(probs, top_k=6, top_p=1.0):
@@ -698,12 +517,8 @@ def ids_to_draw(probs, top_k=6, top_p=1.0):
 
 
 @pytest.mark.parametrize("temperature, cuts", [
-    (1.0, {}),
     (0.5, {}),
-    (2.0, {}),
     (1.0, {"top_k": 3}),
-    (1.0, {"top_k": 99}),
-    (1.0, {"top_p": 0.7}),
     (1.5, {"top_k": 4, "top_p": 0.6}),
 ])
 def test_ids_are_drawn_with_their_probability(temperature, cuts):
@@ -723,55 +538,18 @@ def test_ids_are_drawn_with_their_probability(temperature, cuts):
         return ((drawn[kept] - expected) ** 2 / expected).sum()
 
     assert chi_square(probs) < 25  # with 5 degrees of freedom, more comes once in 7,000 times
-    other = (logits.double() / 3).softmax(-1)
-    assert chi_square(other) > 100  # control: another temperature
-
-
-def test_top_p_stops_where_it_is_reached():
-    """Catches: one id too many where the probabilities add up to exactly top_p."""
-    logits = torch.zeros(1000, 4)  # four ids of probability 1/4
-    assert len(sample_ids(logits, top_p=0.5).unique()) == 2
-    assert len(sample_ids(logits, top_p=0.51).unique()) == 3  # control
-
-
-@pytest.mark.parametrize("rows", [[0], [0, 1, 2]], ids=["all end", "some end"])
-def test_rows_end_at_eot(rows):
-    """Catches: text after the end, a row that ends with another row, a generation without end."""
-    llama = build()
-    tokens = batch(B=3)[rows]
-    free = greedy(llama, tokens, 20)
-    eot = free[0, 6].item()
-    lengths = []
-    for row in free.tolist():
-        row.append(eot)
-        lengths.append(min(row.index(eot) + 1, 20))  # 20: the text of this row does not end
-    assert (free[0, lengths[0]:] != eot).any()  # control: without an end the text goes on
-    ids = greedy(llama, tokens, 20, eot=eot)
-    assert ids.shape[1] == max(lengths)
-    for row, length in enumerate(lengths):
-        assert torch.equal(ids[row, :length], free[row, :length])
-        assert (ids[row, length:] == eot).all()
+    assert chi_square((logits.double() / 3).softmax(-1)) > 100  # control: another temperature
 
 
 def test_generation_streams_without_a_graph():
     """Catches: ids that arrive only at the end, a graph kept in memory, grad mode left off."""
     llama = build()
-    calls = []
-    llama.register_forward_hook(lambda *_: calls.append(torch.is_grad_enabled()))
-    for n, ids in enumerate(llama.generate(batch(), 5), start=1):
-        assert ids.shape == (2,)
-        assert calls == [False] * n
+    modes = []
+    llama.register_forward_hook(lambda *_: modes.append(torch.is_grad_enabled()))
+    for n, _ in enumerate(llama.generate(batch(), 3), start=1):
+        assert modes == [False] * n
         assert torch.is_grad_enabled()
-    assert n == 5
-
-
-def test_logits_are_fp32_in_bf16():
-    """Catches: logits in bf16, whose 3 digits are too few for sampling."""
-    llama = build().bfloat16()
-    logits, loss = llama(batch())
-    assert logits.dtype == torch.float32
-    assert loss is None
-    assert llama.lm_head(torch.ones(64).bfloat16()).dtype == torch.bfloat16  # control
+    assert n == 3
 
 
 # -------------------------------------------------------------------------------------------------
@@ -794,44 +572,22 @@ def test_flops_are_those_that_torch_counts():
     assert counts["aten.mm"] != 6 * every_parameter  # control
 
 
-@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_parameter_counts_add_up(tied):
-    """Catches: a part counted twice, or one that the table leaves out."""
-    counts = model.parameter_counts(build(tie_embeddings=tied))
-    expected = {
-        "embed_tokens": 128 * 64,
-        "norms": (2 * 2 + 1) * 64,
-        "self_attn": 2 * (2 * 64 * 64 + 2 * 64 * 32),
-        "mlp": 2 * 3 * 64 * 96,
-    }
-    if not tied:
-        expected["lm_head"] = 128 * 64
-    assert counts == expected
-
-
-class InBlock(Llama):
+class Edited(Llama):
     def __init__(self, config):
         super().__init__(config)
+        self.model.table = nn.Embedding(7, 4)
         for block in self.model.layers:
             block.gain = nn.Parameter(torch.zeros(7))
 
 
-class InDecoder(Llama):
-    def __init__(self, config):
-        super().__init__(config)
-        self.model.gain = nn.Embedding(7, 4)
-
-
-@pytest.mark.parametrize("changed", [InBlock, InDecoder])
-def test_table_counts_new_parameters(changed, monkeypatch, capsys):
+def test_table_counts_new_parameters(monkeypatch, capsys):
     """Catches: `python model.py` that fails, or forgets, what a reader adds to the network."""
-    model.main([])
-    assert "gain" not in capsys.readouterr().out  # control
-    monkeypatch.setattr(model, "Llama", changed)
+    monkeypatch.setattr(model, "Llama", Edited)
     model.main([])
     table = capsys.readouterr().out.split()
-    assert table[table.index("gain") + 1] == "28"  # 4 layers of 7, or 7 rows of 4
-    assert table[table.index("total") + 1] == "5,245,212"
+    assert table[table.index("table") + 1] == "28"
+    assert table[table.index("gain") + 1] == "28"  # 4 layers of 7
+    assert table[table.index("total") + 1] == f"{SIZES['tiny'] + 56:,}"
 
 
 @torch.no_grad()
@@ -840,13 +596,9 @@ def test_cache_holds_only_key_value_heads():
     cache = KVCache(SMALL)
     llama = build().bfloat16()
     llama(batch(B=3, T=5), cache=cache)
-    assert cache.keys.shape == (2, 3, SMALL.n_kv_heads, 32, 16)
-    assert cache.values.shape == cache.keys.shape
     per_token = model.kv_bytes_per_token(SMALL)
     assert cache.keys.nbytes + cache.values.nbytes == 3 * 32 * per_token
-    assert model.kv_bytes_per_token(PRESETS["1.7b"]) == 2 * 36 * 8 * 64 * 2
-    every_head = replace(SMALL, n_kv_heads=4)
-    assert model.kv_bytes_per_token(every_head) == 2 * per_token  # control
+    assert per_token == 2 * 2 * 2 * 16 * 2  # of the 4 query heads it would be twice as much
 
 
 if __name__ == "__main__":
