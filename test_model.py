@@ -100,7 +100,7 @@ def test_presets_have_the_stated_sizes(preset, monkeypatch, capsys):
     ({"dim": 65}, "dim 65 is not divisible by n_heads 4"),
     ({"dim": 12}, "dim / n_heads = 3 is odd"),
     ({"n_kv_heads": 3}, "n_heads 4 is not divisible by n_kv_heads 3"),
-    ({"n_kv_heads": 0}, "n_kv_heads 0 must be at least 1"),
+    ({"n_kv_heads": 0}, "n_kv_heads 0 must be positive"),
     ({"rope_theta": 0}, "rope_theta 0.0 must be positive"),
     ({"padded_vocab_size": 64}, "padded_vocab_size 64 is below vocab_size 100"),
     ({"dim": True}, "dim True is not of type int"),
