@@ -10,9 +10,9 @@ which loads without any code of ours. Needs safetensors (requirements-extras.txt
 """
 import json
 import os
-import re
 import sys
 from dataclasses import asdict, replace
+from operator import attrgetter
 from pathlib import Path
 
 from support import cpu  # before torch, which reads its settings once
@@ -30,11 +30,11 @@ from support.chat import jinja_template, system_of
 from support.files import new_folder, write_json
 from support.flags import Parser, number
 from support.progress import tqdm
-from support.runs import (AT_END, UserError, first_line_of, hold, is_argument, parse_json,
-                          quoted, script, settings_of, trained_window, warn)
+from support.rows import read_json_rows
+from support.runs import (AT_END, UserError, first_line_of, hold, quoted, script, settings_of,
+                          trained_window, warn)
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-SHARD_BYTES = 5_000_000_000  # of one file of weights
 
 
 def import_safetensors():
@@ -50,6 +50,7 @@ def import_safetensors():
 # config.json: ours and theirs
 
 NAMES = {  # our name of a size: Hugging Face's
+    "vocab_size": "vocab_size",
     "dim": "hidden_size",
     "n_layers": "num_hidden_layers",
     "n_heads": "num_attention_heads",
@@ -64,13 +65,11 @@ NAMES = {  # our name of a size: Hugging Face's
 
 def to_hf_config(config, dtype):
     """config.json of a ModelConfig, as a dict."""
-    theirs = {"architectures": ["LlamaForCausalLM"], "model_type": "llama",
-              "vocab_size": config.vocab_size}
-    for ours, name in NAMES.items():
-        theirs[name] = getattr(config, ours)
     eot = config.vocab_size - 1
     return {
-        **theirs,
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        **{name: getattr(config, ours) for ours, name in NAMES.items()},
         "head_dim": config.head_dim,
         "hidden_act": "silu",
         "initializer_range": 0.02,
@@ -90,82 +89,62 @@ def to_hf_config(config, dtype):
     }
 
 
-REQUIRED = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-            "vocab_size")
 # What Hugging Face assumes where config.json is silent.
 DEFAULTS = {"max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "rope_theta": 10_000.0,
             "tie_word_embeddings": False}
 # What our network does. A field may be absent; another value is refused. None: there must be none.
-EXPECTED = {"hidden_act": "silu", "attention_bias": False,
-            "mlp_bias": False, "quantization_config": None, "sliding_window": None}
+EXPECTED = {"hidden_act": "silu", "attention_bias": False, "mlp_bias": False,
+            "partial_rotary_factor": 1.0, "quantization_config": None, "sliding_window": None}
+LARGEST = 2**24  # of a size: to make more layers would take forever
 
 
 def from_hf_config(theirs, file):
-    """The sizes of a ModelConfig, without the vocabulary, from a config.json. Raises UserError
-    naming what our network cannot be."""
+    """The ModelConfig of a config.json; its vocabulary is as large as the embedding. Raises
+    UserError naming what our network cannot be."""
     if theirs.get("model_type") != "llama":
         raise UserError(f"{file}: model_type is {theirs.get('model_type')!r}, not 'llama' — give "
                         f"the Hugging Face folder of a Llama")
+    known = {name: value for name, value in theirs.items() if value is not None}
     for name, value in EXPECTED.items():
-        found = theirs.get(name, value)
-        if found is not None and found != value:
-            raise UserError(f"{file}: {name} is {found!r}, and our network has "
-                            f"{'none' if value is None else repr(value)} — import a plain Llama")
-    missing = [name for name in REQUIRED if theirs.get(name) is None]
+        if known.get(name, value) != value:
+            raise UserError(f"{file}: {name} is {known[name]!r}, and our network has {value!r} — "
+                            f"import a plain Llama")
+    known = {**DEFAULTS, **known, "rope_theta": rope_theta_of(known, file)}
+    known.setdefault("num_key_value_heads", known.get("num_attention_heads"))
+    missing = [name for name in NAMES.values() if name not in known]
     if missing:
         raise UserError(f"{file}: {missing[0]} is missing — download it again")
-    known = {**DEFAULTS, "num_key_value_heads": theirs["num_attention_heads"]}
-    known.update({name: value for name, value in theirs.items() if value is not None})
-    known["rope_theta"] = rope_theta_of(theirs, file)
     sizes = {ours: known[name] for ours, name in NAMES.items()}
-    sizes["padded_vocab_size"] = theirs["vocab_size"]
-    sizes["vocab_size"] = theirs["vocab_size"]
-    config = checked_config(sizes, file)
-    head_dim = theirs.get("head_dim") or config.head_dim
-    if head_dim != config.head_dim:
-        raise UserError(f"{file}: head_dim is {head_dim}, and ours is hidden_size / "
+    for name, value in sizes.items():
+        if isinstance(value, int) and value > LARGEST:
+            raise UserError(f"{file}: {name} {value!r:.40} is too large — import a plain Llama")
+    try:
+        config = ModelConfig(**sizes, padded_vocab_size=sizes["vocab_size"])
+    except ValueError as why:
+        raise UserError(f"{file}: {why} — import a plain Llama") from None
+    if known.get("head_dim", config.head_dim) != config.head_dim:
+        raise UserError(f"{file}: head_dim is {known['head_dim']}, and ours is hidden_size / "
                         f"num_attention_heads = {config.head_dim} — import a plain Llama")
     return config
 
 
-def rope_theta_of(theirs, file):
+def rope_theta_of(known, file):
     """The base of the rotary frequencies, in the form of transformers 4, 5, or both. Raises
     UserError for any other kind of positions than ours."""
-    found = []
+    found = [known.get("rope_theta")]
     for name in ("rope_parameters", "rope_scaling"):
-        rope = theirs.get(name)
-        if rope is None:
-            continue
-        if not isinstance(rope, dict):
-            raise UserError(f"{file}: {name} is {rope!r} — download it again")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        others = rope.keys() - {"rope_type", "type", "rope_theta"}
-        if kind != "default" or others:
+        rope = known.get(name, {})
+        is_plain = (isinstance(rope, dict) and rope.keys() <= {"rope_type", "type", "rope_theta"}
+                    and rope.get("rope_type", rope.get("type", "default")) == "default")
+        if not is_plain:
             raise UserError(f"{file}: {name} is {json.dumps(rope)}, and our positions are plain "
                             f"rotary ones — import a plain Llama")
         found.append(rope.get("rope_theta"))
-    found.append(theirs.get("rope_theta"))
-    found = [theta for theta in found if theta is not None]
-    if theirs.get("partial_rotary_factor", 1.0) not in (None, 1, 1.0):
-        raise UserError(f"{file}: partial_rotary_factor is {theirs['partial_rotary_factor']}, and "
-                        f"we rotate all of a head — import a plain Llama")
-    if found and not all(theta == found[0] for theta in found):
+    found = [theta for theta in found if theta is not None] or [DEFAULTS["rope_theta"]]
+    if any(theta != found[0] for theta in found):
         raise UserError(f"{file}: two values of rope_theta, {found[0]} and {found[-1]} — correct "
                         f"the wrong one")
-    return found[0] if found else DEFAULTS["rope_theta"]
-
-
-LARGEST = {"n_layers": 10_000}  # an absurd number of layers would take for ever to make
-
-
-def checked_config(sizes, file):
-    for name, value in sizes.items():
-        if isinstance(value, int) and value > LARGEST.get(name, 2**24):
-            raise UserError(f"{file}: {name} {value!r:.40} is too large — import a plain Llama")
-    try:
-        return checkpoint.read_config(sizes)
-    except UserError as why:
-        raise UserError(f"{file}: {str(why).split(' — ')[0]} — import a plain Llama") from None
+    return found[0]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -183,60 +162,16 @@ LLAMA = {
 }
 
 
-def check_is_llama(tensors, config, anyway):
-    """Raise UserError if tensors {name: tensor} are not those of a Llama, or if a part of model.py
-    has another text, so that it may compute something else. anyway: say it only, and take out the
-    tensors that a Llama does not have."""
-    shapes = shapes_of(config)
-    found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    missing = [name for name in shapes if found.get(name) != shapes[name]]
-    if missing:
-        raise UserError(f"not a Llama: its weights lack {', '.join(missing[:3])} of the shape that "
-                        f"the config tells — there is no such folder for this network")
-    unknown = [name for name in found if name not in shapes]
-    edited = [name for name, text in LLAMA.items() if fast.hash_of(part_of_model(name)) != text]
-    what = [f"{name} is not a tensor of one" for name in unknown[:3]]
-    what += [f"{name} in model.py has another text" for name in edited]
-    if what and not anyway:
-        raise UserError(f"not a plain Llama: {', '.join(what)} — others would compute something "
+def check_is_llama(anyway):
+    """Raise UserError if a part of model.py has another text, so that it may compute something else
+    than a Llama. anyway: only say it."""
+    edited = [f"{name} in model.py has another text" for name, text in LLAMA.items()
+              if fast.hash_of(attrgetter(name)(model)) != text]
+    if edited and not anyway:
+        raise UserError(f"not a plain Llama: {', '.join(edited)} — others would compute something "
                         f"else with these weights; if you know that they would not, give --anyway")
-    if what:
-        print(f"note: exported as a Llama all the same: {', '.join(what)}")
-    for name in unknown:
-        del tensors[name]
-
-
-def part_of_model(name):
-    """The function or class of model.py of this name; "Llama.logits" is one of a class."""
-    found = model
-    for part in name.split("."):
-        found = getattr(found, part)
-    return found
-
-
-def shapes_of(config):
-    """{name: shape} of the tensors of a LlamaForCausalLM."""
-    dim = config.dim
-    kv_dim = config.n_kv_heads * config.head_dim
-    wide = config.intermediate_size
-    in_layer = {
-        "self_attn.q_proj": (dim, dim),
-        "self_attn.k_proj": (kv_dim, dim),
-        "self_attn.v_proj": (kv_dim, dim),
-        "self_attn.o_proj": (dim, dim),
-        "mlp.gate_proj": (wide, dim),
-        "mlp.up_proj": (wide, dim),
-        "mlp.down_proj": (dim, wide),
-        "input_layernorm": (dim,),
-        "post_attention_layernorm": (dim,),
-    }
-    shapes = {"model.embed_tokens.weight": (config.padded_vocab_size, dim)}
-    for layer in range(config.n_layers):
-        for part, shape in in_layer.items():
-            shapes[f"model.layers.{layer}.{part}.weight"] = shape
-    shapes["model.norm.weight"] = (dim,)
-    shapes["lm_head.weight"] = (config.padded_vocab_size, dim)
-    return shapes
+    if edited:
+        print(f"note: exported as a Llama all the same: {', '.join(edited)}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -244,76 +179,38 @@ def shapes_of(config):
 
 def export(run, out, step, dtype, anyway):
     """Write the newest checkpoint of `run`, or that of `step`, as a Hugging Face folder. Adapters
-    are merged. At most one file's weights are in memory twice."""
-    import_safetensors()
+    are merged. Each weight is in memory once."""
+    check_is_llama(anyway)
     settings = settings_of(run)
     with new_folder(out) as folder:
         weights, step = checkpoint.load_weights(run, step)
         config = checkpoint.read_config(weights["config"])
+        with torch.device("meta"):  # a network without memory, to compare names and shapes
+            checkpoint.restore_weights(weights, Llama(config))
         window = trained_window(settings, config.max_seq_len)
         if window < config.max_seq_len:
             print(f"config.json names the windows of training, {window} tokens, not the "
                   f"{config.max_seq_len} that the network takes")
             config = replace(config, max_seq_len=window)
-        tokenizer = Tokenizer(config.vocab_size)
         tensors = weights.pop("model")
-        check_is_llama(tensors, config, anyway)
-        padding = config.padded_vocab_size - config.vocab_size
-        if padding > 0:
-            print(f"{padding} rows of padding, which are no tokens, are left out")
+        for name in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[name] = tensors[name][:config.vocab_size]  # without the padded rows
         if config.tie_embeddings:
             del tensors["lm_head.weight"]  # it is the embedding
-        n = write_weights(folder, tensors, config.vocab_size, DTYPES[dtype])
+        n = sum(tensor.numel() for tensor in tensors.values())
+        for name in tqdm(list(tensors), desc="converting", unit=" tensors"):
+            tensors[name] = tensors[name].to(DTYPES[dtype])
+        save(tensors, folder / "model.safetensors")
         write_json(folder / "config.json", to_hf_config(config, dtype))
-        eot = tokenizer.eot
+        eot = config.vocab_size - 1
         write_json(folder / "generation_config.json",
                    {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
-        template = None
-        if settings.get("system") is not None:
-            template = jinja_template(settings["system"])
-        hf_tokenizer.write_tokenizer(folder, tokenizer, config.max_seq_len, template)
         card = model_card(run.resolve().name, step, n, config, dtype, settings,
                           origin_of(settings), source_of(settings), evaluation_at(run, step))
-        (folder / "README.md").write_text(card, encoding="utf-8")
-        readable_by_all(folder)
+        write_texts(folder, config, settings, card)
     print(f"{out}: step {step:,} of {run}, {n:,} parameters in {dtype}. Next:\n"
           f"  python -c \"from transformers import pipeline; "
           f"print(pipeline('text-generation', '{out}')('The function'))\"")
-
-
-def write_weights(folder, tensors, vocab_size, dtype):
-    """Write the tensors, in files of at most SHARD_BYTES, taking them out of the dict one by one;
-    returns the number of parameters. The embedding and the output layer lose their padded rows."""
-    for name in ("model.embed_tokens.weight", "lm_head.weight"):
-        if name in tensors:
-            tensors[name] = tensors[name][:vocab_size]
-    parameters = sum(tensor.numel() for tensor in tensors.values())
-    groups = [[]]  # of each file, the names of its tensors
-    size = 0
-    for name, tensor in tensors.items():
-        nbytes = tensor.numel() * dtype.itemsize
-        if size + nbytes > SHARD_BYTES and groups[-1]:
-            groups.append([])
-            size = 0
-        groups[-1].append(name)
-        size += nbytes
-    weight_map = {}  # name of a tensor: its file
-    with tqdm(total=len(tensors), desc="converting", unit=" tensors") as bar:
-        for i, names in enumerate(groups, 1):
-            file = "model.safetensors"
-            if len(groups) > 1:
-                file = f"model-{i:05d}-of-{len(groups):05d}.safetensors"
-            converted = {}
-            for name in names:
-                converted[name] = tensors.pop(name).to(dtype).contiguous()
-                weight_map[name] = file
-                bar.update()
-            save(converted, folder / file)
-    if len(groups) > 1:
-        sizes = {"total_size": parameters * dtype.itemsize, "total_parameters": parameters}
-        write_json(folder / "model.safetensors.index.json",
-                   {"metadata": sizes, "weight_map": weight_map})
-    return parameters
 
 
 def save(tensors, file):
@@ -326,8 +223,13 @@ def save(tensors, file):
                         f"disk") from None
 
 
-def readable_by_all(folder):
-    """safetensors writes files that only their owner can read."""
+def write_texts(folder, config, settings, card):
+    """Write the files of the tokenizer, with the chat template of a tuned run, and the card. Let
+    everybody read them and the weights: safetensors lets only the owner."""
+    system = settings.get("system")
+    template = None if system is None else jinja_template(system)
+    hf_tokenizer.write_tokenizer(folder, Tokenizer(config.vocab_size), config.max_seq_len, template)
+    (folder / "README.md").write_text(card, encoding="utf-8")
     for file in folder.iterdir():
         try:
             file.chmod(0o644)
@@ -338,85 +240,62 @@ def readable_by_all(folder):
 def origin_of(settings):
     """The folder that the weights, or those that they were trained from, were imported from; None
     if they were made here."""
-    for _ in range(100):  # folders that were trained over can name each other in a circle
-        base = settings.get("base") or settings.get("init_from")
-        if "imported_from" in settings or base is None:
-            break
-        try:
-            settings = settings_of(base)
-        except (UserError, TypeError):  # the base is gone
-            break
-    return settings.get("imported_from")
+    base = settings.get("base") or settings.get("init_from")
+    if base is None:
+        return settings.get("imported_from")
+    try:
+        return origin_of(settings_of(base))
+    except (UserError, RecursionError):  # the base is gone, or was itself trained from this run
+        return None
 
 
 def source_of(settings):
     """The name of the training text's source, if the data is still there."""
     try:
         return str(DataFolder(settings["data"]).meta["source"]["name"])
-    except (UserError, OSError, TypeError, KeyError):
+    except (UserError, TypeError, KeyError):
         return "unknown"
 
 
 def evaluation_at(run, step):
     """The evaluation in the log of `run` at `step`; {} without one."""
+    log = run / "metrics.jsonl"
+    rows = read_json_rows(log) if log.exists() else []  # an imported run has no log
     found = {}
-    try:
-        lines = (run / "metrics.jsonl").read_bytes().splitlines()
-    except OSError:
-        return {}
-    for line in lines:
-        if b'"eval"' in line or b'"sft_eval"' in line:
-            try:
-                row = parse_json(line)
-                if row["event"] in ("eval", "sft_eval") and row["step"] == step:
-                    found = row
-            except (ValueError, KeyError, TypeError):
-                pass  # half a line
+    for _, row, _ in rows:
+        is_score = isinstance(row, dict) and row.get("event") in ("eval", "sft_eval")
+        if is_score and row.get("step") == step:
+            found = row
     return found
 
 
 def export_adapters(run, out, step, anyway):
     """Write the adapters of a LoRA run as a folder for peft. Raises UserError for another run."""
-    import_safetensors()
+    check_is_llama(anyway)
     settings = settings_of(run)
     folder = durable.find(run, step)
     if folder is None:
-        raise UserError(f"{run}: no such run, or one without checkpoints — tune it first")
-    adapters = durable.load_weights(folder / "model.pt")
-    config = checkpoint.read_config(adapters["config"])
-    if not lora.is_lora(adapters["model"]):
+        raise UserError(f"{run}: no checkpoints — tune it first")
+    weights = durable.load_weights(folder / "model.pt")
+    adapters = weights["model"]
+    if not lora.is_lora(adapters):
         raise UserError(f"{run} holds whole weights, no adapters — leave out --adapters")
-    base = durable.load_weights(lora.base_file(run))
-    check_is_llama(base["model"], config, anyway)
-    ours = adapters["model"]
-    layers = [name.removesuffix(".lora_A") for name in ours if name.endswith(".lora_A")]
-    rank = ours[f"{layers[0]}.lora_A"].shape[0]  # the same for all of them, and so is the scale
-    scale = ours[f"{layers[0]}.lora_scale"].item()
-    tensors = {}
-    for layer in layers:
-        for part in ("lora_A", "lora_B"):
-            tensors[f"base_model.model.{layer}.{part}.weight"] = ours[f"{layer}.{part}"]
-    modules = sorted({layer.split(".")[-1] for layer in layers})
-    if settings.get("base") is None or settings.get("system") is None:
-        raise UserError(f"{run}/config.json does not tell the base and the system prompt — restore "
-                        f"it")
+    tensors = {f"base_model.model.{name}.weight": tensor for name, tensor in adapters.items()
+               if not name.endswith(".lora_scale")}
     base = Path(settings["base"]).resolve().name
     with new_folder(out) as new:
         save(tensors, new / "adapter_model.safetensors")
         write_json(new / "adapter_config.json", {
-            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": scale * rank,
-            "lora_dropout": 0.0, "bias": "none", "target_modules": modules,
+            "peft_type": "LORA", "task_type": "CAUSAL_LM", "r": settings["lora"],
+            "lora_alpha": settings["lora_alpha"], "lora_dropout": 0.0, "bias": "none",
+            "target_modules": sorted({name.split(".")[-2] for name in adapters}),
             "base_model_name_or_path": base, "inference_mode": True})
-        template = jinja_template(settings["system"])
-        hf_tokenizer.write_tokenizer(new, Tokenizer(config.vocab_size), config.max_seq_len,
-                                     template)
         card = ADAPTERS.format(name=run.resolve().name, base=base)
-        (new / "README.md").write_text(card, encoding="utf-8")
-        readable_by_all(new)
-    step = f" --step {settings['step']}" if settings.get("step") is not None else ""
+        write_texts(new, checkpoint.read_config(weights["config"]), settings, card)
+    of_step = "" if settings.get("step") is None else f" --step {settings['step']}"
     print(f"{out}: adapters of step {durable.step_of(folder)} of {run}, for {base}. They need it "
           f"as a Hugging Face folder too:\n"
-          f"  python convert_hf.py export {quoted(settings['base'])} DIR{step}")
+          f"  python convert_hf.py export {quoted(settings['base'])} DIR{of_step}")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -425,75 +304,67 @@ def export_adapters(run, out, step, anyway):
 def import_folder(folder, run, step):
     """Make the weights of a Hugging Face folder the checkpoint `step` of `run`, a new run or an
     imported one of the same sizes. Raises UserError, and leaves no run, for what cannot be one."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder — download the model first")
-    theirs = read_json(folder / "config.json") if (folder / "config.json").exists() else None
-    if theirs is None:
+    file = folder / "config.json"
+    if not file.exists():
         raise UserError(f"{folder}: no config.json in it — give a Hugging Face folder of a Llama")
-    config = from_hf_config(theirs, folder / "config.json")
-    config = with_vocabulary(config, folder)
-    check_end_of_text(folder, theirs, config.vocab_size)
+    config = from_hf_config(read_json(file), file)
+    config = replace(config, vocab_size=vocabulary_of(folder, config.padded_vocab_size))
+    note_other_tokens(folder, eot=config.vocab_size - 1)
     settings = {"imported_from": str(folder), "data": None, "seq_len": config.max_seq_len,
                 "preset": None, "model": asdict(config), "system": chat_system(folder)}
     check_target(run, step, settings)
-    tensors = read_tensors(folder, config)
+    weights = {"config": asdict(config), "model": read_tensors(folder, config)}
     run.mkdir(parents=True, exist_ok=True)
     held = hold(run)
     AT_END.append(lambda code: os.close(held))
-    check_target(run, step, settings)  # another process may have been faster
     write_json(run / "config.json", settings)
-    weights = {"config": asdict(config), "model": tensors}
-    try:
-        durable.write_checkpoint(run, step, {"model.pt": weights})
-    except UserError as why:
-        advice = "make room, and run the same command again"
-        raise UserError(f"{str(why).split(' — ')[0]} — {advice}", why.code) from None
-    shapes = {tensor.data_ptr(): tensor.numel() for tensor in tensors.values()}  # tied ones once
-    print(f"{run}: step {step:,}, {sum(shapes.values()):,} parameters. Next:\n"
+    durable.write_checkpoint(run, step, {"model.pt": weights})
+    print(f"{run}: step {step:,}. Next:\n"
           f"  python sample.py {quoted(run)} --prompt \"The function\"\n"
           f"  python evaluate.py {quoted(run)} --data DIR   # in windows of {config.max_seq_len} "
           f"tokens, or --seq_len")
 
 
-def with_vocabulary(config, folder):
-    """The config with the size of the tokenizer's vocabulary, after a check that it is GPT-2's."""
-    rows = config.padded_vocab_size
+def vocabulary_of(folder, rows):
+    """How many ids the tokenizer of the folder has. rows: of the embedding. Raises UserError unless
+    it is GPT-2's."""
     found = hf_tokenizer.read_vocabulary(folder)
     if found is None:
         if not GPT2_VOCAB_SIZE <= rows < GPT2_VOCAB_SIZE + 1024:
             raise UserError(f"{folder}: it has no files of a tokenizer, and its {rows:,} rows are "
                             f"not those of GPT-2's {GPT2_VOCAB_SIZE:,} ids — add them")
         print(f"note: {folder} has no files of a tokenizer: its ids are taken as GPT-2's")
-        vocab_size = GPT2_VOCAB_SIZE
-    else:
-        vocabulary, merges = found
-        vocab_size = len(vocabulary)
-        if not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
-            raise UserError(f"{folder}: its tokenizer has {vocab_size:,} tokens, GPT-2's "
-                            f"{GPT2_VOCAB_SIZE:,} — import a model that uses GPT-2's")
-        differs = hf_tokenizer.difference(vocabulary, merges, Tokenizer(vocab_size))
-        if differs is not None:
-            raise UserError(f"{folder}: its tokenizer is not GPT-2's ({differs}) — import a model "
-                            f"that uses GPT-2's")
-        if rows < vocab_size:
-            raise UserError(f"{folder}: vocab_size {rows:,} in config.json is less than the "
-                            f"{vocab_size:,} tokens of its tokenizer — download it again")
-    return ModelConfig(**{**asdict(config), "vocab_size": vocab_size})
+        return GPT2_VOCAB_SIZE
+    vocabulary, merges = found
+    vocab_size = len(vocabulary)
+    if not 257 <= vocab_size <= GPT2_VOCAB_SIZE:
+        raise UserError(f"{folder}: its tokenizer has {vocab_size:,} tokens, GPT-2's "
+                        f"{GPT2_VOCAB_SIZE:,} — import a model that uses GPT-2's")
+    differs = hf_tokenizer.difference(vocabulary, merges, Tokenizer(vocab_size))
+    if differs is not None:
+        raise UserError(f"{folder}: its tokenizer is not GPT-2's ({differs}) — import a model that "
+                        f"uses GPT-2's")
+    if rows < vocab_size:
+        raise UserError(f"{folder}: vocab_size {rows:,} in config.json is less than the "
+                        f"{vocab_size:,} tokens of its tokenizer — download it again")
+    return vocab_size
 
 
-def check_end_of_text(folder, theirs, vocab_size):
-    """Say it if the folder names another token as the end: ours is always the last."""
-    named = [("config.json", theirs)]
-    if (folder / "generation_config.json").exists():
-        named.append(("generation_config.json", read_json(folder / "generation_config.json")))
-    for file, settings in named:
+def read_optional(file):
+    """The JSON object in a file, {} without the file."""
+    return read_json(file) if file.exists() else {}
+
+
+def note_other_tokens(folder, eot):
+    """Print it if the folder names another token than `eot`, our last one, as begin or end, or puts
+    one before each text."""
+    for file in ("config.json", "generation_config.json"):
+        settings = read_optional(folder / file)
         for name in ("bos_token_id", "eos_token_id"):
-            found = settings.get(name, vocab_size - 1)
-            if found != vocab_size - 1 and found is not None:
-                print(f"note: {name} is {found} in {file}; here it is {vocab_size - 1}, "
+            if settings.get(name) not in (eot, None):
+                print(f"note: {name} is {settings[name]} in {file}; here it is {eot}, "
                       f"<|endoftext|>")
-    file = folder / "tokenizer_config.json"
-    if file.exists() and read_json(file).get("add_bos_token"):
+    if read_optional(folder / "tokenizer_config.json").get("add_bos_token"):
         print("note: its tokenizer puts a begin token before each text; sample.py and evaluate.py "
               "do not, so texts and scores differ")
 
@@ -501,14 +372,12 @@ def check_end_of_text(folder, theirs, vocab_size):
 def chat_system(folder):
     """The system prompt of the folder's chat template; None without one, or if it is not ours."""
     file = folder / "chat_template.jinja"
-    template = None
+    template = read_optional(folder / "tokenizer_config.json").get("chat_template")
     if file.exists():
         template = file.read_text(encoding="utf-8", errors="replace")
-    elif (folder / "tokenizer_config.json").exists():
-        template = read_json(folder / "tokenizer_config.json").get("chat_template")
     if template is None:
         return None
-    system = system_of(template) if isinstance(template, str) else None
+    system = system_of(str(template))
     if system is None:
         print(f"note: {folder} has a chat template, and not ours: sample.py --chat uses that of "
               f"Vicuna 1.1")
@@ -517,14 +386,13 @@ def chat_system(folder):
 
 def check_target(run, step, settings):
     """Raise UserError unless `run` is new, or imported, of the same sizes, without this step."""
-    if not run.exists() or all(path.name.startswith(".") for path in run.iterdir()):
+    if not any(run.glob("[!.]*")):
         return
     try:
         known = settings_of(run)
-        is_imported = "imported_from" in known
     except UserError:
-        is_imported = False
-    if not is_imported:
+        known = {}
+    if "imported_from" not in known:
         raise UserError(f"{run} already holds something else — choose another folder for the run")
     if known.get("model") != settings["model"]:
         raise UserError(f"{run} holds an imported model of other sizes — choose another folder for "
@@ -536,15 +404,13 @@ def check_target(run, step, settings):
 def read_tensors(folder, config):
     """{name: fp32 tensor} of the weights. Raises UserError if they are not those of the config."""
     where = files_of(folder)
-    with torch.device("meta"):
+    with torch.device("meta"):  # shapes without memory
         state = Llama(config).state_dict()
-    expected = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    wanted = set(expected)
+    wanted = set(state)
     if config.tie_embeddings and "lm_head.weight" not in where:
         wanted.remove("lm_head.weight")
     # Old folders hold the rotary frequencies too. They follow from the config.
-    extra = [name for name in where if name not in expected
-             and not re.fullmatch(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq", name)]
+    extra = [name for name in where.keys() - state.keys() if not name.endswith(".inv_freq")]
     missing = sorted(wanted - where.keys())
     if missing or extra:
         raise UserError(f"{folder}: {len(missing)} tensors are missing ({', '.join(missing[:3])}), "
@@ -552,7 +418,7 @@ def read_tensors(folder, config):
                         f"download it again, or import a plain Llama")
     tensors = {}
     for name in tqdm(sorted(wanted), desc="reading", unit=" tensors"):
-        tensors[name] = read_tensor(folder, where[name], name, expected[name])
+        tensors[name] = read_tensor(folder, where[name], name, tuple(state[name].shape))
     if config.tie_embeddings:
         embedding = tensors["model.embed_tokens.weight"]
         if not torch.equal(tensors.get("lm_head.weight", embedding), embedding):
@@ -566,29 +432,27 @@ def files_of(folder):
     """{name of a tensor: open safetensors file that holds it}. Nothing outside the folder is read,
     and no pickle."""
     index = folder / "model.safetensors.index.json"
+    present = [file.name for file in folder.glob("*.safetensors")]
     names = ["model.safetensors"]
     if index.exists():
         weight_map = read_json(index).get("weight_map")
-        named = list(weight_map.values()) if isinstance(weight_map, dict) else [None]
-        for name in named:
-            is_name = isinstance(name, str) and is_argument(name) and Path(name).name == name
-            if not is_name or not name.endswith(".safetensors"):
-                raise UserError(f"{index}: names the file {name!r}, which is not one in this "
-                                f"folder — download it again")
-        names = sorted(set(named))
-    elif not (folder / names[0]).exists():
-        pickles = [file.name for file in folder.glob("pytorch_model*.bin")]
-        what = f"{pickles[0]} can run code, so it is not read" if pickles else "no weights in it"
-        raise UserError(f"{folder}: {what} — give a folder with model.safetensors")
+        names = weight_map.values() if isinstance(weight_map, dict) else [None]
+    elif names[0] not in present:
+        raise UserError(f"{folder}: no weights in it (pytorch_model.bin can run code, so it is not "
+                        f"read) — give a folder with model.safetensors")
+    unknown = [name for name in names if name not in present]
+    if unknown:
+        raise UserError(f"{index}: names the file {unknown[0]!r}, which is not one in this folder "
+                        f"— download it again")
     safetensors = import_safetensors()
     where = {}
-    for name in names:
+    for name in set(names):
         try:
             file = safetensors.safe_open(folder / name, framework="pt")
-            where.update({tensor: file for tensor in file.keys()})
         except (OSError, safetensors.SafetensorError) as error:
             raise UserError(f"{folder / name}: not a whole safetensors file "
                             f"({first_line_of(error)}) — download it again") from None
+        where.update(dict.fromkeys(file.keys(), file))
     return where
 
 

@@ -57,8 +57,6 @@ def model_card(name, step, parameters, config, dtype, settings, origin, source, 
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
     if origin is None:
         head.append("license: mit")
-    if source in TEXTS:
-        head.append("language: en")
     if source == "fineweb-edu":
         head += ["datasets:", "- HuggingFaceFW/fineweb-edu"]
     facts = [("parameters", f"{parameters:,}, here in {dtype}"),

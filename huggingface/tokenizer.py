@@ -10,6 +10,11 @@ from support.runs import UserError, parse_json
 
 END_OF_TEXT = "<|endoftext|>"
 
+# What GPT-2's tokenizer.json says: of its model, and of how text is cut before it.
+MODEL = {"type": "BPE", "dropout": None, "continuing_subword_prefix": "", "end_of_word_suffix": "",
+         "byte_fallback": False, "ignore_merges": False}
+CUTTER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
 
 def visible_bytes():
     """{byte: character}, as GPT-2 does it: the printable bytes of Latin-1 are themselves, the other
@@ -17,9 +22,8 @@ def visible_bytes():
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
                  *range(ord("®"), ord("ÿ") + 1)]
     others = [byte for byte in range(256) if byte not in printable]
-    table = {byte: chr(byte) for byte in printable}
-    table.update({byte: chr(256 + i) for i, byte in enumerate(others)})
-    return table
+    characters = map(chr, [*printable, *range(256, 256 + len(others))])
+    return dict(zip([*printable, *others], characters))
 
 
 VISIBLE = visible_bytes()
@@ -64,13 +68,12 @@ def write_tokenizer(folder, tokenizer, window, template=None):
     """Write tokenizer.json, tokenizer_config.json, vocab.json and merges.txt, and the chat
     template if there is one. window: tokens that the model can read."""
     vocabulary, merges = tables_of(tokenizer)
-    write_text(folder / "vocab.json", json.dumps(vocabulary, ensure_ascii=True))
-    lines = ["#version: 0.2", *[f"{first} {second}" for first, second in merges]]
-    write_text(folder / "merges.txt", "\n".join(lines) + "\n")
+    (folder / "vocab.json").write_text(json.dumps(vocabulary))
+    lines = ["#version: 0.2", *[f"{first} {second}" for first, second in merges], ""]
+    (folder / "merges.txt").write_bytes("\n".join(lines).encode())
     special = {"content": END_OF_TEXT, "lstrip": False, "normalized": False, "rstrip": False,
                "single_word": False, "special": True}
-    by_bytes = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True,
-                "use_regex": True}
+    by_bytes = {**CUTTER, "trim_offsets": True}
     write_json(folder / "tokenizer.json", {
         "version": "1.0",
         "truncation": None,
@@ -78,11 +81,9 @@ def write_tokenizer(folder, tokenizer, window, template=None):
         "added_tokens": [{"id": tokenizer.eot, **special}],
         "normalizer": None,
         "pre_tokenizer": by_bytes,
-        "post_processor": {**by_bytes, "trim_offsets": False},
+        "post_processor": {**CUTTER, "trim_offsets": False},
         "decoder": by_bytes,
-        "model": {"type": "BPE", "dropout": None, "unk_token": None,
-                  "continuing_subword_prefix": "", "end_of_word_suffix": "", "fuse_unk": False,
-                  "byte_fallback": False, "ignore_merges": False, "vocab": vocabulary,
+        "model": {**MODEL, "unk_token": None, "fuse_unk": False, "vocab": vocabulary,
                   "merges": merges},
     })
     config = {
@@ -100,12 +101,8 @@ def write_tokenizer(folder, tokenizer, window, template=None):
     }
     if template is not None:
         config["chat_template"] = template
-        write_text(folder / "chat_template.jinja", template)
+        (folder / "chat_template.jinja").write_bytes(template.encode())
     write_json(folder / "tokenizer_config.json", config)
-
-
-def write_text(path, text):
-    path.write_text(text, encoding="utf-8", newline="\n")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -117,15 +114,10 @@ def read_vocabulary(folder):
     if (folder / "tokenizer.json").exists():
         return read_tokenizer_json(folder / "tokenizer.json")
     if (folder / "vocab.json").exists() and (folder / "merges.txt").exists():
-        vocabulary = read_json(folder / "vocab.json")
-        try:
-            lines = (folder / "merges.txt").read_text(encoding="utf-8").splitlines()
-        except ValueError as why:
-            raise UserError(f"{folder / 'merges.txt'}: cannot be read ({why}) — download it "
-                            f"again") from None
+        lines = (folder / "merges.txt").read_text(encoding="utf-8", errors="replace").splitlines()
         merges = [tuple(line.split(" ")) for line in lines if not line.startswith("#version")]
-        return vocabulary, merges
-    for file in ("tokenizer.model", "vocab.json", "merges.txt", "spiece.model", "vocab.txt"):
+        return read_json(folder / "vocab.json"), merges
+    for file in ("tokenizer.model", "vocab.json", "merges.txt"):
         if (folder / file).exists():
             raise UserError(f"{folder / file}: not the files of GPT-2's tokenizer, and ours can "
                             f"be no other — import a model that uses GPT-2's")
@@ -136,32 +128,27 @@ def read_tokenizer_json(file):
     found = read_json(file)
     try:
         model = found["model"]
-        if model.get("type", "BPE") != "BPE":  # GPT-2's own file does not tell it
-            raise UserError(f"{file}: its model has the type {model['type']!r}, GPT-2's is BPE — "
-                            f"import a model that uses GPT-2's tokenizer")
-        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix",
-                     "byte_fallback", "ignore_merges"):
-            if model.get(name):
-                raise UserError(f"{file}: its model has {name} {model[name]!r}, which GPT-2's "
-                                f"tokenizer has not — import a model that uses GPT-2's")
-        if found.get("normalizer") is not None:
-            raise UserError(f"{file}: it has a normalizer, which GPT-2's tokenizer has not — "
-                            f"import a model that uses GPT-2's")
-        cutter = found.get("pre_tokenizer") or {}
-        if (cutter.get("type") != "ByteLevel" or cutter.get("add_prefix_space", True)
-                or not cutter.get("use_regex", True)):
-            raise UserError(f"{file}: its pre_tokenizer is not GPT-2's (ByteLevel, "
-                            f"add_prefix_space false) — import a model that uses GPT-2's")
-        vocabulary = dict(model["vocab"])
+        cutter = found["pre_tokenizer"]
+        check_fields(model, MODEL, f"{file}: its model")
+        check_fields(cutter, CUTTER, f"{file}: its pre_tokenizer")
+        check_fields(found, {"normalizer": None}, file)
+        vocabulary = {text: int(number) for text, number in model["vocab"].items()}
         for token in found.get("added_tokens") or []:
-            vocabulary[token["content"]] = token["id"]
-        merges = []
-        for merge in model["merges"]:
-            merges.append(tuple(merge.split(" ") if isinstance(merge, str) else merge))
+            vocabulary[token["content"]] = int(token["id"])
+        merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge)
+                  for merge in model["merges"]]
     except (KeyError, TypeError, AttributeError, ValueError) as why:
         raise UserError(f"{file}: not a tokenizer of the tokenizers library ({why!r}) — download "
                         f"it again") from None
     return vocabulary, merges
+
+
+def check_fields(found, expected, where):
+    """Raise UserError unless a JSON object has these fields, or has none of that name."""
+    for name, value in expected.items():
+        if found.get(name, value) not in (value, None):
+            raise UserError(f"{where} has {name} {found[name]!r}, GPT-2's tokenizer {value!r} — "
+                            f"import a model that uses GPT-2's")
 
 
 def read_json(file):
@@ -177,11 +164,10 @@ def read_json(file):
 def difference(vocabulary, merges, tokenizer):
     """How they differ from those of a data.Tokenizer, in a few words; None if they do not."""
     ours, our_merges = tables_of(tokenizer)
-    if vocabulary != ours:
-        unknown = [text for text in vocabulary if text not in ours]
-        moved = [text for text in vocabulary if vocabulary[text] != ours.get(text)]
-        text = (unknown or moved)[0]
-        return f"{text!r} has id {vocabulary[text]}, in GPT-2's {ours.get(text, 'none')}"
+    others = vocabulary.items() - ours.items()
+    if others:
+        text, number = max(others, key=lambda item: item[1])
+        return f"{text!r} has id {number}, in GPT-2's {ours.get(text, 'none')}"
     if merges != our_merges:
         return "its merges are others"
     return None
