@@ -206,7 +206,7 @@ def export(run, out, step, dtype, anyway):
         write_json(folder / "generation_config.json",
                    {"bos_token_id": eot, "eos_token_id": eot, "pad_token_id": eot})
         card = model_card(run.resolve().name, step, n, config, dtype, settings,
-                          origin_of(settings), source_of(settings), evaluation_at(run, step))
+                          source_of(settings), evaluation_at(run, step))
         write_texts(folder, config, settings, card)
     print(f"{out}: step {step:,} of {run}, {n:,} parameters in {dtype}. Next:\n"
           f"  python -c \"from transformers import pipeline; "
@@ -235,18 +235,6 @@ def write_texts(folder, config, settings, card):
             file.chmod(0o644)
         except OSError as error:
             warn(f"files in {folder} may be readable by their owner only ({error.strerror})")
-
-
-def origin_of(settings):
-    """The folder that the weights, or those that they were trained from, were imported from; None
-    if they were made here."""
-    base = settings.get("base") or settings.get("init_from")
-    if base is None:
-        return settings.get("imported_from")
-    try:
-        return origin_of(settings_of(base))
-    except (UserError, RecursionError):  # the base is gone, or was itself trained from this run
-        return None
 
 
 def source_of(settings):

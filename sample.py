@@ -33,17 +33,17 @@ def stream(model, tokenizer, ids, max_new_tokens, args, generator):
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     new = model.generate(torch.tensor([ids], device=device), max_new_tokens, args.temperature,
                          args.top_k, args.top_p, tokenizer.eot, generator)
-    for next_id in new:
-        if int(next_id) == tokenizer.eot:
+    for next_id in map(int, new):
+        if next_id == tokenizer.eot:
             break
-        yield visible(decoder.decode(tokenizer.decode_bytes([int(next_id)])))
+        yield visible(decoder.decode(tokenizer.decode_bytes([next_id])))
     yield decoder.decode(b"", final=True)
 
 
 def continue_prompts(model, tokenizer, args, trained):
     """Print the continuations of all prompts. trained: tokens of the windows of training."""
     window = model.config.max_seq_len
-    first = True
+    separator = ""
     for prompt in args.prompt or [""]:
         ids = tokenizer.encode(prompt) or [tokenizer.eot]  # end-of-text starts a new document
         if len(ids) > window:
@@ -55,10 +55,8 @@ def continue_prompts(model, tokenizer, args, trained):
                   f"text gets worse", file=sys.stderr)
         generator = torch.Generator().manual_seed(args.seed)  # the same for each prompt
         for _ in range(args.samples):
-            if not first:
-                print("---")
-            first = False
-            print(prompt, end="", flush=True)
+            print(f"{separator}{prompt}", end="", flush=True)
+            separator = "---\n"
             for piece in stream(model, tokenizer, ids, most, args, generator):
                 print(piece, end="", flush=True)
             print()
@@ -71,8 +69,8 @@ def trajectory(run, args, device, autocast):
     """Print one sample of every checkpoint kept, and append them to the run's evaluations.jsonl."""
     prompts = args.prompt or [settings_of(run).get("sample_prompt") or ""]
     began = beginning(run)
-    options = {"max_new_tokens": args.max_new_tokens, "temperature": args.temperature,
-               "top_k": args.top_k, "top_p": args.top_p, "seed": args.seed}
+    names = ("max_new_tokens", "temperature", "top_k", "top_p", "seed")
+    options = {name: getattr(args, name) for name in names}
     usable = 0
     for step in checkpoints(run):
         try:
@@ -107,10 +105,6 @@ class Chat:
         self.window = model.config.max_seq_len
         # At least a quarter of the window, or what was asked for, stays free for the answer.
         self.room = self.window - min(args.max_new_tokens, self.window // 4)
-        empty = self.encode([{"role": "user", "content": ""}])
-        if len(empty) >= self.room:
-            raise UserError(f"the system prompt has {len(empty)} tokens, and the window has room "
-                            f"for {self.room} — give a shorter --system")
 
     def encode(self, messages):
         ids, _ = encode_chat(self.tokenizer, messages, self.system)
@@ -126,7 +120,8 @@ class Chat:
             ids = self.encode(messages)
         if len(ids) > self.room:
             raise UserError(f"the question has {len(ids)} tokens with the system prompt, and the "
-                            f"window has room for {self.room} — ask a shorter one")
+                            f"window has room for {self.room} — ask a shorter one, or start again "
+                            f"with a shorter --system")
         answer = ""
         most = min(self.args.max_new_tokens, self.window - len(ids))
         for piece in stream(self.model, self.tokenizer, ids, most, self.args, self.generator):
@@ -177,9 +172,7 @@ def system_prompt(run, args):
         print(f"note: {run} was never tuned to answer; it only continues the text — tune it: "
               f"python sft.py {quoted(run)}", file=sys.stderr)
         tuned = SYSTEM
-    if args.system is not None:
-        return args.system
-    return tuned
+    return tuned if args.system is None else args.system
 
 
 # -------------------------------------------------------------------------------------------------
@@ -231,7 +224,7 @@ def main(argv=None):
     dtype = choose_dtype(args.dtype, device)
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
     run = Path(args.run) if args.run else newest_run()
-    if args.trajectory and checkpoints(run):
+    if args.trajectory:
         trajectory(run, args, device, autocast)
         return
     model, tokenizer, _ = load_model(run, args.step, device)

@@ -66,9 +66,9 @@ def main(argv=None):
     observer = AnswerObserver(model, tokenizer, held_out, args, prepared.autocast)
     constants, log = begin(run, args, machine, state, prepared, code, fingerprint)
     facts = describe(examples, held_out, bad, batches.useful(args.micro_batch))
-    if state is None and args.lora is not None and machine.is_main:
-        lora.keep_base(run, args.base, args.step, weights)
     if state is None:
+        if args.lora is not None and machine.is_main:
+            lora.keep_base(run, args.base, args.step, weights)
         questions = [{"question": messages[-2]["content"], "answer": messages[-1]["content"]}
                      for messages in observer.shown]
         log.event("instructions", 0, **facts, questions=questions)
@@ -85,10 +85,8 @@ def main(argv=None):
         for start in range(0, len(rows), together):
             first = start + machine.rank * args.micro_batch
             ours = rows[first:first + args.micro_batch]
-            if len(ours) > 0:
-                inputs, targets = examples.read(ours)
-            else:  # no row is left for this process, but DDP needs its forward: nothing counts
-                inputs, targets = examples.read(rows[:1])
+            inputs, targets = examples.read(ours if len(ours) > 0 else rows[:1])
+            if len(ours) == 0:  # no row is left for this process, but DDP needs its forward
                 targets[:] = IGNORE
             micro_batches.append((inputs, targets))
         return Batch(micro_batches, targets=int(examples.targets[rows].sum()),
@@ -141,9 +139,8 @@ def open_instructions(args, state, tokenizer, window):
     repeated = len(chats) - len(training) - len(held_out)
     if repeated > 0:
         say(f"{file}: {repeated} rows repeat another one and are left out")
-    rank, _ = processes()
     rows_of = partial(Examples, tokenizer=tokenizer, system=args.system, max_length=window,
-                      progress=rank == 0)
+                      progress=processes()[0] == 0)
     examples = rows_of([chats[i] for i in training])
     if len(examples) == 0:
         raise UserError(f"{file}: nothing left to train on: {len(chats) + bad} rows, {bad} bad "
@@ -157,9 +154,6 @@ def open_instructions(args, state, tokenizer, window):
 def make_model(args, weights):
     """The network with the weights to start from; with --lora frozen, and adapters beside them."""
     config = checkpoint.read_config(weights["config"])
-    if args.lora is not None and args.lora > config.dim:
-        raise UserError(f"--lora {args.lora} is more than the model's dim {config.dim}: that rank "
-                        f"is not low — choose a smaller one")
     torch.manual_seed(args.seed)
     model = Llama(config)
     checkpoint.restore_weights(weights, model)
@@ -252,23 +246,20 @@ class AnswerObserver:
         of_length = defaultdict(list)  # number of tokens: the places of such prompts
         for place, prompt in enumerate(prompts):
             of_length[len(prompt)].append(place)
-        answers = {}
+        eot = self.tokenizer.eot
+        answers = [None] * len(chats)
         for length, group in of_length.items():
             most = min(self.LONGEST, self.model.config.max_seq_len - length)
-            tokens = torch.tensor([prompts[i] for i in group], device=self.device)
+            tokens = torch.tensor([prompts[place] for place in group], device=self.device)
             with evaluating(self.model, self.autocast):
-                new = self.model.generate(tokens, most, temperature=0, eot=self.tokenizer.eot)
+                new = self.model.generate(tokens, most, temperature=0, eot=eot)
                 new = torch.stack(list(new), dim=1).tolist()  # (questions, tokens)
-            for i, ids in zip(group, new):
-                answers[i] = cut_at_end(ids, self.tokenizer.eot)
-        return [answers[i] for i in range(len(prompts))]
-
-
-def cut_at_end(ids, eot):
-    """(ids before the first end-of-text, whether there is one)."""
-    if eot in ids:
-        return ids[:ids.index(eot)], True
-    return ids, False
+            for place, ids in zip(group, new):
+                ended = eot in ids
+                if ended:
+                    ids = ids[:ids.index(eot)]
+                answers[place] = (ids, ended)
+        return answers
 
 
 def spread(items, n):
@@ -320,14 +311,13 @@ def read_settings(argv, saved=None):
     args = parser.parse_args(argv)
     if args.lora_alpha is not None and args.lora is None and saved is None:
         raise UserError("--lora_alpha is about adapters — give --lora too, or leave it out")
-    parser.set_defaults(**DEFAULTS)
-    parser.set_defaults(**dict.fromkeys(INHERITED))
+    parser.set_defaults(**DEFAULTS, **dict.fromkeys(INHERITED))
     if saved is None:
         parser.set_defaults(**settings_of_base(args))
     args = parse_settings(parser, argv, saved)
     method = "sft" if args.lora is None else f"lora{args.lora}"
     args.run = args.run or f"runs/{Path(args.base).name}-{method}"
-    if Path(args.run).resolve() == Path(args.base).resolve():
+    if flags.same_place(args.run, args.base):
         raise UserError(f"{args.run} is the run to start from — choose another --run for the tuned "
                         f"one")
     return args

@@ -41,14 +41,10 @@ def read_arguments(argv):
     add("--rounds", type=count, default=5, help="turns of each implementation")
     add("--steps", type=count, default=10, help="training steps in a turn")
     add("--only", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME", help="of %(choices)s")
-    add("--compile", action=argparse.BooleanOptionalAction, help="measure the compiled ones too; "
-        "if not given, where torch.compile works")
     add("--same_settings", action="store_true", help="transformers too with the settings of "
         "support/cpu.py")
     add("--alone", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)
     add_machine(parser)
-    if argv and not argv[0].startswith("-"):
-        parser.error(f"no command {argv[0]}: there are growth and plan; without one it compares")
     return parser.parse_args(argv)
 
 
@@ -72,21 +68,16 @@ def use_machine(args):
     return device, choose_dtype(args.dtype, device)
 
 
-def choose_names(args, device):
-    """The implementations to measure. Raises UserError if there are none."""
-    names = [name for name in IMPLEMENTATIONS if name in (args.only or IMPLEMENTATIONS)]
+def choose_names(only, device):
+    """The implementations to measure; only: the names of some, or None. Raises UserError if there
+    are none."""
+    names = [name for name in IMPLEMENTATIONS if name in (only or IMPLEMENTATIONS)]
     compiled = [name for name in names if "compiled" in name]
-    if args.only and compiled and args.compile is False:
-        raise UserError(f"--only names {', '.join(compiled)}, and --no-compile leaves that out — "
-                        f"give one of them")
-    if compiled and args.compile is None:
-        args.compile = can_compile(device)  # it says why not
-        if not args.compile:
-            print(f"left out: {', '.join(compiled)}")
-    if not args.compile:
+    if compiled and not can_compile(device):  # it prints why not
+        print(f"left out: {', '.join(compiled)}")
         names = [name for name in names if name not in compiled]
     if not names:
-        raise UserError("nothing is left to measure — give other names to --only, or --compile")
+        raise UserError("nothing is left to measure — give other names to --only")
     return names
 
 
@@ -152,7 +143,7 @@ def show_comparison(argv):
     if args.alone:  # one of the fresh processes that `compare` starts
         time_alone(make_network(args).to(device), args, device, dtype)
         return
-    names = choose_names(args, device)
+    names = choose_names(args.only, device)
     llama = make_network(args).to(device)
     table, notes = compare(llama, names, args, argv, device, dtype)
     print(introduce(llama, device, dtype), markdown(table), sep="\n\n", end="\n\n")
@@ -162,12 +153,13 @@ def show_comparison(argv):
 
 @script  # a mistake that the user can fix ends in one line
 def main(argv=None):
-    argv = sys.argv[1:] if argv is None else argv
-    commands = {"plan": show_plan, "growth": show_growth}
-    if argv and argv[0] in commands:
-        commands[argv[0]](argv[1:])
-    else:
-        show_comparison(argv)
+    match sys.argv[1:] if argv is None else argv:
+        case ["plan", *flags]:
+            show_plan(flags)
+        case ["growth", *flags]:
+            show_growth(flags)
+        case flags:
+            show_comparison(flags)
 
 
 if __name__ == "__main__":

@@ -8,13 +8,16 @@ import json
 import sys
 from dataclasses import replace
 
+import numpy as np
+
 from bench.measure import in_fresh_process, matmul_rate
 from bench.plan import peak_of_step
 from bench.step import DEFAULT, SIZES
 from model import ModelConfig, flops_per_token
 from plot_dynamics import open_figure
 from support.progress import tqdm
-from support.runs import UserError, parse_json
+from support.rows import read_json_rows
+from support.runs import UserError
 
 DIMS = (128, 256, 512, 1024)          # with windows of 256 tokens
 WINDOWS = (128, 256, 512, 1024, 2048)  # at dim 256
@@ -57,29 +60,24 @@ def measure_size(args, device, dtype, dim, seq_len):
 
 def measure_alone(args, config, micro_batch):
     """What a fresh process reports about our step in a network of these sizes."""
-    flags = ["--seq_len", config.max_seq_len, "--micro_batch", micro_batch, "--dtype", args.dtype]
-    for name in ("device", "threads"):
-        if getattr(args, name) is not None:
-            flags += [f"--{name}", getattr(args, name)]
+    flags = {"seq_len": config.max_seq_len, "micro_batch": micro_batch, "dtype": args.dtype,
+             "device": args.device, "threads": args.threads}
     for name in SIZES:
-        flags += [f"--{name}", getattr(config, name)]
-    return in_fresh_process([sys.executable, "-m", "bench", *map(str, flags), "--alone", "ours"])
+        flags[name] = getattr(config, name)
+    command = [sys.executable, "-m", "bench", "--alone", "ours"]
+    for name, value in flags.items():
+        if value is not None:
+            command += [f"--{name}", str(value)]
+    return in_fresh_process(command)
 
 
 def read_rows(file):
     """What was measured before. Raises UserError for a line that is not a row of it."""
-    lines = file.read_bytes().splitlines() if file.exists() else []
     rows = []
-    for number, line in enumerate(lines, 1):
-        try:
-            row = parse_json(line)
-            complete = KEYS == set(row) and (row["dim"], row["seq_len"]) in POINTS and all(
-                type(value) in (int, float) and 1 < value < 1e18 for value in row.values())
-        except (ValueError, TypeError):
-            complete = False
-        if not complete:
-            raise UserError(f"{file}:{number}: not a row that bench wrote — delete the line, "
-                            f"and what is missing is measured again")
+    for place, row, _ in read_json_rows(file) if file.exists() else []:
+        if not isinstance(row, dict) or row.keys() != KEYS:
+            raise UserError(f"{place}: not a row that bench wrote — delete the line, and what is "
+                            f"missing is measured again")
         rows.append(row)
     return rows
 
@@ -107,23 +105,21 @@ def draw(rows, path):
     panels = figure.subplots(2, 2, sharey="row")
     columns = [("dim", "seq_len", "width of the network (dim), windows of 256 tokens"),
                ("seq_len", "dim", "window in tokens, dim 256")]
-    for column, (key, fixed, label) in enumerate(columns):
+    for (speed, memory), (key, fixed, label) in zip(panels.T, columns):
         chosen = sorted((row for row in rows if row[fixed] == 256), key=lambda row: row[key])
-        x = [row[key] for row in chosen]
-        speed, memory = panels[:, column]
-        speed.plot(x, [ceiling_of(rows) / row["flops_per_token"] for row in chosen], "o--",
-                   color="0.6", label="if only the arithmetic took time")
-        speed.plot(x, [row["tok_per_s"] for row in chosen], "o-", label="measured")
-        memory.plot(x, [(row["smallest_bytes"] + row["computed_bytes"]) / 1e9 for row in chosen],
-                    "o--", color="0.6", label="computed")
-        memory.plot(x, [row["peak_bytes"] / 1e9 for row in chosen], "o-", label="measured")
-        speed.set_ylabel("tokens/s")
-        memory.set_ylabel("peak memory, GB")
-        speed.set(yscale="log")
-        memory.set(ylim=(0, None))
+        values = {name: np.array([row[name] for row in chosen]) for name in KEYS}
+        x = values[key]
+        speed.plot(x, ceiling_of(rows) / values["flops_per_token"], "o--", color="0.6",
+                   label="if only the arithmetic took time")
+        speed.plot(x, values["tok_per_s"], "o-", label="measured")
+        computed = values["smallest_bytes"] + values["computed_bytes"]
+        memory.plot(x, computed / 1e9, "o--", color="0.6", label="computed")
+        memory.plot(x, values["peak_bytes"] / 1e9, "o-", label="measured")
+        speed.set(ylabel="tokens/s", yscale="log")
+        memory.set(ylabel="peak memory, GB", ylim=(0, None))
         for panel in (speed, memory):
             panel.set(xscale="log", xlabel=label)
-            panel.set_xticks(x, [str(value) for value in x], minor=False)
+            panel.set_xticks(x, x)
             panel.minorticks_off()
             panel.grid(alpha=0.3)
             panel.legend()

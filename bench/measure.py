@@ -1,9 +1,8 @@
 """measure.py — time and memory, of a call or of a whole process, and the fastest matrix product."""
 import json
-import math
 import os
+import re
 import subprocess
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -29,12 +28,6 @@ def synchronize(device):
         torch.cuda.synchronize(device)
 
 
-def least_seconds(call, device):
-    """The fastest of five calls, after one that does not count."""
-    call()
-    return min(seconds_of(call, device) for _ in range(5))
-
-
 def matmul_rate(rows, inner, columns, dtype, device):
     """FLOP/s of the product (rows, inner) · (inner, columns): 2 for each number that meets
     another."""
@@ -42,24 +35,21 @@ def matmul_rate(rows, inner, columns, dtype, device):
     b = torch.randn(inner, columns, dtype=dtype, device=device)
     out = torch.empty(rows, columns, dtype=dtype, device=device)  # no new memory in each call
     multiply = partial(torch.mm, a, b, out=out)
-    return 2 * rows * inner * columns / least_seconds(multiply, device)
+    multiply()  # the first call prepares more
+    return 2 * rows * inner * columns / min(seconds_of(multiply, device) for _ in range(5))
 
 
 def peak_bytes(device):
     """The most memory that this process has held: on CUDA what PyTorch allocated there, else
-    resident memory of any kind. NaN where the system does not tell."""
+    resident memory of any kind."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    if sys.platform == "darwin":
-        import resource  # Windows has none
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # on macOS in bytes
     # On Linux ru_maxrss is at least the memory of the process that started this one; VmHWM is not.
     status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    for line in lines:
-        if line.startswith("VmHWM"):  # VmHWM:  345678 kB
-            return int(line.split()[1]) * 1024
-    return math.nan
+    if status.exists():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", status.read_text()).group(1))
+    import resource  # on macOS, where ru_maxrss is in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def in_fresh_process(command, **environment):
@@ -74,8 +64,8 @@ def in_fresh_process(command, **environment):
         last_line = done.stderr.strip().split("\n")[-1]
         raise UserError(f"{' '.join(command)} ended with exit code {done.returncode}: {last_line}")
     measured = json.loads(done.stdout.splitlines()[-1])
-    return {"first_step": measured["first_step_at"] - start, "seconds": measured["seconds"],
-            "peak_bytes": measured["peak_bytes"]}
+    measured["first_step"] = measured.pop("first_step_at") - start
+    return measured
 
 
 def report(first_step_at, seconds, device):

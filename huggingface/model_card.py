@@ -5,6 +5,10 @@ TEXTS = {  # what the sources of prepare_data.py are
     "pydocs": "the docstrings of Python's standard library and of the packages that it needs",
     "fineweb-edu": "FineWeb-Edu",
 }
+ABOUT = """\
+A LLaMA made with vesper, after arXiv 2412.13335. MIT is the licence of the code that made it. The
+texts that it has read have licences of their own, and so have weights that it was started from.
+"""
 SAY = """
 ```python
 from transformers import pipeline
@@ -50,41 +54,35 @@ print(tokenizer.decode(out[0, ids["input_ids"].shape[1]:]))
 """
 
 
-def model_card(name, step, parameters, config, dtype, settings, origin, source, score):
+# What the table tells of a run, if it is known: of its settings, and of its evaluation.
+PARENTS = {"imported_from": "imported from", "base": "tuned from", "init_from": "started from"}
+SETTINGS = ("batch_tokens", "lr", "schedule", "lora")
+SCORES = {"val_loss": "loss on held-out text, nats/token", "val_bpb": "the same in bits/byte",
+          "heldout_loss": "loss on held-out answers, nats/token"}
+
+
+def model_card(name, step, parameters, config, dtype, settings, source, score):
     """README.md of an exported folder: what it is and how it was made. settings: of the run.
-    origin: the folder that it was imported from, or None. source: the name of its training text.
-    score: its evaluation at this step, or {}."""
+    source: the name of its training text. score: its evaluation at this step, or {}."""
     head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
-    if origin is None:
-        head.append("license: mit")
     if source == "fineweb-edu":
         head += ["datasets:", "- HuggingFaceFW/fineweb-edu"]
-    facts = [("parameters", f"{parameters:,}, here in {dtype}"),
-             ("layers, width", f"{config.n_layers}, {config.dim}"),
-             ("query heads, key/value heads", f"{config.n_heads}, {config.n_kv_heads}"),
-             ("window, in tokens", config.max_seq_len),
-             ("tokenizer", f"GPT-2's, its first {config.vocab_size:,} ids"),
-             ("text", TEXTS.get(source, source)),
-             ("steps", f"{step:,}")]
-    if origin is None:
-        facts.append(("trained in windows of", settings["seq_len"]))
-    for key in ("batch_tokens", "lr", "schedule", "lora"):
+    facts = {"parameters": f"{parameters:,}, here in {dtype}",
+             "layers, width": f"{config.n_layers}, {config.dim}",
+             "query heads, key/value heads": f"{config.n_heads}, {config.n_kv_heads}",
+             "window, in tokens": config.max_seq_len,
+             "tokenizer": f"GPT-2's, its first {config.vocab_size:,} ids",
+             "text": TEXTS.get(source, source),
+             "steps": f"{step:,}"}
+    for key, fact in PARENTS.items():
         if settings.get(key) is not None:
-            facts.append((key, settings[key]))
-    if settings.get("base") is not None:
-        facts.append(("tuned from", Path(settings["base"]).resolve().name))
-    for key, text in (("tokens", "tokens read"), ("val_loss", "loss on held-out text, nats/token"),
-                      ("val_bpb", "the same in bits/byte"),
-                      ("heldout_loss", "loss on held-out answers, nats/token")):
+            facts[fact] = Path(settings[key]).resolve().name
+    facts.update({key: settings[key] for key in SETTINGS if settings.get(key) is not None})
+    for key, fact in SCORES.items():
         if score.get(key) is not None:
-            facts.append((text, f"{score[key]:,.4f}".removesuffix(".0000")))
-    about = ("A LLaMA trained from scratch with vesper, after arXiv 2412.13335. MIT is the "
-             "licence of the code that made it; the texts that it has read have their own.")
-    if origin is not None:
-        about = (f"Its weights, or those that it was trained from, were imported by vesper from "
-                 f"{Path(origin).name}: see there how they were made, and under which licence.")
-    lines = [f"# {name}", "", about, "",
-             "| | |", "|---|---|", *[f"| {fact} | {value} |" for fact, value in facts], ""]
+            facts[fact] = f"{score[key]:.4f}"
+    lines = [f"# {name}", "", ABOUT, "| | |", "|---|---|",
+             *[f"| {fact} | {value} |" for fact, value in facts.items()], ""]
     if settings.get("system") is None:
         lines += ["It continues text; it was not tuned to answer.", SAY]
     else:

@@ -1,7 +1,7 @@
 """tokenizer.py — GPT-2's tokenizer, or the first of its ids, as Hugging Face files, and back.
 
-Hugging Face writes a token as text. Its bytes may be no text, so GPT-2 gives each of the 256 bytes
-a visible character; a space is "Ġ". A merge is written as the two tokens that it joins.
+Hugging Face writes a token as text. Its bytes need not be valid UTF-8, so GPT-2 gives each of the
+256 bytes a visible character; a space is "Ġ". A merge is written as the two tokens that it joins.
 """
 import json
 
@@ -16,22 +16,14 @@ MODEL = {"type": "BPE", "dropout": None, "continuing_subword_prefix": "", "end_o
 CUTTER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
 
-def visible_bytes():
-    """{byte: character}, as GPT-2 does it: the printable bytes of Latin-1 are themselves, the other
-    68 are the characters from 256 on."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1),
-                 *range(ord("®"), ord("ÿ") + 1)]
-    others = [byte for byte in range(256) if byte not in printable]
-    characters = map(chr, [*printable, *range(256, 256 + len(others))])
-    return dict(zip([*printable, *others], characters))
-
-
-VISIBLE = visible_bytes()
+# These bytes have no visible character in Latin-1; GPT-2 gives them those from 256 on.
+HIDDEN = [byte for byte in range(256) if byte == ord(" ") or not chr(byte).isprintable()]
+VISIBLE = {byte: 256 + i for i, byte in enumerate(HIDDEN)}
 
 
 def visible(piece):
     """The bytes of a token as text."""
-    return "".join(VISIBLE[byte] for byte in piece)
+    return piece.decode("latin-1").translate(VISIBLE)
 
 
 def merge_of(piece, ranks):

@@ -12,7 +12,6 @@ In Alpaca's form only "instruction" and "output" are needed. "history" are earli
 answers. A message with "weight": 0 (or "train", "training" or "loss": false) is read, and not
 learned.
 """
-import hashlib
 import json
 import math
 from collections import Counter
@@ -20,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 
+from support.files import sha256_of
 from support.progress import tqdm
 from support.rows import read_json_rows
 from support.runs import UserError
@@ -99,7 +99,7 @@ def system_of(template):
     if not template.startswith(start) or not template.endswith(end):
         return None
     try:
-        before = json.loads(template[len(start):len(template) - len(end)])
+        before = json.loads(template[len(start):-len(end)])
     except ValueError:
         return None
     return before.removesuffix(" ")
@@ -109,7 +109,8 @@ def system_of(template):
 # Instruction files
 
 LONGEST = 1_000_000  # characters of one text; a longer one is a broken file, not an example
-FIELDS = ("instruction", "input", "output", "system", "history", "messages", "split")
+BESIDE_MESSAGES = ("messages", "system", "split")  # what is read of a row that has messages
+FIELDS = ("instruction", "input", "output", "history", *BESIDE_MESSAGES)
 MARKS = ("weight", "train", "training", "loss")  # of a message: 0 or false if it is not learned
 
 
@@ -144,13 +145,11 @@ def read_instructions(path, skip_bad=False):
 
 def unread_in(row):
     """The names of what `messages_of` does not read of a row. (null is as if it were absent.)"""
-    names = {name for name, value in row.items() if value is not None and name not in FIELDS}
+    read = FIELDS if row.get("messages") is None else BESIDE_MESSAGES
+    names = {name for name, value in row.items() if value is not None and name not in read}
     for message in row.get("messages") or []:
         names |= {f"messages.{name}" for name, value in message.items()
                   if value is not None and name not in ("role", "content", *MARKS)}
-    if row.get("messages") is not None:
-        names |= {name for name in ("instruction", "input", "output", "history")
-                  if row.get(name) is not None}
     return names
 
 
@@ -163,20 +162,15 @@ def messages_of(row):
     row = {name: value for name, value in row.items() if value is not None}
     if not isinstance(row.get("split", ""), str):
         raise ValueError('"split" must be a string')
-    if "messages" in row:
-        messages = read_messages(row["messages"])
-    else:
-        messages = read_alpaca(row)
+    messages = read_messages(row["messages"]) if "messages" in row else read_alpaca(row)
     if row.get("system", "") != "":  # "" is how tables say that a row has none
-        if messages[0]["role"] == "system":
-            raise ValueError('a "system" beside a message of the role "system"')
         messages.insert(0, {"role": "system", "content": row["system"]})
     turns = [message["role"] for message in messages]
     if turns[0] == "system":
         turns = turns[1:]
     if not turns or turns != ["user", "assistant"] * (len(turns) // 2):
         raise ValueError('the roles must be "user" and "assistant" in turn (a "system" may come '
-                         'first), ending with an answer')
+                         'first, or be a field of its own), ending with an answer')
     for message in messages:
         check_text(message)
     return messages
@@ -185,12 +179,12 @@ def messages_of(row):
 def read_messages(found):
     """The list under "messages", reduced to role and content, and "counts": False if it has one of
     the MARKS."""
-    if not isinstance(found, list) or not found:
+    is_list = isinstance(found, list) and found and all(
+        isinstance(message, dict) and {"role", "content"} <= message.keys() for message in found)
+    if not is_list:
         raise ValueError('"messages" must be a list of {"role", "content"}')
     messages = []
     for message in found:
-        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
-            raise ValueError('"messages" must be a list of {"role", "content"}')
         messages.append({"role": message["role"], "content": message["content"]})
         marks = [message[name] for name in MARKS if message.get(name) is not None]
         if any(mark not in (0, 1) for mark in marks):  # True and False are 1 and 0
@@ -211,15 +205,15 @@ def read_alpaca(row):
         raise ValueError('"instruction" and "input" must be strings')
     if question.strip() and context.strip():
         question = f"{question}\n{context}"
-    messages = []
     history = row.get("history", [])
-    if not isinstance(history, list):
+    is_list = isinstance(history, list) and all(
+        isinstance(turn, list) and len(turn) == 2 for turn in history)
+    if not is_list:
         raise ValueError('"history" must be a list of [question, answer]')
-    for turn in [*history, [question, row["output"]]]:
-        if not isinstance(turn, list) or len(turn) != 2:
-            raise ValueError('"history" must be a list of [question, answer]')
-        messages.append({"role": "user", "content": turn[0]})
-        messages.append({"role": "assistant", "content": turn[1]})
+    messages = []
+    for asked, answer in [*history, [question, row["output"]]]:
+        messages.append({"role": "user", "content": asked})
+        messages.append({"role": "assistant", "content": answer})
     return messages
 
 
@@ -249,34 +243,25 @@ def hold_out(chats, splits, share, seed):
     of two or more rows. What is scored must not be trained on: of rows that repeat a conversation
     only one remains, a held-out one if there is one; and no row is trained on that begins like a
     held-out one and goes on, or that a held-out one goes on from."""
-    names = [(split or "train").strip().lower() for split in splits]
-    held = np.array([name != "train" for name in names])
+    held = np.array([(split or "train").strip().lower() != "train" for split in splits])
     words = [words_of(messages) for messages in chats]
-    remaining = {}  # conversation → its row
-    for row in [*np.flatnonzero(held), *np.flatnonzero(~held)]:
-        remaining.setdefault(words[row], row)
-    rows = np.sort(list(remaining.values()))
+    order = np.argsort(~held, kind="stable")              # held-out rows first
+    first = {words[row]: row for row in reversed(order)}  # of rows that repeat, the first one
+    rows = np.sort(list(first.values()))
     if any(splits):
-        training = rows[~held[rows]]
-        held_out = rows[held[rows]]
+        is_held = held[rows]
     else:
-        n = len(rows)
-        count = 0
-        if share > 0:
-            count = min(n - 1, max(1, round(share * n)))
-        order = np.random.RandomState(seed).permutation(n)
-        training = rows[np.sort(order[count:])]
-        held_out = rows[np.sort(order[:count])]
-    scored = set()  # the held-out conversations
-    begun = set()   # these, and how they begin
+        count = min(len(rows) - 1, max(1, round(share * len(rows)))) if share > 0 else 0
+        drawn = np.random.RandomState(seed).permutation(len(rows))[:count]
+        is_held = np.isin(np.arange(len(rows)), drawn)
+    held_out = rows[is_held]
+    scored = {words[row] for row in held_out}  # the held-out conversations
+    begun = set()                              # these, and how they begin
     for row in held_out:
-        scored.add(words[row])
         begun.update(beginnings(words[row]))
-    apart = []
-    for row in training:
-        if words[row] not in begun and scored.isdisjoint(beginnings(words[row])):
-            apart.append(row)
-    return np.array(apart, dtype=int), held_out
+    training = [row for row in rows[~is_held]
+                if words[row] not in begun and scored.isdisjoint(beginnings(words[row]))]
+    return np.array(training, dtype=int), held_out
 
 
 def beginnings(words):
@@ -292,8 +277,7 @@ def words_of(messages):
 
 def file_fingerprint(path):
     """What the file is, for the checkpoint: [bytes, SHA-256]. Its name does not matter."""
-    content = Path(path).read_bytes()
-    return [len(content), hashlib.sha256(content).hexdigest()]
+    return [Path(path).stat().st_size, sha256_of(path)]
 
 
 def most_frequent_answer(chats):
@@ -323,7 +307,6 @@ class Examples:
 
     def __init__(self, chats, tokenizer, system, max_length, progress=False):
         self.max_length = max_length
-        self.cut = 0
         self.skipped = 0
         self.chats = []
         self.whole = []
