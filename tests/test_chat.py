@@ -220,7 +220,7 @@ def test_batches_are_90_percent_useful(tmp_path, n):
     text = examples.lengths.sum()
     print(f"{len(examples)} rows, {text:,} tokens in {seconds:.1f} s; "
           f"{batches.useful(8):.1%} are not padding")
-    assert seconds < 20
+    assert seconds < 30
     assert batches.useful(8) >= 0.9
     assert batches.useful(8) == pytest.approx(text / tokens)
     mixed = np.random.RandomState(0).permutation(n).reshape(-1, 8)
