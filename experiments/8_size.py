@@ -21,7 +21,7 @@ from support.runs import script
 EXPERIMENT = "8_size"
 DIMS = (64, 128, 192, 256)
 STEPS = (150, 300, 600, 1200)
-LARGEST = (256, 1200)
+SIZES = list(itertools.product(DIMS, STEPS))  # the last is the largest
 TOKENS = 1024  # a step
 VOCABULARY = 4096
 WINDOW = 128
@@ -40,8 +40,9 @@ def flops(dim, steps):
 
 
 def loss_of(size):
-    run = common.log_of(EXPERIMENT, f"dim{size[0]}_steps{size[1]}")
-    return common.last(run, "eval", "val_loss")
+    dim, steps = size
+    run = common.log_of(EXPERIMENT, f"dim{dim}_steps{steps}")
+    return common.ends([run], "eval", "val_loss")[0]
 
 
 def terms(sizes, a, b):
@@ -50,22 +51,17 @@ def terms(sizes, a, b):
     return np.stack([np.ones(len(dims)), weights(dims)**-a, (steps * TOKENS)**-b], axis=1)
 
 
-def fit(sizes):
-    """(E, A, B, a, b) with the smallest squared error; a and b are searched on a grid."""
-    losses = np.array([loss_of(size) for size in sizes])
-    best = None
+def fit(sizes, losses):
+    """(E, A, B), a, b with the smallest squared error; a and b are searched on a grid."""
+    smallest = np.inf
     for a, b in itertools.product(np.arange(0.02, 1.51, 0.02), repeat=2):
         x = terms(sizes, a, b)
-        found, *_ = np.linalg.lstsq(x, losses, rcond=None)
-        error = np.square(x @ found - losses).sum()
-        if found.min() >= 0 and (best is None or error < best[0]):
-            best = (error, *found, a, b)
-    return best[1:]
-
-
-def at(parameters, size):
-    E, A, B, a, b = parameters
-    return float((terms([size], a, b) @ np.array([E, A, B]))[0])
+        factors = np.linalg.lstsq(x, losses)[0]
+        error = np.square(x @ factors - losses).sum()
+        if factors.min() >= 0 and error < smallest:
+            smallest = error
+            best = factors, a, b
+    return best
 
 
 @script
@@ -73,44 +69,41 @@ def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--predict", action="store_true", help="the largest run, before it is made")
     args = parser.parse_args(argv)
-    smaller = [(d, s) for d in DIMS for s in STEPS if (d, s) != LARGEST]
-    parameters = fit(smaller)
-    prediction = at(parameters, LARGEST)
-    residuals = [loss_of(size) - at(parameters, size) for size in smaller]
-    print("  L = {:.3f} + {:.3g} / N^{:.2f} + {:.3g} / D^{:.2f}".format(
-        parameters[0], parameters[1], parameters[3], parameters[2], parameters[4]))
+    losses = [loss_of(size) for size in SIZES[:-1]]
+    factors, a, b = fit(SIZES[:-1], losses)
+    fitted = terms(SIZES, a, b) @ factors
+    form = "L = {:.3f} + {:.3g} / N^{:.2f} + {:.3g} / D^{:.2f}".format(
+        factors[0], factors[1], a, factors[2], b)
     file = common.LOGS / EXPERIMENT / "prediction.json"
     if args.predict:
-        file.write_text(json.dumps({"val_loss": prediction}) + "\n")
-        print(f"predicted for dim {LARGEST[0]}, {LARGEST[1]} steps: {prediction:.4f}")
+        file.write_text(json.dumps({"val_loss": fitted[-1]}) + "\n")
+        print(f"{form}: predicted for the largest run {fitted[-1]:.4f}")
         return
-    predicted = json.loads(file.read_text())["val_loss"]  # as it was said before the run
-    outcome = loss_of(LARGEST)
+    predicted = json.loads(file.read_text())["val_loss"]  # before the largest run was made
+    losses.append(loss_of(SIZES[-1]))
+    residuals = losses - fitted
+
     figure, (panel, right) = common.figure_of(2, height=3.6)
-    for dim, colour in zip(DIMS, common.COLOURS):
-        x = [flops(dim, s) for s in STEPS]
-        done = [(dim, s) for s in STEPS]
-        panel.plot(x, [at(parameters, size) for size in done], "-", lw=1, color=colour)
-        panel.plot(x, [loss_of(size) for size in done], "o", ms=5, color=colour, label=f"dim {dim}")
-    panel.plot(flops(*LARGEST), predicted, "k*", ms=12, label="predicted before it was run")
-    panel.set(xscale="log", xlabel="FLOPs of the training", ylabel="validation loss, nats",
-              ylim=(3.2, 6.2))
-    panel.set_title("Lines: fitted to all runs but the largest", fontsize=10)
-    panel.legend(fontsize=8, loc="upper right")
+    for number, (dim, colour) in enumerate(zip(DIMS, common.COLOURS)):
+        x = flops(dim, np.array(STEPS))
+        part = slice(number * len(STEPS), (number + 1) * len(STEPS))
+        panel.plot(x, fitted[part], lw=1, color=colour)
+        panel.plot(x, losses[part], "o", ms=5, color=colour, label=f"dim {dim}")
+        right.plot(x, residuals[part], "o", color=colour)
+    largest = flops(*SIZES[-1])
+    panel.plot(largest, predicted, "k*", ms=12, label="predicted before it was run")
+    right.plot(largest, losses[-1] - predicted, "k*", ms=12)
     right.axhline(0, color="0.5", lw=1)
-    for (dim, steps), residual in zip([*smaller, LARGEST], [*residuals, outcome - predicted]):
-        marker = "k*" if (dim, steps) == LARGEST else "o"
-        right.plot(flops(dim, steps), residual, marker, ms=6,
-                   **({} if marker == "k*" else {"color": common.COLOURS[DIMS.index(dim)]}))
-    right.set(xscale="log", xlabel="FLOPs of the training", ylabel="nats")
-    right.set_title("Measured minus fitted (star: predicted)", fontsize=10)
-    common.save(figure, EXPERIMENT)
-    common.report(EXPERIMENT, {
-        "form": "L = {:.3f} + {:.3g} / N^{:.2f} + {:.3g} / D^{:.2f}".format(
-            parameters[0], parameters[1], parameters[3], parameters[2], parameters[4]),
-        "error of the fit": f"{np.sqrt(np.square(residuals).sum() / (15 - 5)):.4f}",
-        "predicted": f"{predicted:.4f}", "outcome": f"{outcome:.4f}",
-        "outcome minus prediction": f"{outcome - predicted:+.4f}"})
+    panel.set(title="Lines: fitted to all runs but the largest", xlabel="FLOPs of the training",
+              ylabel="validation loss, nats", xscale="log", ylim=(3.2, 6.2))
+    right.set(title="Measured minus fitted (star: predicted)", xlabel="FLOPs of the training",
+              ylabel="nats", xscale="log")
+    panel.legend(loc="upper right")
+    common.report(EXPERIMENT, figure, {
+        "form": form,
+        "error of the fit": f"{np.sqrt(np.square(residuals[:-1]).sum() / (15 - 5)):.4f}",
+        "predicted": f"{predicted:.4f}", "outcome": f"{losses[-1]:.4f}",
+        "outcome minus prediction": f"{losses[-1] - predicted:+.4f}"})
 
 
 if __name__ == "__main__":

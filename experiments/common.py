@@ -7,25 +7,29 @@ import json
 import math
 import sys
 from pathlib import Path
+from statistics import stdev
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # `python experiments/1_emergence.py` finds plot_dynamics.py
 
 import numpy as np
 
-from plot_dynamics import column, open_figure, points, read_events, read_run, table_row
+from plot_dynamics import open_figure, points, read_run, table_row
+from support.flags import Parser
 from support.runs import UserError
 
 LOGS = ROOT / "logs"
+SEEDS = (1, 2, 3)
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
-BLUE = "#0072B2"
-ORANGE = "#E69F00"
-GREEN = "#009E73"
-PURPLE = "#CC79A7"
-COLOURS = (BLUE, ORANGE, GREEN, "#D55E00", PURPLE, "#56B4E9")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 
 # 97.5 % quantiles of Student's t with 1, 2, 3 … degrees of freedom: half-widths of 95 % intervals.
-T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26, 2.23, 2.20, 2.18, 2.16, 2.14, 2.13)
+T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)
+
+
+def without_flags(description, argv):
+    """The command line of a script that has no flags: another one is an error, --help works."""
+    Parser(description=description.split("\n")[0]).parse_args(argv)
 
 
 def log_of(experiment, name):
@@ -36,24 +40,33 @@ def log_of(experiment, name):
     return read_run(file)
 
 
-def last(run, event, key):
-    """The last number of a curve."""
-    return points(run, event, key)[1][-1]
+def runs_of(experiment, name, seeds=SEEDS):
+    """The Run of each seed: of the names NAME1, NAME2, NAME3."""
+    return [log_of(experiment, f"{name}{seed}") for seed in seeds]
+
+
+def curves_of(runs, event, key):
+    """Steps (n,) and values (len(runs), n) of a curve that has the same steps in all runs."""
+    found = [points(run, event, key) for run in runs]
+    return found[0][0], np.array([values for _, values in found])
+
+
+def ends(runs, event, key):
+    """The last number of a curve in each run, (len(runs),)."""
+    return np.array([points(run, event, key)[1][-1] for run in runs])
+
+
+def together(first, second):
+    """The steps that two curves share, and the values of both there: three arrays (n,). A curve is
+    (steps, values), as `points` returns it."""
+    steps, place, other = np.intersect1d(first[0], second[0], return_indices=True)
+    return steps, first[1][place], second[1][other]
 
 
 def interval(values):
     """(mean, half-width of its 95 % interval by Student's t) of one value for each seed."""
-    values = np.asarray(values, dtype=float)
     n = len(values)
-    if n < 2:
-        return values.mean(), math.nan
-    t = T[n - 2] if n - 2 < len(T) else 1.96
-    return values.mean(), t * values.std(ddof=1) / math.sqrt(n)
-
-
-def spread(values):
-    """The standard deviation over seeds."""
-    return float(np.std(np.asarray(values, dtype=float), ddof=1))
+    return np.mean(values), T[n - 2] * stdev(values) / math.sqrt(n)
 
 
 def text(values, digits=3, sign=False):
@@ -71,39 +84,34 @@ def changes(steps, values):
 
 
 def pearson(x, y):
-    return np.corrcoef(x, y)[0, 1] if np.std(x) > 0 and np.std(y) > 0 else math.nan
-
-
-def ranks(values):
-    """1 for the smallest; equal values share the mean of their ranks."""
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts - 1) / 2)[place]
-
-
-def spearman(x, y):
-    return pearson(ranks(x), ranks(y))
+    return np.corrcoef(x, y)[0, 1]
 
 
 def figure_of(columns, rows=1, height=3.3):
     """(figure, its panels in one list); as wide as a README."""
     figure = open_figure((9.2, height * rows))
-    panels = [figure.add_subplot(rows, columns, i + 1) for i in range(rows * columns)]
-    for panel in panels:
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
-    return figure, panels
+    from matplotlib import rc
+    rc("axes", titlesize=10, grid=True)
+    rc("axes.spines", top=False, right=False)
+    rc("grid", alpha=0.25)
+    rc("legend", fontsize=8)
+    return figure, list(figure.subplots(rows, columns).flat)
 
 
-def save(figure, experiment):
+def draw_band(panel, x, curves, colour, label, style="-"):
+    """The mean of the curves of all seeds, (seeds, n), and their range."""
+    panel.plot(x, curves.mean(0), style, color=colour, label=label)
+    panel.fill_between(x, curves.min(0), curves.max(0), color=colour, alpha=0.2)
+
+
+def report(experiment, figure, numbers):
+    """Save the figure. Print {what: text or number}; keep it in logs/summary.json and, to be read,
+    in logs/numbers.md."""
     path = LOGS / experiment / "figure.png"
     figure.savefig(path)
     print(f"drawn: {path.relative_to(ROOT)}")
-
-
-def report(experiment, numbers):
-    """Print {what: text or number}; keep it in logs/summary.json and, to be read, in
-    logs/numbers.md."""
+    for name, value in numbers.items():
+        print(f"  {name}: {value}")
     file = LOGS / "summary.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     known[experiment] = numbers
@@ -115,6 +123,3 @@ def report(experiment, numbers):
         lines += ["", f"## {name}", "", table_row(["what", "value"]), "|---|---|"]
         lines += [table_row([what, str(value)]) for what, value in found.items()]
     (LOGS / "numbers.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    width = max(map(len, numbers))
-    for name, value in numbers.items():
-        print(f"  {name:<{width}}  {value}")
