@@ -11,7 +11,8 @@ import json
 import sys
 from pathlib import Path
 
-import common
+import common  # so that python finds the files at the root
+from plot_dynamics import read_events
 from support.flags import Parser, count, count_or_0
 from support.runs import script
 
@@ -54,10 +55,10 @@ def main(argv=None):
     args = parser.parse_args(argv)
     args.out.mkdir(parents=True, exist_ok=True)
     for run in args.runs:
-        events = common.read_events(run / "metrics.jsonl")
+        events = read_events(run / "metrics.jsonl")
         added = run / "evaluations.jsonl"
         if added.exists():
-            events += common.read_events(added)
+            events += read_events(added)
         rows = [json.dumps(row, ensure_ascii=False) + "\n"
                 for row in kept(events, args.every, args.after, args.only)]
         (args.out / f"{run.name}.jsonl").write_text("".join(rows), encoding="utf-8")

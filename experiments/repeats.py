@@ -9,8 +9,6 @@ evaluations.jsonl. The prefix-matching score of a head is the share of its atten
 the token after the last occurrence of the present token (Olsson et al. 2022, arXiv 2209.11895): [a
 list for each layer, a number for each head]. Evenly spread attention would have about 0.014.
 """
-import hashlib
-import json
 import math
 import sys
 from pathlib import Path
@@ -23,54 +21,51 @@ import torch.nn.functional as F
 from checkpoint import load_model
 from data import DataFolder
 from support.durable import checkpoints
+from support.files import new_folder, sha256_of, write_json
 from support.flags import Parser, count
 from support.runs import UserError, beginning, note, script
 
 WINDOW = 128    # tokens of a sequence; each is a window of its own
 IDS = 64        # different ones, so that every sequence has each of them seldom
 PERIODS = (16, 32)  # the length of the copy, drawn evenly: else its distance could be learned
+PERIOD = 32     # the length of the copy in `score`
 
 
 def make(folder, sequences):
     """Write a data folder: each sequence is 16 to 32 random ids that repeat until it is full."""
-    if folder.exists():
-        raise UserError(f"{folder} is there already — delete it, or choose another folder")
-    unfinished = folder.with_name(f".{folder.name}.unfinished")  # of a kill, if it is there
-    unfinished.mkdir(parents=True, exist_ok=True)
     random = np.random.RandomState(0)
     splits = {}
-    for split, n in (("train", sequences), ("val", 256)):
-        rows = np.zeros((n, WINDOW), dtype=np.uint16)
-        for row in rows:
-            period = random.randint(PERIODS[0], PERIODS[1] + 1)
-            row[:] = np.resize(random.randint(0, IDS, period), WINDOW)
-        tokens = np.append(rows, 0).astype(np.uint16)  # the last window needs one more target
-        file = unfinished / f"{split}_0000.npy"
-        np.save(file, tokens)
-        splits[split] = [{"file": file.name, "tokens": len(tokens),
-                          "sha256": hashlib.sha256(file.read_bytes()).hexdigest()}]
-    meta = {"tokenizer": "gpt2", "vocab_size": 257, "eot": 256, "dtype": "uint16",
-            "splits": splits, "source": {"name": "repeats", "ids": IDS, "periods": PERIODS}}
-    (unfinished / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
-    unfinished.rename(folder)
+    with new_folder(folder) as unfinished:
+        for split, n in (("train", sequences), ("val", 256)):
+            rows = np.zeros((n, WINDOW), dtype=np.uint16)
+            for row in rows:
+                period = random.randint(PERIODS[0], PERIODS[1] + 1)
+                row[:] = np.resize(random.randint(0, IDS, period), WINDOW)
+            tokens = np.append(rows, np.uint16(0))  # the last window needs one more target
+            file = unfinished / f"{split}_0000.npy"
+            np.save(file, tokens)
+            splits[split] = [{"file": file.name, "tokens": len(tokens), "sha256": sha256_of(file)}]
+        write_json(unfinished / "meta.json", {
+            "tokenizer": "gpt2", "vocab_size": 257, "eot": 256, "dtype": "uint16", "splits": splits,
+            "source": {"name": "repeats", "ids": IDS, "periods": PERIODS}})
     print(f"{folder}: {sequences:,} sequences of {WINDOW} tokens")
 
 
-def sequences_like(ids, folder, n=16, period=32, copies=4):
-    """(n, copies · period) random tokens, repeated: evenly drawn from the first `ids`, or as often
-    as they stand in the training text of a data folder."""
+def sequences_like(ids, folder, n=16):
+    """(n, 4 · PERIOD) random tokens, four times in a row: evenly drawn from the first `ids`, or as
+    often as they stand in the training text of a data folder."""
     random = np.random.RandomState(1)
-    shape = (n, period)
+    shape = (n, PERIOD)
     if folder is None:
         drawn = random.randint(0, ids, shape)
     else:
         text = DataFolder(folder).train[0].tokens
-        drawn = np.asarray(text)[random.randint(0, len(text), shape)]
-    return torch.from_numpy(np.tile(drawn, (1, copies)).astype(np.int64))
+        drawn = text[random.randint(0, len(text), shape)]
+    return torch.from_numpy(np.tile(drawn, 4).astype(np.int64))
 
 
 @torch.no_grad()
-def score(model, tokens, period=32):
+def score(model, tokens):
     """The losses on the first and the second copy, and the score of each head."""
     seen = []  # the attention weights of each layer, (B, n_heads, T, T)
     layers = [block.self_attn for block in model.model.layers]
@@ -81,20 +76,18 @@ def score(model, tokens, period=32):
         scores = q @ k_of_head.transpose(2, 3) / math.sqrt(q.shape[-1]) + mask
         seen.append(scores.softmax(-1))
         return plain(q, k, v, mask)
+
     for layer in layers:
         layer.attend = watched
-    try:
-        logits, _ = model(tokens[:, :-1])
-    finally:
-        for layer in layers:
-            layer.attend = plain
+    logits, _ = model(tokens[:, :-1])
+    for layer in layers:
+        layer.attend = plain
     losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    T = losses.shape[1]
-    at = torch.arange(period, T)     # each has stood one period earlier
-    heads = [w[:, :, at, at - period + 1].mean((0, 2)).tolist() for w in seen]
+    at = torch.arange(PERIOD, losses.shape[1])  # each token has stood one period earlier
+    heads = [weights[:, :, at, at - PERIOD + 1].mean((0, 2)).tolist() for weights in seen]
     # losses[:, i] is that of token i + 1; the first token of a copy cannot be known from it
-    return {"first_copy": losses[:, :period - 1].mean().item(),
-            "second_copy": losses[:, period:2 * period - 1].mean().item(),
+    return {"first_copy": losses[:, :PERIOD - 1].mean().item(),
+            "second_copy": losses[:, PERIOD:2 * PERIOD - 1].mean().item(),
             "prefix_matching": heads}
 
 
@@ -121,8 +114,8 @@ def main(argv=None):
                             f"{tokenizer.vocab_size}")
         found = score(model, sequences_like(args.ids, args.like))
         drawn = "evenly" if args.like is None else "by frequency"
-        note(args.run, {"event": "repeats", "step": step, "ids": args.ids, "drawn": drawn,
-                        **found}, began)
+        row = {"event": "repeats", "step": step, "ids": args.ids, "drawn": drawn}
+        note(args.run, row | found, began)
         best = max(max(layer) for layer in found["prefix_matching"])
         print(f"step {step}: first copy {found['first_copy']:.3f}, second "
               f"{found['second_copy']:.3f} nats; best head {best:.2f}")
