@@ -7,7 +7,6 @@ next, without the slow trend of these changes; from step 600 on, since the first
 than a parabola can follow. Would a correlation be seen there if a metric did nothing but follow the
 loss? "Expected" says how large it would be, given the noise of the metric.
 """
-import sys
 from statistics import NormalDist
 
 import common
@@ -36,9 +35,9 @@ def series(run, event, key):
 
 
 def leaves_chance(run, key):
-    """Index of the first evaluation from which on an accuracy stays above chance; None if it does
-    not. Above: by 2 standard errors, and more because one looks often (Bonferroni), so that chance
-    alone does it in 2.3 % of all trajectories, not of all evaluations."""
+    """Index of the first evaluation from which on an accuracy stays above chance; None if there is
+    none. Above means by 2 standard errors, widened for the number of evaluations (Bonferroni): so
+    chance alone gets there in 2.3 % of all trajectories, not of all evaluations."""
     rows = run.rows["benchmark"]
     z = NormalDist().inv_cdf(1 - 0.0228 / len(rows))
     threshold = CHANCE + z * np.sqrt(CHANCE * (1 - CHANCE) / rows[-1]["n"])
@@ -109,4 +108,4 @@ def write_samples(runs):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

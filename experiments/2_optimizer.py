@@ -7,7 +7,6 @@ of the restored one, on the same batches) is within the spread between seeds.
 Grid: stopped at step 100 of 200. Four ways: stopped at 200 of 400, lr 3e-3, beta2 0.95. Long: the
 same, but 2,000 steps follow, of which every fourth is logged.
 """
-import sys
 from statistics import stdev
 
 import common
@@ -81,6 +80,7 @@ def draw_long(panel):
 
 
 def numbers():
+    """{what: text or number}: the excess in each cell of the grid, the four ways, the long pairs."""
     eight = common.ends(common.runs_of("7_seeds", "seed", range(1, 9)), "eval", "val_loss")
     noise = stdev(eight)
     found = {"noise of seeds: standard deviation of val loss (7)": f"{noise:.3f}"}
@@ -110,8 +110,8 @@ def numbers():
         add(f"four ways, {way}: bits per byte at the end", bits(way) - bits("full"))
     _, curves = excess("long_reset", "long_full")
     for first in (0, 500, 1000, 1500):
-        add(f"long: excess in steps {first + 1} to {first + 500} after the resume",
-            curves[:, first // 4:(first + 500) // 4].mean(1))
+        part = curves[:, first // 4:(first + 500) // 4]
+        add(f"long: excess in steps {first + 1} to {first + 500} after the resume", part.mean(1))
     gaps = bits("long_reset") - bits("long_full")
     add("long: bits per byte at the end, reset minus full", gaps)
     found["long: the same for each seed"] = ", ".join(f"{gap:+.3f}" for gap in gaps)
@@ -135,4 +135,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,7 +4,6 @@ A run stopped at step 150 of 300 goes on with other processes, micro-batches, pr
 threads. Expected: the same tokens, so losses that differ by rounding only. Refuted if a move shifts
 the validation loss at the end by more than a fifth of the spread between seeds.
 """
-import sys
 from statistics import stdev
 
 import common
@@ -65,4 +64,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -4,7 +4,6 @@ Three kinds of the same manuals: clean prose, raw docstrings with code and table
 shuffled sentences. Expected: each network is best on its own kind, and on text of neither
 (licences) prose is best. Refuted if raw text gives the lower loss there.
 """
-import sys
 
 import common
 import numpy as np
@@ -68,4 +67,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

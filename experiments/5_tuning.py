@@ -4,7 +4,6 @@ Expected: held-out answers become likelier and end; the text of the pretraining 
 the accuracies on its questions stay. Refuted if the loss on held-out answers does not fall. Each
 seed tunes the network of the same seed of experiment 1, with all weights and with LoRA.
 """
-import sys
 
 import common
 
@@ -18,19 +17,15 @@ METRICS = [("sft_eval", "heldout_loss", "Loss on held-out answers, nats"),
            ("eval", "val_bpb", "Cost: bits per byte of the\npretraining's validation text")]
 
 
-def curves(method, event, key):
-    """Steps (n,) and the values of each seed, (seeds, n)."""
-    return common.curves_of(common.runs_of(EXPERIMENT, method), event, key)
-
-
 @script
 def main(argv=None):
     common.without_flags(__doc__, argv)
     figure, panels = common.figure_of(4, height=3.4)
     numbers = {}
+    runs = {method: common.runs_of(EXPERIMENT, method) for method in METHODS}
     for panel, (event, key, title) in zip(panels, METRICS):
         for (method, label), colour in zip(METHODS.items(), common.COLOURS):
-            steps, values = curves(method, event, key)
+            steps, values = common.curves_of(runs[method], event, key)
             # steps + 1, because a logarithmic axis has no 0
             common.draw_band(panel, steps + 1, values, colour, label, ".-")
             numbers[f"{label}: {key} before"] = common.text(values[:, 0])
@@ -41,7 +36,7 @@ def main(argv=None):
         panel.set_title(title, fontsize=9)
     for key in ("acc", "acc_norm"):
         for method, label in METHODS.items():
-            _, values = curves(method, "benchmark", key)
+            _, values = common.curves_of(runs[method], "benchmark", key)
             change = values[:, -1] - values[:, 0]
             numbers[f"{label}: {key}, change"] = common.text(change, sign=True)
     panels[0].legend()
@@ -49,4 +44,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

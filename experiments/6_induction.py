@@ -6,7 +6,6 @@ heads arise that look at the token after the last occurrence of the present one;
 Refuted if it falls with one layer too, or slowly, or without such heads.
 """
 import math
-import sys
 
 import common
 import numpy as np
@@ -87,4 +86,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

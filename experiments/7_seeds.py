@@ -4,7 +4,6 @@ This is the noise that every difference in the other experiments is judged again
 logs/7_seeds/default.jsonl is `python train.py`, with its default seed 1337, on the same machine.
 """
 import math
-import sys
 from statistics import fmean, stdev
 
 import common
@@ -54,4 +53,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

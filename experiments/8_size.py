@@ -10,7 +10,6 @@ for each size, and no claim is made outside the measured range.
 """
 import itertools
 import json
-import sys
 
 import common
 import numpy as np
@@ -107,4 +106,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -115,7 +115,6 @@ def report(experiment, figure, numbers):
     file = LOGS / "summary.json"
     known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     known[experiment] = numbers
-    known = dict(sorted(known.items()))
     file.write_text(json.dumps(known, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     lines = ["# The numbers of all experiments", "",
              "Written by `bash reproduce.sh figures`. ±: half of a 95 % interval over seeds."]

@@ -3,21 +3,19 @@
     python experiments/keep.py logs/2_optimizer runs/reproduce/2/*    # a file for each run
     python experiments/keep.py logs/1_emergence runs/reproduce/1/* --every 20
 
-Of the training rows only every n-th is kept, with its step, loss, update_rms and speed.
-All other rows are kept whole, but for the settings, which are in reproduce.sh. Also those of
-evaluations.jsonl.
+Of the training rows only every n-th is kept. Settings are left out, since they are in reproduce.sh,
+and so are numbers that no figure shows. The rows of evaluations.jsonl follow those of
+metrics.jsonl.
 """
 import json
-import sys
 from pathlib import Path
 
-import common  # so that python finds the files at the root
+import common  # makes Python find the files at the root
 from plot_dynamics import read_events
 from support.flags import Parser, count, count_or_0
 from support.runs import script
 
-TRAIN = ("event", "step", "loss", "update_rms", "tok_per_s")
-LEFT_OUT = ("config", "time", "file", "seq_len")
+LEFT_OUT = ("config", "time", "file", "seq_len", "tokens", "lr", "grad_norm", "dt_ms")
 
 
 def short(value):
@@ -30,18 +28,15 @@ def short(value):
 
 
 def kept(events, every, after, only):
-    """The rows that stay, shortened: after that step, and starts and resumes."""
+    """Yield the rows that are kept, shortened: starts, resumes, and what follows step `after`."""
     for event in events:
         if only is not None and event["event"] != only:
             continue
         if event["step"] <= after and event["event"] not in ("start", "resume"):
             continue
-        if event["event"] == "train":
-            if event["step"] % every != 0:
-                continue
-            event = {key: event[key] for key in TRAIN if key in event}
-        event = {key: value for key, value in event.items() if key not in LEFT_OUT}
-        yield {key: short(value) for key, value in event.items()}
+        if event["event"] == "train" and event["step"] % every != 0:
+            continue
+        yield {key: short(value) for key, value in event.items() if key not in LEFT_OUT}
 
 
 @script
@@ -66,4 +61,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -1,15 +1,14 @@
-"""licenses.py — text that is none of the kinds compared in experiment 4: the licences of Python's
-required packages, as validation text.
+"""licenses.py — validation text of none of the kinds that experiment 4 compares: the licences of the
+required Python packages.
 
     python experiments/licenses.py data/licenses
 """
 import importlib.metadata
 import re
-import sys
 from functools import partial
 from pathlib import Path
 
-import common  # so that python finds the files at the root
+import common  # makes Python find the files at the root
 from data import Tokenizer
 from prepare_data import DEFAULT_VOCAB_SIZE, check_replaceable, write_shards
 from support.files import new_folder
@@ -26,8 +25,8 @@ def runs_of_13(text):
 
 
 def licenses():
-    """The paragraphs of all licence files, each once, for packages share many of them; without
-    those that share 13 words in a row with a docstring to train on."""
+    """The texts of all licence files. Packages share many paragraphs: each is kept once. Paragraphs
+    that share 13 words in a row with a training document are left out."""
     training = set()
     for document in build_corpus():
         if document.split == "train":
@@ -70,4 +69,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

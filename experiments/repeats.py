@@ -10,10 +10,9 @@ the token after the last occurrence of the present token (Olsson et al. 2022, ar
 list for each layer, a number for each head]. Evenly spread attention would have about 0.014.
 """
 import math
-import sys
 from pathlib import Path
 
-import common  # so that python finds the files at the root
+import common  # makes Python find the files at the root
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -25,10 +24,10 @@ from support.files import new_folder, sha256_of, write_json
 from support.flags import Parser, count
 from support.runs import UserError, beginning, note, script
 
-WINDOW = 128    # tokens of a sequence; each is a window of its own
-IDS = 64        # different ones, so that every sequence has each of them seldom
-PERIODS = (16, 32)  # the length of the copy, drawn evenly: else its distance could be learned
-PERIOD = 32     # the length of the copy in `score`
+WINDOW = 128  # tokens of a sequence; each is a window of its own
+IDS = 64      # to draw from; each is rare in a sequence
+PERIODS = (16, 32)  # shortest and longest copy: of one length, its distance could be learned
+PERIOD = 32   # tokens of a copy in `score`
 
 
 def make(folder, sequences):
@@ -83,9 +82,9 @@ def score(model, tokens):
     for layer in layers:
         layer.attend = plain
     losses = F.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
-    at = torch.arange(PERIOD, losses.shape[1])  # each token has stood one period earlier
+    at = torch.arange(PERIOD, losses.shape[1])  # positions whose token occurred a period before
     heads = [weights[:, :, at, at - PERIOD + 1].mean((0, 2)).tolist() for weights in seen]
-    # losses[:, i] is that of token i + 1; the first token of a copy cannot be known from it
+    # losses[:, i] is the loss of token i + 1. Nothing tells the first token of a copy.
     return {"first_copy": losses[:, :PERIOD - 1].mean().item(),
             "second_copy": losses[:, PERIOD:2 * PERIOD - 1].mean().item(),
             "prefix_matching": heads}
@@ -122,4 +121,4 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
