@@ -29,8 +29,8 @@ from support.runs import UserError, parse_json, script, shown
 # -------------------------------------------------------------------------------------------------
 # What the page shows. A panel is (title, y label, curves), a curve is (event, key, label): it shows
 # the values of `key` in all rows {"event": event, "step": …, key: …} of a log. Curves and panels
-# without a number are left out. With several runs on the page, a panel shows the last of a run's
-# curves in full and those before it pale.
+# without a number are left out. With several runs on the page, a panel shows the last of each run's
+# curves, and pale behind it the rows of "train".
 
 PANELS = [
     ("Loss", "nats per token", [
@@ -38,25 +38,25 @@ PANELS = [
         ("eval", "val_loss", "validation"),
         ("sft_eval", "heldout_loss", "held-out answers")]),
     ("Bits per byte of validation text", "bits per byte", [("eval", "val_bpb", "")]),
-    ("Held-out answers", "share", [
-        ("sft_eval", "ended", "answers that end"),
-        ("sft_eval", "token_acc", "tokens right, given those before")]),
-    ("Accuracy", "share right (band: ± 1 standard error)", [
-        ("benchmark", "acc", "acc: whole ending"),
-        ("benchmark", "acc_norm", "acc_norm: divided by its length"),
-        ("benchmark", "acc_pmi", "acc_pmi: gain over no context")]),
+    ("Held-out answers: tokens right, given those before", "share", [
+        ("sft_eval", "token_acc", "")]),
+    ("Held-out answers that end", "share", [("sft_eval", "ended", "")]),
     ("Context gain: loss of the first eighth − of the last", "nats (band: ± 1 standard error)", [
         ("eval", "context_gain", "")]),
     ("Samples", "share", [
-        ("sample", "repetition", "repetition: 4-grams seen before"),
-        ("sample", "distinct_2", "distinct_2: different bigrams")]),
+        ("sample", "distinct_2", "distinct_2: different bigrams"),
+        ("sample", "repetition", "repetition: 4-grams seen before")]),
     ("Learning rate", "lr", [("train", "lr", "")]),
     ("Gradient norm, before clipping", "L2 norm", [("train", "grad_norm", "")]),
     ("How far a step moves the weights", "RMS of the change", [("train", "update_rms", "")]),
     ("Throughput, without evaluating and saving", "tokens/s", [("train", "tok_per_s", "")]),
 ]
+ACCURACIES = {  # the curves of a benchmark, which has a panel of its own
+    "acc": "acc: whole ending",
+    "acc_pmi": "acc_pmi: gain over no context",
+    "acc_norm": "acc_norm: divided by its length",
+}
 LOG_Y = {"grad_norm", "update_rms"}
-NOT_COMPARED = {"acc", "acc_pmi", "distinct_2"}  # with several runs: too many curves
 BANDS = {  # key of a curve: key of its standard error
     "acc": "stderr", "acc_norm": "stderr_norm", "acc_pmi": "stderr_pmi",
     "context_gain": "context_gain_stderr",
@@ -107,33 +107,31 @@ def read_events(path):
             except (ValueError, KeyError, TypeError):
                 broken.append(str(line_number))
     if broken:
-        where = ", ".join(broken) if len(broken) <= 5 else ", ".join(broken[:5]) + " …"
+        where = textwrap.shorten(", ".join(broken), 40, placeholder=" …")
         print(f"warning: {path}: broken lines left out: {len(broken)} (line {where})",
               file=sys.stderr)
     return events
 
 
 def cut_back(events, log):
-    """The events without those that a later start from an earlier step has replaced: of two runs in
-    one log the last, and no branch that was given up. Prints how many are left out."""
+    """Leave out the events that a later start from an earlier step has replaced: of two runs in one
+    log the first, and a branch that was abandoned. Prints how many are left out."""
     rows = [event for event in events if event["event"] == "train"]
-    starts = []  # rows that begin again, as the row behind them does: one alone is a broken number
-    for before, row, behind in zip(rows, rows[1:], [*rows[2:], None]):
-        if row["step"] <= before["step"] and (behind is None or behind["step"] <= before["step"]):
-            starts.append(row)
+    starts = []  # where steps begin again. The next row must confirm it: one is a broken number
+    for before, row, behind in zip(rows, rows[1:], rows[2:] + rows[-1:]):
+        if row["step"] <= before["step"] and behind["step"] <= before["step"]:
+            starts.append(id(row))
     kept = []
-    first = math.inf  # step of the earliest start among the events that follow
-    for event in reversed(events):
-        is_row = event["event"] == "train"
-        if event["step"] > first or (is_row and event["step"] == first):
-            continue
+    for event in events:
+        if id(event) in starts:
+            # In a plain log the evaluation of a step stands before its training row: it is kept.
+            place = (event["step"], True)
+            kept = [old for old in kept if (old["step"], old["event"] == "train") < place]
         kept.append(event)
-        if starts and event is starts[-1]:
-            first = starts.pop()["step"]
     if len(kept) < len(events):
         print(f"warning: {log}: its steps begin again; {len(events) - len(kept)} lines before "
               f"that, of the same or later steps, are left out", file=sys.stderr)
-    return kept[::-1]
+    return kept
 
 
 def read_lm_eval(folder):
@@ -147,14 +145,12 @@ def read_lm_eval(folder):
             found = parse_json(file.read_bytes())
             counts = found.get("n-samples", {})
             for task, scores in found["results"].items():
-                name = task.encode(errors="replace").decode()
-                event = {"event": "benchmark", "step": int(step.group(1)), "name": name,
-                         "style": "lm-eval", "n": counts.get(task, {}).get("effective")}
-                for acc, key in (("acc", "stderr"), ("acc_norm", "stderr_norm")):
-                    event[acc] = scores.get(f"{acc},none")
-                    event[key] = scores.get(f"{acc}_stderr,none")
-                if event["acc"] is not None:
-                    events.append(event)
+                events.append({
+                    "event": "benchmark", "step": int(step.group(1)), "name": task,
+                    "style": "lm-eval", "n": counts.get(task, {}).get("effective"),
+                    "acc": scores.get("acc,none"), "stderr": scores.get("acc_stderr,none"),
+                    "acc_norm": scores.get("acc_norm,none"),
+                    "stderr_norm": scores.get("acc_norm_stderr,none")})
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as why:
             print(f"warning: {file} left out: not a result file of lm-eval under a folder "
                   f"step_NNN ({why!r})", file=sys.stderr)
@@ -209,9 +205,8 @@ def prompt_and_settings(event):
 class Run:
     """What a log tells about a run."""
     name: str
-    path: str                 # as it was given
-    rows: dict                # {event: rows}; "benchmark", "sample": the first of the next two;
-                              # "benchmarks": all of them, {"step", benchmark_name: accuracy}
+    rows: dict                # {event: rows}, and {benchmark_name: rows}; "benchmark" and "sample":
+                              # the first of the next two
     benchmarks: dict          # {benchmark_name: rows}, the one scored most often first
     samples: dict             # {(prompt, settings): rows}, the run's own first
     marks: list               # (step, kind, text) of each resume
@@ -229,11 +224,7 @@ class Run:
         that was killed are not in the log."""
         if "end" not in self.rows or "resume" in self.rows:
             return math.nan
-        end = self.rows["end"][-1]
-        if "seconds" in end:
-            return number(end["seconds"])
-        start = self.rows.get("start", [{}])[0]  # older logs have the time of day instead
-        return number(end.get("time")) - number(start.get("time"))
+        return number(self.rows["end"][-1].get("seconds"))
 
     @property
     def trouble(self):
@@ -244,7 +235,7 @@ class Run:
             return f"diverged at step {end['step']:,}"
         rows = self.rows.get("train", [])
         known = np.flatnonzero(np.isfinite(column(rows, "loss")))
-        after_known = known[-1] + 1 if len(known) else 0
+        after_known = known.max(initial=-1) + 1
         if after_known < len(rows):
             return f"no loss from step {rows[after_known]['step']:,} on"
         return ""
@@ -267,19 +258,17 @@ def read_run(path, batch_tokens=None):
 
     # Of two scores at the same step, the last in this order counts: the run's own.
     scores = [event for event in added + events if event["event"] == "benchmark"]
-    scores = sorted(group(scores, benchmark_name).items(), key=lambda item: -len(item[1]))
+    scores = group(scores, benchmark_name)
+    benchmarks = dict(sorted(scores.items(), key=lambda item: -len(item[1])))
     samples = [event for event in events + added if event["event"] == "sample"]
     samples = group(samples, prompt_and_settings)
-    rows = group(events, lambda event: event["event"])
-    rows["benchmark"] = scores[0][1] if scores else []
+    rows = group(events, lambda event: event["event"]) | benchmarks
+    rows["benchmark"] = next(iter(benchmarks.values()), [])
     rows["sample"] = next(iter(samples.values()), [])
-    rows["benchmarks"] = accuracies(scores)
     timed = [event for event in events if event["event"] in ("eval", "sft_eval", "benchmark")]
-    is_folder = log.name in ("metrics.jsonl", "log.txt", "evaluations.jsonl")
-    run = Run(name=log.resolve().parent.name if is_folder else log.stem,
-              path=str(path),
+    run = Run(name=log.resolve().parent.name if log.name in LOG_NAMES else log.stem,
               rows=rows,
-              benchmarks=dict(scores),
+              benchmarks=benchmarks,
               samples=samples,
               marks=find_marks(events),
               steps=sorted({event["step"] for event in training}),
@@ -287,32 +276,19 @@ def read_run(path, batch_tokens=None):
               batch_tokens=batch_tokens)
 
     steps, tokens = points(run, "train", "tokens")
-    known = (steps > 0) & (tokens > 0)
-    if known.any() and not run.is_tuning:  # the batches of a tuning differ in length
+    if len(steps) > 0 and not run.is_tuning:  # the batches of a tuning differ in length
         if batch_tokens is not None:
             print(f"{log} has its own tokens per step: --batch_tokens is not used for it")
-        run.batch_tokens = round(np.median(tokens[known] / steps[known]))
+        run.batch_tokens = round(np.median(tokens / np.maximum(steps, 1)))
     return run
 
 
-def accuracies(benchmarks):
-    """One row for each step of all benchmarks, {"step", benchmark_name: acc_norm, or acc without
-    one}."""
-    by_step = {}
-    for name, rows in benchmarks:
-        for row in rows:
-            accuracy = row.get("acc_norm")
-            if accuracy is None:
-                accuracy = row.get("acc")
-            by_step.setdefault(row["step"], {"step": row["step"]})[name] = accuracy
-    return [by_step[step] for step in sorted(by_step)]
+LOG_NAMES = ("metrics.jsonl", "log.txt", "evaluations.jsonl")  # an imported run has only the last
 
 
 def find_log(path):
-    """The log in a run folder, or the file itself. Raises UserError. An imported run has no other
-    log than its evaluations."""
-    names = ("metrics.jsonl", "log.txt", "evaluations.jsonl")
-    for file in (*(path / name for name in names), path):
+    """The log in a run folder, or the file itself. Raises UserError."""
+    for file in (*(path / name for name in LOG_NAMES), path):
         if file.is_file():
             return file
     raise UserError(f"{path}: no log — give a run folder with metrics.jsonl or log.txt, or a file")
@@ -327,14 +303,12 @@ def find_marks(events):
         if event["event"] not in ("start", "resume") or not isinstance(new_env, dict):
             continue
         if event["event"] == "resume":
-            kind = "resume"
             changed = [name for name in env if name in new_env and env[name] != new_env[name]]
             notes = [f"{name} {shown(env[name])} → {shown(new_env[name])}" for name in changed]
+            kind = "hardware" if changed else "resume"
             if not event.get("restored_optimizer", True):
                 kind = "optimizer"
                 notes.append("without optimizer state")
-            if changed:
-                kind = "hardware"
             marks.append((event["step"], kind, ", ".join(notes) or "resume"))
         env = new_env
     return marks
@@ -353,30 +327,32 @@ def speed_change(run, step, text):
 # -------------------------------------------------------------------------------------------------
 # Drawing
 
-def smooth(x, y, bins=80):
-    """Mean x and y of at most `bins` parts of a curve that are equally wide on a logarithmic axis:
-    of single steps at first, of more and more steps later."""
-    starts = np.unique(np.geomspace(1, len(x) + 1, bins + 1).astype(int))[:-1] - 1
+def smooth(x, y):
+    """Mean x and y of at most 80 parts of a curve that are equally wide on a logarithmic axis: of
+    single steps at first, of more and more steps later."""
+    starts = np.unique(np.geomspace(1, len(x) + 1, 81).astype(int))[:-1] - 1
     sizes = np.diff([*starts, len(x)])
     return np.add.reduceat(x, starts) / sizes, np.add.reduceat(y, starts) / sizes
 
 
-MANY = 8    # more runs than this on a page share one legend below it
-LONG = 40   # characters of a name on the page
+LONG = 40  # characters of a name on the page
 
 
-def short_names(names):
-    """{name: what fits into a title or legend}. Of long names what all have in common is left out,
-    and then the middle."""
-    texts = names
-    if len(set(names)) > 1 and max(map(len, names)) > LONG:
+def titles(runs):
+    """The name of each run in the title or legend: "tiny (3,800 steps, diverged at step 3,801)". Of
+    long names the beginning that all have in common is left out, and then the middle."""
+    names = [run.name for run in runs]
+    begin = 0
+    if len(names) > 1 and max(map(len, names)) > LONG:
         begin = len(os.path.commonprefix(names))
-        rests = [name[begin:] for name in names]
-        end = len(os.path.commonprefix([rest[::-1] for rest in rests]))
-        texts = ["…" * (begin > 0) + rest[:len(rest) - end] for rest in rests]
-    half = LONG // 2
-    return {name: text if len(text) <= LONG else f"{text[:half]}…{text[1 - half:]}"
-            for name, text in zip(names, texts)}
+    found = []
+    for run in runs:
+        name = "…" * (begin > 0) + run.name[begin:]
+        if len(name) > LONG:
+            name = f"{name[:LONG // 2]}…{name[1 - LONG // 2:]}"
+        notes = [f"{run.steps[-1]:,} steps", run.trouble]
+        found.append(f"{plain(name)} ({', '.join(filter(None, notes))})")
+    return found
 
 
 def plain(text):
@@ -392,30 +368,33 @@ def position_rows(run):
 
 
 def open_figure(size):
-    """A matplotlib Figure that opens no window: without pyplot it needs none.
-
-    matplotlib reads MPLBACKEND all the same, and a notebook sets it to what may not exist here."""
-    backend = os.environ.pop("MPLBACKEND", None)
-    try:
-        import matplotlib
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("matplotlib is missing — run: pip install matplotlib") from None
-    finally:
-        if backend is not None:
-            os.environ["MPLBACKEND"] = backend
+    """A matplotlib Figure that opens no window: without pyplot it needs none."""
+    os.environ.pop("MPLBACKEND", None)  # a notebook may name a backend that does not exist here
+    import matplotlib
+    from matplotlib.figure import Figure
     matplotlib.rcdefaults()  # so that figures are the same whatever the user's matplotlibrc says
     return Figure(figsize=size, layout="constrained", dpi=110)
 
 
-def benchmarks_panel(runs):
-    """A panel with a curve for each benchmark, if a run has several of them."""
-    names = {}
-    for run in runs:
-        if len(run.benchmarks) > 1:
-            names.update(run.benchmarks)
-    curves = [("benchmarks", name, plain(name)) for name in names]
-    return "Benchmarks", "share right, by length if measured", curves
+def accuracy_panels(benchmarks):
+    """A panel for each benchmark: scores on different questions are not comparable."""
+    panels = []
+    for name in benchmarks:
+        curves = [(name, key, label) for key, label in ACCURACIES.items()]
+        panels.append((f"Accuracy on {plain(name)}", "share right (band: ± 1 standard error)",
+                       curves))
+    return panels
+
+
+def curves_of(run, panel):
+    """The curves of a panel for which a run has numbers."""
+    return [curve for curve in panel[2] if len(points(run, curve[0], curve[1])[0]) > 0]
+
+
+def colors_of(n):
+    """n colours, from dark blue to orange."""
+    from matplotlib import colormaps
+    return [colormaps["plasma"](place) for place in np.linspace(0, 0.75, n)]
 
 
 class Page:
@@ -425,12 +404,14 @@ class Page:
         self.runs = runs
         self.scale = scale
         self.alone = len(runs) == 1
-        self.many = len(runs) > MANY
-        self.short = short_names([run.name for run in runs])
         self.in_tokens = all(run.batch_tokens for run in runs)
+        self.benchmarks = {}
+        for run in runs:
+            self.benchmarks |= run.benchmarks
         panels = []
-        for panel in [*PANELS, benchmarks_panel(runs)]:
-            if any(self.curves_of(run, panel) for run in runs):
+        # The accuracies stand after the losses.
+        for panel in [*PANELS[:4], *accuracy_panels(self.benchmarks), *PANELS[4:]]:
+            if any(curves_of(run, panel) for run in runs):
                 panels.append(panel)
         has_positions = any(position_rows(run) for run in runs)
         total = len(panels) + has_positions
@@ -439,97 +420,59 @@ class Page:
 
         columns = min(3, total)
         rows = math.ceil(total / columns)
-        legend_rows = math.ceil(len(runs) / columns) if self.many else 0
-        size = (5.2 * columns, 3.6 * rows + 0.5 + 0.18 * legend_rows)
-        self.figure = open_figure(size)
+        legend_rows = math.ceil(len(runs) / columns)
+        self.figure = open_figure((5.2 * columns, 3.6 * rows + 0.5 + 0.18 * legend_rows))
+        self.colors = colors_of(len(runs))
         for place, panel in enumerate(panels, 1):
             self.draw(self.figure.add_subplot(rows, columns, place), panel)
         if has_positions:
             self.draw_positions(self.figure.add_subplot(rows, columns, total))
-        names = [self.name(run, f"{run.steps[-1]:,} steps") for run in runs]
-        if self.many:
+        names = titles(runs)
+        title = names[0]
+        if not self.alone:
             from matplotlib.lines import Line2D
-            lines = [Line2D([], [], color=self.color(i)) for i in range(len(runs))]
-            labels = [self.name(run) for run in runs]
-            self.figure.legend(lines, labels, loc="outside lower center", ncols=columns, fontsize=8)
-            names = [f"{len(runs)} runs"]
-        title = textwrap.fill("Training dynamics: " + ", ".join(names), 40 * columns)
+            lines = [Line2D([], [], color=color) for color in self.colors]
+            self.figure.legend(lines, names, loc="outside lower center", ncols=columns, fontsize=7)
+            title = f"{len(runs)} runs"
+        title = textwrap.fill(f"Training dynamics: {title}", 40 * columns)
         self.figure.suptitle(title, fontsize=13)
-
-    def name(self, run, *notes):
-        """What the page calls a run, with notes in brackets."""
-        notes = [note for note in (*notes, run.trouble) if note]
-        return plain(self.short[run.name]) + (f" ({', '.join(notes)})" if notes else "")
-
-    def color(self, number):
-        """The colour of a curve, or of a run; of many runs along a rainbow."""
-        if not self.many:
-            return f"C{number % 10}"
-        from matplotlib import colormaps
-        return colormaps["turbo"](number / (len(self.runs) - 1))
 
     def x(self, run, steps):
         return steps * run.batch_tokens if self.in_tokens else steps
 
-    def curves_of(self, run, panel):
-        """The curves of a panel that are drawn of this run."""
-        curves = []
-        for event, key, label in panel[2]:
-            hidden = key in NOT_COMPARED and not self.alone
-            if not hidden and len(points(run, event, key)[0]) > 0:
-                curves.append((event, key, label))
-        return curves
-
     def draw(self, axes, panel):
         """One panel over tokens or steps."""
-        title, ylabel, _ = panel
-        events = set()
-        keys = set()
-        pale = {}  # a dict, because it keeps the order
-        for run_number, run in enumerate(self.runs):
-            drawn = self.curves_of(run, panel)
+        title, ylabel, curves = panel
+        keys = {key for _, key, _ in curves}
+        compared = {}  # keys of the curves of several runs; a dict, because it keeps the order
+        for run, color in zip(self.runs, self.colors):
+            drawn = curves_of(run, panel)
             for place, curve in enumerate(drawn):
                 event, key, label = curve
-                events.add(event)
-                keys.add(key)
                 if self.alone:
-                    self.curve(axes, run, curve, place, label)
-                elif event == "benchmarks":  # each is a thing of its own
-                    self.curve(axes, run, curve, len(axes.lines), self.label(run, curve))
-                elif place == len(drawn) - 1:
-                    self.curve(axes, run, curve, run_number, self.label(run, curve))
-                else:
-                    self.curve(axes, run, curve, run_number, None, alpha=0.4)
-                    pale[label] = True
-        if pale:
-            title += f" (pale: {', '.join(pale)})"
-        if "benchmark" in events:
-            self.draw_chance(axes)
-            if self.alone:
-                title += f" on {plain(next(iter(self.runs[0].benchmarks)))}"
-        if "tok_per_s" in keys:
-            self.draw_speed_changes(axes)
+                    self.curve(axes, run, curve, f"C{place}", label)
+                elif curve == drawn[-1]:
+                    self.curve(axes, run, curve, color)
+                    compared[key] = True
+                elif event == "train":
+                    self.curve(axes, run, curve, color, alpha=0.4)
+                    compared[f"{key} (pale)"] = True
+        if compared and len(curves) > 1:
+            title += f": {', '.join(compared)}"
+        if "acc" in keys:
+            benchmark = curves[0][0]
+            draw_chance(axes, self.benchmarks[benchmark][-1])
         if keys & LOG_Y:
             axes.set_yscale("log")
         self.draw_x_axis(axes)
-        self.finish(axes, title, ylabel)
+        self.draw_marks(axes, with_text="tok_per_s" in keys)
+        finish(axes, title, ylabel)
 
-    def label(self, run, curve):
-        """The legend of a run on a page with several runs."""
-        event, key, label = curve
-        text = self.short[run.name]
-        if label:  # the panel has other curves too
-            text += f": {key}"
-        if event == "benchmark":
-            text += f" on {next(iter(run.benchmarks))}"
-        return plain(text)
-
-    def curve(self, axes, run, curve, color, label, alpha=1.0):
+    def curve(self, axes, run, curve, color, label=None, alpha=1.0):
         """One curve. The rows of "train" are many and noisy: smoothed, the raw values behind it."""
         event, key, _ = curve
         steps, values = points(run, event, key)
         x = self.x(run, steps)
-        color = self.color(color)
         if event == "train" and key != "lr":
             if self.alone:
                 axes.plot(x, values, color=color, alpha=0.25, linewidth=0.7)
@@ -543,66 +486,61 @@ class Page:
             error = column(rows, BANDS[key])
             axes.fill_between(x, y - error, y + error, color=color, alpha=0.15, linewidth=0)
 
-    def draw_chance(self, axes):
-        """What guessing would score: 25 % where a question has four endings."""
-        last = [run.rows["benchmark"][-1] for run in self.runs if run.rows["benchmark"]]
-        for n_choices in {number(row.get("n_choices")) for row in last}:
-            if n_choices > 1:
-                axes.axhline(1 / n_choices, color="0.4", linestyle="--", linewidth=1,
-                             label=f"chance {1 / n_choices:.0%}")
-
-    def draw_speed_changes(self, axes):
-        """What changed at a resume and what that did to the speed, beside its vertical line."""
-        rates = [points(run, "train", "tok_per_s")[1] for run in self.runs]
-        top = np.percentile(np.concatenate(rates), 99)  # one fast step does not set the scale
-        axes.set_ylim(0, 1.1 * top)
-        for run in self.runs:
-            for step, kind, text in run.marks:
-                if kind != "resume":
-                    text = textwrap.fill(" " + plain(speed_change(run, step, text)), 40)
-                    axes.text(self.x(run, step), 0, text, rotation=90, fontsize=7, va="bottom",
-                              ha="right", clip_on=True, in_layout=False)
-
     def draw_x_axis(self, axes):
-        """Label and scale of the x axis, and a vertical line at each resume."""
+        """Label and scale of the x axis."""
         axes.set_xlabel("tokens" if self.in_tokens else "steps")
         if self.scale == "log":
-            first = []  # of each run the first step after 0
-            for run in self.runs:
-                first += [self.x(run, step) for step in run.steps[:2] if step > 0]
             # symlog is linear from 0 to the first step: so step 0 has its place too
-            axes.set_xscale("symlog", linthresh=min(first, default=1), linscale=0.3)
+            first = min(self.x(run, max(1, run.steps[0])) for run in self.runs)
+            axes.set_xscale("symlog", linthresh=first, linscale=0.3)
             axes.set_xlim(left=0)
+
+    def draw_marks(self, axes, with_text):
+        """A vertical line at each resume. with_text: what changed, and what that did to the
+        speed."""
         for run in self.runs:
-            for step, kind, _ in run.marks:
+            for step, kind, text in run.marks:
                 color, style = MARKS[kind]
-                axes.axvline(self.x(run, step), color=color, linestyle=style, linewidth=1)
+                x = self.x(run, step)
+                axes.axvline(x, color=color, linestyle=style, linewidth=1)
+                if with_text and kind != "resume":
+                    text = textwrap.fill(" " + plain(speed_change(run, step, text)), 40)
+                    axes.text(x, 0, text, rotation=90, fontsize=7, va="bottom", ha="right",
+                              clip_on=True, in_layout=False)
+        if with_text:
+            axes.set_ylim(bottom=0)
 
     def draw_positions(self, axes):
         """Loss by position: how it develops in a single run, or where several runs ended."""
-        from matplotlib import colormaps
-        for run_number, run in enumerate(self.runs):
+        for run, color in zip(self.runs, self.colors):
             rows = position_rows(run)
+            colors = colors_of(len(rows))
             if not self.alone:
                 rows = rows[-1:]
-            for place, row in enumerate(rows):
-                color = self.color(run_number)
-                label = plain(self.short[run.name])
-                if self.alone:
-                    color = colormaps["viridis"](place / len(rows))
-                    label = f"step {row['step']:,}"
+                colors = [color]
+            for row, color in zip(rows, colors):
                 y = np.array([number(loss) for loss in row["position_loss"]])
                 x = np.arange(len(y)) + 1
+                label = f"step {row['step']:,}" if self.alone else None
                 axes.plot(x, y - y[:1], color=color, label=label, marker="o", markersize=3)
         axes.set_xlabel("eighth of the window")
-        self.finish(axes, "Loss by position, minus that of the first eighth", "nats per token")
+        finish(axes, "Loss by position, minus that of the first eighth", "nats per token")
 
-    def finish(self, axes, title, ylabel):
-        axes.set_title(textwrap.fill(title, 60), fontsize=11)
-        axes.set_ylabel(ylabel)
-        axes.grid(alpha=0.25)
-        if axes.get_legend_handles_labels()[1] and not self.many:
-            axes.legend(fontsize=8, edgecolor="none")
+
+def draw_chance(axes, row):
+    """What guessing would score: 25 % where a question has four endings."""
+    n_choices = number(row.get("n_choices"))
+    if n_choices > 1:
+        axes.axhline(1 / n_choices, color="0.4", linestyle="--", linewidth=1,
+                     label=f"chance {1 / n_choices:.0%}")
+
+
+def finish(axes, title, ylabel):
+    axes.set_title(textwrap.fill(title, 55), fontsize=11)
+    axes.set_ylabel(ylabel)
+    axes.grid(alpha=0.25)
+    if axes.get_legend_handles_labels()[1]:
+        axes.legend(fontsize=8, edgecolor="none")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -635,22 +573,18 @@ def samples_table(run, prompt, settings, rows):
     if settings:
         intro += f" ({escape(settings)})"
     if run.benchmarks:
-        benchmark = escape(str(run.rows["benchmark"][0].get("name")))
+        benchmark = escape(run.rows["benchmark"][0].get("name"))
         titles[1] = f"accuracy on {benchmark} in %: acc / acc_norm / acc_pmi"
-    if run.batch_tokens:
-        titles.insert(0, "tokens")
-    titles.insert(0, "step")
-    lines = [f"{intro}:", "", table_row(titles), "|" + "---:|" * (len(titles) - 1) + "---|"]
+    first = ["step", "tokens"] if run.batch_tokens else ["step"]
+    lines = [f"{intro}:", "", table_row(first + titles), "|" + "---:|" * (len(first) + 2) + "---|"]
     accuracies = {row["step"]: percent(row) for row in run.rows["benchmark"]}
     for row in rows:
         step = row["step"]
         cells = [f"{step:,}"]
         if run.batch_tokens:
             cells.append(f"{step * run.batch_tokens:,}")
-        cells.append(f"{losses[step]:.4f}" if step in losses else "")
-        cells.append(accuracies.get(step, ""))
-        cells.append(sample_text(row))
-        lines.append(table_row(cells))
+        loss = f"{losses[step]:.4f}" if step in losses else ""
+        lines.append(table_row([*cells, loss, accuracies.get(step, ""), sample_text(row)]))
     return [*lines, ""]
 
 
@@ -663,7 +597,7 @@ def questions_table(run):
         return ["No held-out row to ask a question from: none was held out, or none fits into the "
                 "window.", ""]
     last = run.rows["sample"][-1]["step"] if run.rows["sample"] else 0
-    frequent = escape(str(info.get("frequent_answer", "")))
+    frequent = escape(info.get("frequent_answer", ""))
     share = number(info.get("frequent_share"))
     lines = [table_row(["question, held out", "base (step 0)", f"tuned (step {last:,})",
                         f"the most frequent training answer ({share:.2%})", "right answer"]),
@@ -672,11 +606,9 @@ def questions_table(run):
         if not isinstance(question, dict):
             continue
         prompt = str(question.get("question"))
-        right = escape(str(question.get("answer")))
         answers = {row["step"]: sample_text(row) for row in run.samples.get((prompt, ""), [])}
-        base = answers.get(0, "")
-        tuned = answers.get(last, "")
-        lines.append(table_row([escape(prompt), base, tuned, frequent, right]))
+        lines.append(table_row([escape(prompt), answers.get(0, ""), answers.get(last, ""), frequent,
+                                escape(question.get("answer"))]))
     lines += ["", "What a model says to every question is a habit of its training, not knowledge."]
     return [*lines, ""]
 
@@ -688,12 +620,12 @@ def table_row(cells):
 def sample_text(row):
     """The text of a sample; with " …" if it was cut short."""
     cut = " …" if row.get("cut") is True else ""
-    return escape(str(row.get("text", ""))) + cut
+    return escape(row.get("text", "")) + cut
 
 
-def escape(text):
-    """Text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", " ".join(text.split()))
+def escape(value):
+    """A value as text that Markdown shows as it is, on one line."""
+    return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", " ".join(str(value).split()))
 
 
 def percent(row):
@@ -750,19 +682,19 @@ def main(argv=None):
                         help="of the x axis; log because early learning is fast")
     parser.add_argument("--batch_tokens", type=count, help="tokens per step, if not in the log")
     args = parser.parse_args(argv)
-    logs = list(dict.fromkeys(args.logs))  # each once
-    runs = []
-    for log in logs:
+    found = {}
+    for log in args.logs:
         try:
-            runs.append(read_run(log, args.batch_tokens))
+            found[log] = read_run(log, args.batch_tokens)
         except UserError as why:
-            if log == logs[-1] and not runs:
+            if log == args.logs[-1] and not found:
                 raise
             print(f"left out: {why}", file=sys.stderr)
-    times = Counter(run.name for run in runs)
-    for run in runs:
+    times = Counter(run.name for run in found.values())
+    for path, run in found.items():
         if times[run.name] > 1:
-            run.name = run.path  # runs with the same name are told apart by their paths
+            run.name = path
+    runs = list(found.values())
 
     page = Page(runs, args.scale)
     out = Path(args.out)
