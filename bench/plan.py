@@ -18,7 +18,7 @@ from train import read_settings
 
 GPUS = (24, 48, 80, 141)  # GB: RTX 4090, A6000, A100 or H100, H200
 USABLE = 0.9              # the rest is for CUDA itself, its workspaces, and gaps between tensors
-LARGEST = 256             # micro-batch that is tried
+MICRO_BATCHES = [2**i for i in range(9)]  # 1, 2, 4 … 256: those that are tried
 SHARDS = 8                # processes that share a model under --fsdp
 
 RUN = read_settings(["--preset", "1.7b"])    # the paper's run: batches, evaluations, saves
@@ -47,13 +47,11 @@ def memory_table(llama):
     for name, recompute in (("plain", False), ("--activation_checkpointing", True)):
         peaks = {}
         sharded = {}
-        micro_batch = 1
-        smallest = 0  # so far, of what is still growing
-        while micro_batch <= LARGEST and smallest <= USABLE * max(GPUS) * 1e9:
-            peaks[micro_batch] = peak_of_step(config, micro_batch, recompute)
-            sharded[micro_batch] = peak_when_sharded(peaks[micro_batch], llama, SHARDS)
-            smallest = min(peaks[micro_batch], sharded[micro_batch])
-            micro_batch *= 2
+        for n in MICRO_BATCHES:
+            peaks[n] = peak_of_step(config, n, recompute)
+            sharded[n] = peak_when_sharded(peaks[n], llama, SHARDS)
+            if min(peaks[n], sharded[n]) > USABLE * max(GPUS) * 1e9:
+                break
         yield row(name, peaks)
         together = f"{name}, " if recompute else ""
         yield row(f"{together}--fsdp on {SHARDS}", sharded)
@@ -65,7 +63,8 @@ def row(name, peaks):
     for size in GPUS:
         fitting = [n for n, peak in peaks.items() if peak <= USABLE * size * 1e9]
         largest = max(fitting, default="—")
-        line += f"{largest}{'+' if largest == LARGEST else ''}".rjust(10)
+        more = "+" if largest == MICRO_BATCHES[-1] else ""
+        line += f"{largest}{more}".rjust(10)
     return line
 
 

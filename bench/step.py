@@ -16,11 +16,11 @@ import numpy as np
 import torch
 
 from bench.measure import in_fresh_process, matmul_rate, report, seconds_of
-from bench.theirs import in_transformers, their_loss
+from convert_hf import to_hf_config
 from model import ModelConfig, flops_per_token
 from support import fast
 from support.progress import tqdm
-from support.runs import UserError
+from support.runs import UserError, first_line_of
 from train import make_optimizer, read_settings
 
 DEFAULT = ModelConfig(256, 6, 8, 4, 768, 4096, max_seq_len=256)  # 6,819,072 parameters
@@ -46,6 +46,29 @@ def our_loss(llama, inputs, targets):
     """The mean loss, computed as in the loop of train.py; inputs and targets are (B, T)."""
     _, loss = llama(inputs, targets, reduction="sum")
     return loss / targets.numel()
+
+
+def in_transformers(llama):
+    """transformers' LlamaForCausalLM with the parameters of `llama`: our state_dict is theirs.
+    Raises UserError if transformers is not installed."""
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError as error:
+        raise UserError(f"{first_line_of(error)} — pip install -r requirements-extras.txt, or give "
+                        f"--only ours") from None
+    theirs = LlamaConfig.from_dict(to_hf_config(llama.config, "float32"))
+    with llama.lm_head.weight.device:
+        network = LlamaForCausalLM(theirs)
+    network.load_state_dict(llama.state_dict(keep_vars=True), assign=True)
+    return network
+
+
+def their_loss(network, inputs, targets):
+    """The mean loss from transformers' own loss function; inputs and targets are (B, T). (Given
+    `labels` alone it would shift them by one token. In training a cache is of no use.)"""
+    output = network(input_ids=inputs, labels=targets, shift_labels=targets,
+                     num_items_in_batch=targets.numel(), use_cache=False)
+    return output.loss
 
 
 # What is measured: {name: from our network to the function that is timed}.
@@ -83,9 +106,8 @@ def check_networks(names, llama, inputs, targets):
 
 def random_batch(config, micro_batch, device):
     """Inputs and targets, (B, T) each."""
-    generator = torch.Generator().manual_seed(0)
     shape = (micro_batch, config.max_seq_len + 1)
-    windows = torch.randint(config.vocab_size, shape, generator=generator).to(device)
+    windows = torch.randint(config.vocab_size, shape, device=device)
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 

@@ -15,7 +15,6 @@ MODEL = {"type": "BPE", "dropout": None, "continuing_subword_prefix": "", "end_o
          "byte_fallback": False, "ignore_merges": False}
 CUTTER = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
 
-
 # These bytes have no visible character in Latin-1; GPT-2 gives them those from 256 on.
 HIDDEN = [byte for byte in range(256) if byte == ord(" ") or not chr(byte).isprintable()]
 VISIBLE = {byte: 256 + i for i, byte in enumerate(HIDDEN)}
@@ -120,13 +119,12 @@ def read_tokenizer_json(file):
     found = read_json(file)
     try:
         model = found["model"]
-        cutter = found["pre_tokenizer"]
         check_fields(model, MODEL, f"{file}: its model")
-        check_fields(cutter, CUTTER, f"{file}: its pre_tokenizer")
+        check_fields(found["pre_tokenizer"], CUTTER, f"{file}: its pre_tokenizer")
         check_fields(found, {"normalizer": None}, file)
-        vocabulary = {text: int(number) for text, number in model["vocab"].items()}
+        vocabulary = dict(model["vocab"])
         for token in found.get("added_tokens") or []:
-            vocabulary[token["content"]] = int(token["id"])
+            vocabulary[token["content"]] = token["id"]
         merges = [tuple(merge.split(" ") if isinstance(merge, str) else merge)
                   for merge in model["merges"]]
     except (KeyError, TypeError, AttributeError, ValueError) as why:
@@ -136,7 +134,7 @@ def read_tokenizer_json(file):
 
 
 def check_fields(found, expected, where):
-    """Raise UserError unless a JSON object has these fields, or has none of that name."""
+    """Raise UserError if a field of a JSON object has another value; it may be absent."""
     for name, value in expected.items():
         if found.get(name, value) not in (value, None):
             raise UserError(f"{where} has {name} {found[name]!r}, GPT-2's tokenizer {value!r} — "
@@ -144,6 +142,7 @@ def check_fields(found, expected, where):
 
 
 def read_json(file):
+    """The JSON object in a file. Raises UserError."""
     try:
         value = parse_json(file.read_text(encoding="utf-8"))
         if not isinstance(value, dict):
@@ -156,10 +155,10 @@ def read_json(file):
 def difference(vocabulary, merges, tokenizer):
     """How they differ from those of a data.Tokenizer, in a few words; None if they do not."""
     ours, our_merges = tables_of(tokenizer)
-    others = vocabulary.items() - ours.items()
+    others = [text for text, number in vocabulary.items() if number != ours.get(text)]
     if others:
-        text, number = max(others, key=lambda item: item[1])
-        return f"{text!r} has id {number}, in GPT-2's {ours.get(text, 'none')}"
+        text = others[-1]
+        return f"{text!r} has id {vocabulary[text]}, in GPT-2's {ours.get(text, 'none')}"
     if merges != our_merges:
         return "its merges are others"
     return None

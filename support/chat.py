@@ -246,7 +246,7 @@ def hold_out(chats, splits, share, seed):
     held = np.array([(split or "train").strip().lower() != "train" for split in splits])
     words = [words_of(messages) for messages in chats]
     order = np.argsort(~held, kind="stable")              # held-out rows first
-    first = {words[row]: row for row in reversed(order)}  # of rows that repeat, the first one
+    first = {words[row]: row for row in reversed(order)}  # of those that repeat, the first one
     rows = np.sort(list(first.values()))
     if any(splits):
         is_held = held[rows]
@@ -303,7 +303,7 @@ class Examples:
     A row longer than max_length is cut if at least one token of an answer remains; otherwise it is
     skipped. `cut` and `skipped` are their numbers. For each row, `chats` has its conversation,
     `whole` whether it was not cut, `lengths` the tokens that it reads, `targets` those that
-    count."""
+    count, `padded` the tokens that it reads with its padding."""
 
     def __init__(self, chats, tokenizer, system, max_length, progress=False):
         self.max_length = max_length
@@ -323,13 +323,13 @@ class Examples:
             end = counted[-1] + 1  # a question after the last answer would be read for nothing
             self.chats.append(messages)
             self.whole.append(fits)
-            self.ids.append(np.array(ids[:end], dtype=np.uint16))
+            self.ids.append(np.array(ids[:end]))
             self.counts.append(counts[:end])
-        self.cut = len(self.whole) - sum(self.whole)
+        self.cut = self.whole.count(False)
         self.lengths = np.array([len(ids) - 1 for ids in self.ids], dtype=int)
         self.targets = np.array([row[1:].sum() for row in self.counts], dtype=int)
         padded = np.ceil(self.lengths / MULTIPLE).astype(int) * MULTIPLE
-        self.padded = np.minimum(padded, max_length)  # tokens that a row reads with its padding
+        self.padded = np.minimum(padded, max_length)
 
     def __len__(self):
         return len(self.ids)
@@ -344,10 +344,9 @@ class Examples:
         targets = np.full((len(rows), T), IGNORE, dtype=np.int64)
         for place, row in enumerate(rows):
             n = self.lengths[row]
-            ids = self.ids[row].astype(np.int64)
-            counts = self.counts[row][1:]
+            ids = self.ids[row]
             inputs[place, :n] = ids[:-1]
-            targets[place, :n][counts] = ids[1:][counts]
+            targets[place, :n] = np.where(self.counts[row][1:], ids[1:], IGNORE)
         return inputs, targets
 
 
