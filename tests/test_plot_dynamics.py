@@ -80,23 +80,12 @@ def test_curves_are_those_of_the_log(whole):
 
 def test_tuning_is_drawn_over_steps(tmp_path):
     """Catches: tokens on the x axis of a tuning, whose steps differ in their number of tokens."""
-<<<<<<< ours
     training = write_log(tmp_path / "training", losses_of([1, 2]))
     answers = {"event": "sft_eval", "step": 2, "token_acc": 0.1}
     tuning = write_log(tmp_path / "tuning", [*losses_of([1, 2]), answers])
     assert curve(page_of(tuning), "Held-out answers", "tokens right") == [[2], [0.1]]
     assert panel(page_of(tuning, training), "Loss").get_xlabel() == "steps"
     assert panel(page_of(training), "Loss").get_xlabel() == "tokens"  # control
-=======
-    tuning = {"event": "sft_eval", "step": 0, "heldout_loss": 3.0, "token_acc": 0.1, "ended": 0.5}
-    run = read_run(write_log(tmp_path, [*events_of(whole), tuning]))
-    page = Page([run], "log")
-    assert panel(page, "Held-out answers").get_xlabel() == "steps"
-    assert curve(page, "Held-out answers: tokens right", "")[1].tolist() == [0.1]
-    assert curve(page, "Held-out answers that end", "")[1].tolist() == [0.5]
-    assert panel(Page([read_run(whole)], "log"), "Loss").get_xlabel() == "tokens"  # control
-    assert panel(Page([run, read_run(whole)], "log"), "Loss").get_xlabel() == "steps"
->>>>>>> theirs
 
 
 def test_later_evaluations_are_added(whole, tmp_path):
@@ -120,7 +109,6 @@ def test_later_evaluations_are_added(whole, tmp_path):
 def test_results_of_lm_eval_are_drawn(tmp_path, capsys):
     """Catches: a benchmark trajectory that is not drawn, or at another step; a broken file that
     stops the drawing."""
-<<<<<<< ours
     tiny = write_log(tmp_path, losses_of([1, 16]))
     assert panel(page_of(tiny), "Benchmarks") is None  # control
     broken = {"results": {"piqa": None}}
@@ -139,37 +127,6 @@ def test_results_of_lm_eval_are_drawn(tmp_path, capsys):
 
 
 def test_new_event_is_drawn_by_one_line_in_panels(tmp_path, monkeypatch):
-=======
-    copied = Path(shutil.copytree(whole, tmp_path / "r"))
-    for step in (4, 8, 16):
-        results_of_lm_eval(copied / f"lm_eval/step_{step}/hf__tiny", piqa=step / 100, sciq=0.5)
-    run = read_run(copied)
-    assert "piqa (lm-eval, 8 questions)" in run.benchmarks
-    page = Page([run], "log")
-    steps, values = curve(page, "Accuracy on piqa", "acc_norm")
-    assert list(np.array(steps) / run.batch_tokens) == [4, 8, 16]
-    assert np.allclose(values, [0.14, 0.18, 0.26])
-    assert panel(Page([read_run(whole)], "log"), "Accuracy on piqa") is None  # control
-    two = Page([run, read_run(whole)], "log")  # beside another run: the same panels
-    assert panel(two, "Accuracy on sciq").get_title().endswith(": acc_norm")
-    for benchmark, n in (("piqa", 1), ("cloze", 2)):  # runs that have it
-        dotted = [line for line in panel(two, f"Accuracy on {benchmark}").lines
-                  if line.get_marker() == "o"]
-        assert len({line.get_color() for line in dotted}) == len(dotted) == n
-    bad = {"no_step/results_a.json": "{}", "step_9/results_a.json": "{", "step_9/results_b.json":
-           '{"results": [1]}', "step_9/results_c.json": '{"results": {"a": null}}'}
-    for name, text in bad.items():
-        (copied / "lm_eval" / name).parent.mkdir(exist_ok=True)
-        (copied / "lm_eval" / name).write_text(text)
-    (copied / "lm_eval/step_9/results_d.json").mkdir()
-    capsys.readouterr()
-    assert draw(copied, "--out", tmp_path / "figures") == 0
-    assert len(messages(capsys)) == 5
-    assert list(read_run(copied).benchmarks) == list(run.benchmarks)
-
-
-def test_new_event_is_drawn_by_one_line_in_panels(whole, tmp_path, monkeypatch):
->>>>>>> theirs
     """Catches: a reader that drops keys it does not know, so that a new curve needs more edits."""
     measured = {"event": "measured", "step": 10, "norm": 1.5}
     folder = write_log(tmp_path, [*losses_of([1, 10]), measured])
@@ -255,18 +212,11 @@ def test_many_runs_fit_the_page(tmp_path, capsys):
     legend, = page.figure.legends
     assert len({text.get_text() for text in legend.get_texts()}) == 30
     for thing in (page.figure._suptitle, legend):
-<<<<<<< ours
         box = thing.get_window_extent()
         assert 0 <= box.x0 < box.x1 <= width
         assert 0 <= box.y0 < box.y1 <= height
     assert panel(page, "Loss").get_legend() is None
     assert len(legend_of(page_of(*logs[:3]), "Loss")) == 3  # control
-=======
-        box = thing.get_window_extent(renderer)
-        assert 0 <= box.x0 < box.x1 <= width and 0 <= box.y0 < box.y1 <= height
-    assert len({line.get_color() for line in panel(page, "Loss").lines}) == 30
-    assert Page(runs[:1], "log").figure.legends == []  # control
->>>>>>> theirs
     (tmp_path / "empty").mkdir()
     assert draw(logs[0], tmp_path / "empty", logs[1], "--out", tmp_path / "out") == 0
     assert "left out: " in messages(capsys)[-1]
@@ -320,7 +270,6 @@ ODD = ['"loss": 1e999', '"tokens": "x", "loss": true', '"seconds": null', '"toke
 def test_odd_values_do_not_stop_the_drawing(tmp_path):
     """Catches: a value of another type, a huge one, or a $ or _ in a name, that ends in a
     traceback."""
-<<<<<<< ours
     folder = write_log(tmp_path / "_a$x^{$b", losses_of([1, 2]))  # hidden, and a formula
     with open(folder / "metrics.jsonl", "a") as log:
         for step, odd in enumerate(ODD, 3):  # each at its own step: the last row of a step counts
@@ -330,21 +279,6 @@ def test_odd_values_do_not_stop_the_drawing(tmp_path):
     other = write_log(tmp_path / "other", losses_of([1, 2]))
     assert draw(folder, other, "--out", tmp_path / "out") == 0
     assert legend_of(page_of(folder, other), "Loss") == [r"a\$x^{\$b: loss", "other: loss"]
-=======
-    folder = tmp_path / "_a$x^{$b"  # in a figure: hidden, and a formula
-    folder.mkdir()
-    log = (whole / "metrics.jsonl").read_text()
-    for step, odd in enumerate(ODD, 20):  # each at its own step: the last row of a step counts
-        for event in ("start", "train", "eval", "benchmark", "sample", "end", "resume", "sft_eval",
-                      "instructions"):
-            log += f'{{"event": "{event}", "step": {step}, {odd}}}\n'
-    (folder / "metrics.jsonl").write_text(log + '{"a": ' + "[" * 100_000 + "\n")
-    assert draw(folder, "--out", tmp_path / "out") == 0
-    assert draw(folder, whole, "--out", tmp_path / "out") == 0
-    legend, = Page([read_run(folder), read_run(whole)], "log").figure.legends
-    names = [text.get_text().split(" (")[0] for text in legend.get_texts()]
-    assert names == [r"a\$x^{\$b", "whole"]
->>>>>>> theirs
 
 
 def test_smoothing_keeps_a_straight_line():
@@ -358,7 +292,6 @@ def test_smoothing_keeps_a_straight_line():
 
 def test_resumes_and_changes_are_marked(tmp_path):
     """Catches: a jump in a curve whose cause, a resume or another machine, is not on the page."""
-<<<<<<< ours
     resume = {"event": "resume", "step": 5, "env": {"threads": 1}}
     folder = write_log(tmp_path, [
         {**resume, "event": "start", "step": 0},
@@ -388,59 +321,12 @@ def test_seconds_are_those_of_an_undisturbed_run(tmp_path):
 
 
 def test_several_runs_stay_apart(tmp_path, capsys):
-=======
-    events, env = resumed(whole)
-    run = read_run(write_log(tmp_path, events))
-    assert run.marks == [(5, "resume", "resume"),
-                         (10, "optimizer", "without optimizer state"),
-                         (12, "hardware", f"threads {env['threads']} → 64")]
-    page = Page([run], "log")
-    for axes in page.figure.axes[:-1]:  # all but the one by position
-        vertical = [line.get_xdata()[0] for line in axes.lines if len(set(line.get_xdata())) == 1]
-        assert vertical == [5 * 128, 10 * 128, 12 * 128]
-    texts = [text.get_text() for text in panel(page, "Throughput").texts]
-    texts = [" ".join(text.split()) for text in texts]  # they are wrapped
-    assert len(texts) == 2
-    assert re.fullmatch(r"without optimizer state: [\d,]+ → [\d,]+ tokens/s", texts[0])
-    assert re.fullmatch(r"threads \d+ → 64: [\d,]+ → [\d,]+ tokens/s", texts[1])
-    assert read_run(whole).marks == []  # control
-
-
-def test_seconds_are_those_of_an_undisturbed_run(whole, tmp_path):
-    """Catches: a duration with the pause before a resume in it, or without what came before."""
-    events = [event for event in events_of(whole) if event["event"] != "end"]
-    events[0]["time"] = 1000.0
-    unfinished = read_run(write_log(tmp_path / "a", events))
-    assert "seconds" not in plot_dynamics.summary(unfinished)
-    end = {"event": "end", "step": 20, "reason": "done"}
-    new = read_run(write_log(tmp_path / "b", [*events, {**end, "seconds": 12.0}]))
-    assert plot_dynamics.summary(new)["seconds"] == "12"
-    events.append({"event": "resume", "step": 20})
-    again = read_run(write_log(tmp_path / "d", [*events, {**end, "seconds": 1.0}]))
-    assert "seconds" not in plot_dynamics.summary(again)
-
-
-def test_several_runs_stay_apart(whole, tmp_path, capsys):
->>>>>>> theirs
     """Catches: two runs with the same name, of which one replaces the other or cannot be told."""
     logs = [write_log(tmp_path / name, losses_of([1, 2])) for name in ("a", "b", "c/a")]
     assert draw(*logs, logs[0], "--out", tmp_path / "out") == 0
-<<<<<<< ours
     names = [line.split(": ")[0] for line in capsys.readouterr().out.splitlines()]
     assert names == [str(logs[0]), "b", str(logs[2]), "drawn"]
     assert legend_of(page_of(*logs[:2]), "Loss") == ["a: loss", "b: loss"]
-=======
-    printed = capsys.readouterr().out
-    for name in (tmp_path / "a", "b", "other", "whole", tmp_path / "c/a"):
-        assert printed.count(f"{name}: steps 20") == 1
-    page = Page([read_run(tmp_path / name) for name in ("a", "b")], "log")
-    assert panel(page, "Loss: loss (pale), val_loss") is not None
-    legend, = page.figure.legends
-    names = [text.get_text() for text in legend.get_texts()]
-    assert names == ["a (20 steps)", "b (20 steps)"]
-    accuracies = [line for line in panel(page, "Accuracy").lines if line.get_marker() == "o"]
-    assert len(accuracies) == 2  # one for each run; a single run shows three
->>>>>>> theirs
 
 
 @pytest.mark.slow
