@@ -34,8 +34,6 @@ from support.rows import read_json_rows
 from support.runs import (AT_END, UserError, first_line_of, hold, quoted, script, settings_of,
                           trained_window, warn)
 
-DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-
 
 def import_safetensors():
     try:
@@ -199,7 +197,7 @@ def export(run, out, step, dtype, anyway):
             del tensors["lm_head.weight"]  # it is the embedding
         n = sum(tensor.numel() for tensor in tensors.values())
         for name in tqdm(list(tensors), desc="converting", unit=" tensors"):
-            tensors[name] = tensors[name].to(DTYPES[dtype])
+            tensors[name] = tensors[name].to(getattr(torch, dtype))
         save(tensors, folder / "model.safetensors")
         write_json(folder / "config.json", to_hf_config(config, dtype))
         eot = config.vocab_size - 1
@@ -470,7 +468,7 @@ def main(argv=None):
     out.add_argument("run", type=Path, metavar="RUN", help="run folder")
     out.add_argument("folder", type=Path, metavar="DIR", help="folder to write, a new one")
     out.add_argument("--step", type=int, help="checkpoint; without it the newest")
-    out.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16",
+    out.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16",
                      help="of the weights in the files; float32 is exact, and twice as large")
     out.add_argument("--adapters", action="store_true",
                      help="of a LoRA run: the adapters alone, for peft; without it they are merged")

@@ -87,7 +87,7 @@ JINJA = """\
 """
 
 
-def jinja_template(system=SYSTEM):
+def jinja_template(system):
     """The template as text, with a default system prompt."""
     before = f"{system} " if system else ""
     return JINJA.replace("SYSTEM", json.dumps(before, ensure_ascii=False))
