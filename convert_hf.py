@@ -303,6 +303,7 @@ def import_folder(folder, run, step):
     run.mkdir(parents=True, exist_ok=True)
     held = hold(run)
     AT_END.append(lambda code: os.close(held))
+    check_target(run, step, settings)  # again: another process may have been faster
     write_json(run / "config.json", settings)
     durable.write_checkpoint(run, step, {"model.pt": weights})
     print(f"{run}: step {step:,}. Next:\n"

@@ -80,7 +80,8 @@ def draw_long(panel):
 
 
 def numbers():
-    """{what: text or number}: the excess in each cell of the grid, the four ways, the long pairs."""
+    """{what: text or number}: the excess in each cell of the grid, the four ways, the long
+    pairs."""
     eight = common.ends(common.runs_of("7_seeds", "seed", range(1, 9)), "eval", "val_loss")
     noise = stdev(eight)
     found = {"noise of seeds: standard deviation of val loss (7)": f"{noise:.3f}"}

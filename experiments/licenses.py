@@ -1,5 +1,5 @@
-"""licenses.py — validation text of none of the kinds that experiment 4 compares: the licences of the
-required Python packages.
+"""licenses.py — validation text of none of the kinds that experiment 4 compares: the licences of
+the required Python packages.
 
     python experiments/licenses.py data/licenses
 """

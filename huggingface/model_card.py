@@ -64,7 +64,7 @@ SCORES = {"val_loss": "loss on held-out text, nats/token", "val_bpb": "the same 
 def model_card(name, step, parameters, config, dtype, settings, source, score):
     """README.md of an exported folder: what it is and how it was made. settings: of the run.
     source: the name of its training text. score: its evaluation at this step, or {}."""
-    head = ["---", "library_name: transformers", "pipeline_tag: text-generation"]
+    head = ["---", "library_name: transformers", "pipeline_tag: text-generation", "license: other"]
     if source == "fineweb-edu":
         head += ["datasets:", "- HuggingFaceFW/fineweb-edu"]
     facts = {"parameters": f"{parameters:,}, here in {dtype}",

@@ -17,6 +17,8 @@ from support.runs import UserError
 SIZES = ("--dim 32 --n_layers 1 --n_heads 2 --n_kv_heads 1 --intermediate_size 48 --vocab_size 100 "
          "--threads 1 --device cpu --seq_len 16 --micro_batch 2 --steps 1").split()
 
+PLAIN = ["--only", "ours", "transformers"]  # those that are not compiled
+
 
 @pytest.fixture(autouse=True)
 def one_thread(one_thread_afterwards):
@@ -83,7 +85,7 @@ def test_networks_that_differ_are_refused(no_processes, monkeypatch, capsys):
     without the mistake they end with a table.)"""
     pytest.importorskip("transformers")
     monkeypatch.setattr(step, "in_transformers", with_other_theta)
-    assert exit_code(bench.main, [*SIZES, "--no-compile"]) == 2
+    assert exit_code(bench.main, [*SIZES, *PLAIN]) == 2
     line = messages(capsys)[-1]
     assert "ours and transformers are different networks: model.layers.0." in line
     assert no_processes == []  # it was refused before anything was measured
@@ -96,7 +98,7 @@ def test_bench_measures_a_training_step(flags, plain, no_processes, capsys):
     gradients too small to be compared; all rounds of one, then all of the other; a cold start in
     each round; settings of ours for transformers unasked."""
     pytest.importorskip("transformers")
-    argv = [*SIZES, "--rounds", "2", "--no-compile", *flags.split()]
+    argv = [*SIZES, "--rounds", "2", *PLAIN, *flags.split()]
     assert exit_code(bench.main, argv) is None
     printed = capsys.readouterr().out
     header, ours, theirs = cells(printed)
@@ -133,7 +135,7 @@ def test_bench_measures_compiled_networks(capsys):
     """Catches: a compiled network that differs, or whose second start compiles again."""
     pytest.importorskip("transformers")
     names = ["ours", "ours-compiled", "transformers"]  # theirs compiled would take two minutes more
-    assert exit_code(bench.main, [*SIZES, "--rounds", "2", "--compile", "--only", *names]) is None
+    assert exit_code(bench.main, [*SIZES, "--rounds", "2", "--only", *names]) is None
     rows = cells(capsys.readouterr().out)[1:]
     assert [row[0] for row in rows] == names
     cold, warm = (float(text.split()[0]) for text in rows[1][-2:])
@@ -170,20 +172,18 @@ def test_a_fresh_process_reports(monkeypatch):
 def test_no_transformers_is_one_line(no_processes, monkeypatch, capsys):
     """Catches: a traceback where an optional package is missing; needing it for --only ours."""
     monkeypatch.setitem(sys.modules, "transformers", None)  # as if it were not installed
-    assert exit_code(bench.main, [*SIZES, "--no-compile"]) == 2
+    assert exit_code(bench.main, [*SIZES, *PLAIN]) == 2
     assert "pip install -r requirements-extras.txt" in messages(capsys)[-1]
     assert exit_code(bench.main, [*SIZES, "--only", "ours"]) is None  # control
 
 
 def test_no_compiler_leaves_out_what_is_compiled(monkeypatch, capsys):
     """Catches: a failing compilation where there is no compiler; leaving it out in silence."""
-    def names(*argv):
-        return bench.choose_names(bench.read_arguments(argv), torch.device("cpu"))
-
     monkeypatch.setattr(bench, "can_compile", lambda device: False)
-    assert names() == ["ours", "transformers"]
+    assert bench.choose_names(None, torch.device("cpu")) == ["ours", "transformers"]
     assert capsys.readouterr().out == "left out: ours-compiled, transformers-compiled\n"
-    assert names("--compile") == list(step.IMPLEMENTATIONS)  # control
+    monkeypatch.setattr(bench, "can_compile", lambda device: True)  # control
+    assert bench.choose_names(None, torch.device("cpu")) == list(step.IMPLEMENTATIONS)
 
 
 def test_a_preset_gives_the_sizes_and_a_flag_wins():
@@ -193,13 +193,12 @@ def test_a_preset_gives_the_sizes_and_a_flag_wins():
 
 
 @pytest.mark.parametrize("flags, message", [
-    ("--dim 65 --no-compile", "dim 65 is not divisible by n_heads 8 — give sizes that fit"),
-    ("--only ours ours-compiled --no-compile", "--only names ours-compiled, and --no-compile"),
+    ("--dim 65", "dim 65 is not divisible by n_heads 8 — give sizes that fit"),
     ("--rounds 0", "0 is out of range"),
     ("--device tpu", "no device tpu here"),
     ("growth --dim 64", "unrecognized arguments: --dim 64"),
     ("plan 2b", "invalid choice: '2b'"),
-    ("decode", "no command decode: there are growth and plan"),
+    ("decode", "unrecognized arguments: decode"),
 ])
 def test_bench_mistakes_are_one_line(flags, message, capsys):
     """Catches: a traceback, or a run that begins with a wrong setting."""
@@ -235,15 +234,13 @@ def test_growth_measures_what_is_missing(tmp_path):
     assert (tmp_path / "growth.png").stat().st_size > 10_000
 
 
-@pytest.mark.parametrize("line", ['{"dim": 128', "7", json.dumps({"dim": 128}),
-                                  json.dumps(size(128, 256, tok_per_s=None)),
-                                  json.dumps(size(129, 256))])
+@pytest.mark.parametrize("line", ['{"dim": 128', "7", json.dumps({"dim": 128})])
 def test_damaged_growth_is_refused(tmp_path, line):
     """Catches: a traceback, or a figure of half a row."""
     good = json.dumps(size(256, 256))
     file = tmp_path / "growth.jsonl"
     file.write_text(f"{good}\n{line}\n")
-    with pytest.raises(UserError, match=r"growth\.jsonl:2: not a row"):
+    with pytest.raises(UserError, match=r"growth\.jsonl, line 2: not a row"):
         growth.read_rows(file)
     file.write_text(f"{good}\n")
     assert growth.read_rows(file) == [size(256, 256)]  # control

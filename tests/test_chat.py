@@ -259,7 +259,7 @@ BAD_ROWS = {
     json.dumps({**GOOD, "output": "b" * 1_000_001}): "has 1,000,001 characters",
     json.dumps({**GOOD, "history": [["c?"]]}): "a list of [question, answer]",
     json.dumps({**GOOD, "system": 3}): "the system prompt must be a string",
-    json.dumps({"messages": [system("A."), *TALK], "system": "B."}): 'a "system" beside',
+    json.dumps({"messages": [system("A."), *TALK], "system": "B."}): "the roles must be",
     json.dumps({"messages": [user("a?"), {**assistant("b"), "weight": "0"}]}): "must be 0 or 1",
 }
 

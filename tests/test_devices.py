@@ -72,11 +72,11 @@ def test_gpu_that_torch_cannot_use_is_reported(monkeypatch, tmp_path, capsys, na
     monkeypatch.setattr(devices, "NVIDIA", tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    devices.note_unused_gpu.cache_clear()
+    devices.warn.cache_clear()
     for _ in range(2):
         assert devices.choose_device(name) == torch.device("cpu")
     assert capsys.readouterr().err.count("cannot use this machine's GPU") == is_told
-    devices.note_unused_gpu.cache_clear()
+    devices.warn.cache_clear()
 
 
 def test_processes_wait_as_long_as_rank_0_may_save(monkeypatch):
