@@ -154,6 +154,25 @@ def test_unedited_text_uses_every_part():
         assert fast.hash_of(getattr(model, name)) == fast.KNOWN[name]
 
 
+def test_kernels_read_an_edited_mask(monkeypatch):
+    """Catches: a kernel that takes a mask for the causal one without looking. (In short windows on
+    a CPU no kernel is used that could.)"""
+    def window_of_four(size, device=None):
+        return torch.full((size, size), -torch.inf).tril(-4) + causal(size, device)
+
+    causal = model.causal_mask
+    monkeypatch.setattr(fast, "SHORT", 0)
+    for mask in (causal, window_of_four):
+        monkeypatch.setattr(model, "causal_mask", mask)
+        plain = build()
+        expected = plain(batch())[0]
+        assert gap(fast.use(plain, ["attention"])(batch())[0], expected) < 1e-5
+    is_blind = functools.partial(fast.fast_attention, is_causal=True)  # control
+    for block in plain.model.layers:
+        block.self_attn.attend = is_blind
+    assert gap(plain(batch())[0], expected) > 1e-3
+
+
 def test_comments_and_layout_are_not_text():
     """Catches: a comment that makes a run slow; an edit that is taken for a comment."""
     plain = 'def f(x):\n    """Doc."""\n    return x + 1\n'
