@@ -1,7 +1,8 @@
 """checkpoint.py — what a run is: its full state. `capture` collects it, `restore` puts it back.
 
-A run is more than its weights. AdamW keeps two more numbers for every weight. Without them a
-resumed run is another run: the practical lesson of the paper, arXiv 2412.13335. See it with
+A run is more than its weights. AdamW keeps two more numbers for every weight, its moments (see
+make_optimizer in train.py). Without them a resumed run is another run: the practical lesson of the
+paper, arXiv 2412.13335. See it with
 `train.py --resume --reset_optimizer`.
 
 A checkpoint is a folder. How it is kept whole on the disk is in support/durable.py.
@@ -10,7 +11,7 @@ A checkpoint is a folder. How it is kept whole on the disk is in support/durable
                                         train_state.pt   the rest of the full state
                                         meta.json        step; size and SHA-256 of both
 
-Of older checkpoints `save` deletes train_state.pt: they can be sampled and scored, not resumed.
+`save` deletes train_state.pt from older checkpoints. These can be sampled and scored, not resumed.
 """
 from dataclasses import asdict, dataclass, fields
 
@@ -33,17 +34,18 @@ class Progress:
     step: int = 0         # number of finished steps: the position in the data and in the schedule
     tokens: int = 0       # number of tokens read
     seconds: float = 0.0  # time spent in training steps, over all resumes
-    updates: int = 0      # number of updates that the optimizer's moments include: less than `step`
-                          # after a --reset_optimizer, or if gradients overflowed in fp16
+    updates: int = 0      # number of updates in the optimizer's moments: normally `step`; less
+                          # after --reset_optimizer, or if fp16 skipped an update
 
 
-def capture(model, optimizer, scaler, progress, **constants):
+def capture(model, optimizer, scaler, progress, **others):
     """Everything that the next step depends on: a run that goes on from this is the same run.
 
     Tensors are saved under the names of their parameters. So you may reorder the code, or use
-    another number of processes, and still resume. All processes must call this. It copies nothing,
-    but with --fsdp rank 0 gathers the tensors, one by one; on other ranks they are None.
-    `constants` is the rest:
+    another number of processes, and still resume. Tensors are not copied: save them before the next
+    update. With several processes all must call this. With --fsdp, where each holds a part of every
+    tensor, rank 0 collects the parts; the others get None. `others`: what belongs neither to the
+    model nor to the optimizer:
 
         config      the settings of the run
         env         device, precision, processes, versions: to report what changes on a resume
@@ -58,7 +60,7 @@ def capture(model, optimizer, scaler, progress, **constants):
         "scaler": scaler.state_dict(),  # the loss scale of fp16
         "rng": random_state(),          # our loop draws no random numbers; yours may: dropout
         **asdict(progress),
-        **constants}
+        **others}
 
 
 def restore(state, model, optimizer, scaler, reset_optimizer=False):
@@ -69,7 +71,7 @@ def restore(state, model, optimizer, scaler, reset_optimizer=False):
     UserError naming what is missing, unknown or of another shape."""
     with durable.one_line_error("the checkpoint"):
         progress = Progress(*[state[field.name] for field in fields(Progress)])
-        restore_weights(state, model)
+        restore_weights(state, model)  # first, so that another network is reported as that
         if reset_optimizer:
             progress.updates = 0
         else:
@@ -82,7 +84,7 @@ def restore(state, model, optimizer, scaler, reset_optimizer=False):
 
 
 def weights_of(model):
-    """{name: tensor}. Of a LoRA run only the adapters: its base does not change, see base.pt."""
+    """{name: tensor} of all weights; of sft.py --lora only of the small matrices that it trains."""
     weights = model.state_dict()
     return lora.trained_weights(model) if lora.is_lora(weights) else weights
 
@@ -108,20 +110,22 @@ def restore_optimizer(state, optimizer, model):
                         f"{type(optimizer).__name__} — use the code that wrote it, or go on "
                         f"without that state: --reset_optimizer")
     moments = state["optimizer"]
-    if state["updates"] == 0 and not any(moments.values()):
+    if state["updates"] == 0 and not any(moments.values()):  # saved before the first update
         return
     make_state(optimizer, model, moments)
     fill("optimizer state", moments_of(optimizer, model), moments)
-    counts = [float(each["step"]) for each in moments.values() if "step" in each]
+    # AdamW counts its updates too; the two numbers must agree.
+    counts = [int(each["step"]) for each in moments.values() if "step" in each]
     if counts and max(counts) != state["updates"]:
         raise UserError(f"the checkpoint's optimizer state is of {max(counts)} updates, not of "
                         f"{state['updates']} — use the code that wrote it")
 
 
 def make_state(optimizer, model, saved):
-    """Let a new optimizer make its state, which every kind does in its own way in its first step.
-    Gradients are 1; parameters that had none before the save get none here either. The step changes
-    weights: restore them afterwards."""
+    """Let a new optimizer make its moments, whose form only it knows: PyTorch makes them in the
+    first step. So this is a step with gradients of 1; the saved moments are then copied over what
+    it made. A parameter whose saved state is {} never had a gradient and gets none here either. The
+    step changes the weights: restore them afterwards."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and saved.get(name) != {}:
             parameter.grad = torch.ones_like(parameter)
@@ -129,11 +133,11 @@ def make_state(optimizer, model, saved):
     optimizer.zero_grad(set_to_none=True)
 
 
-def fill(what, here, saved):
-    """Copy the tensors of `saved` into those of `here`, both nested dicts. This is the one place
+def fill(what, target, saved):
+    """Copy the tensors of `saved` into those of `target`, both nested dicts. This is the one place
     where names, shapes and dtypes are compared. Raises UserError naming the differences."""
-    in_file = trees.forms(saved)
-    in_code = trees.forms(here)
+    in_file = trees.forms(saved)  # {name: shape and dtype}
+    in_code = trees.forms(target)
     differences = []
     for name in sorted(in_file.keys() | in_code.keys()):
         forms = in_file.get(name, "absent"), in_code.get(name, "absent")
@@ -144,19 +148,19 @@ def fill(what, here, saved):
                         f"parameters: {', '.join(differences[:4])} — use the code and the preset "
                         f"that wrote it")
     with durable.one_line_error(f"the checkpoint's {what}"):
-        sharding.scatter(saved, here)
+        sharding.scatter(saved, target)
 
 
 # -------------------------------------------------------------------------------------------------
 # To disk and back
 
 def save(run, state, keep_last, keep_every):
-    """On rank 0, write the state into a checkpoint of `run`, then prune older ones. The newest
-    `keep_last` remain full states. Older ones keep their weights if their step is 0, a power of two
-    or a multiple of `keep_every`; the others are deleted.
+    """On rank 0, write the state into a checkpoint of `run`. Then keep the newest `keep_last` as
+    they are; of step 0, of powers of two (early learning is fast) and of multiples of `keep_every`
+    the weights alone; and delete the rest.
 
-    Raises UserError with exit code 3 if a number is NaN or infinite, with 4 if the checkpoint
-    cannot be written. Older checkpoints are then intact."""
+    Raises UserError if a number is NaN or infinite, or if the checkpoint cannot be written. Older
+    checkpoints are then intact."""
     if processes()[0] > 0:
         return
     rest = dict(state)
@@ -167,9 +171,9 @@ def save(run, state, keep_last, keep_every):
 
 
 def read_back(run, step, model, old, new, scaler):
-    """Load the state that was just saved, and restore it into `new`, an optimizer that takes the
-    place of `old`. If anything that `old` holds is not in `new`, the run could not be resumed: it
-    ends here. All processes must call this."""
+    """A test, made once in a run: load the state that was just saved into `new`, another optimizer,
+    which takes the place of `old`. If anything that `old` holds is not in `new`, a resume would
+    lose it: so the run ends here, with its name. All processes must call this."""
     wait_for_rank_0()  # until it has saved
     before = trees.contents_of(old, model)
     old.state.clear()  # there may be no memory for the moments of two optimizers
@@ -186,7 +190,7 @@ def read_back(run, step, model, old, new, scaler):
 
 def load(folder):
     """The full state in the folder of a checkpoint, as `capture` returned it; None if the folder is
-    None. Raises UserError if the files, though undamaged, hold something else."""
+    None. Raises UserError if the files hold something else, or the state of another step."""
     if folder is None:
         return None
     weights = durable.load_weights(folder / "model.pt")
@@ -208,8 +212,8 @@ def read_config(saved):
     return config
 
 
-def network(config):
-    """A Llama, to be filled with saved weights."""
+def empty_model(config):
+    """A Llama whose weights have no values yet, to be filled with saved ones: that saves time."""
     with durable.one_line_error(f"a network of {config}"), NoInit():
         return Llama(config)
 
@@ -232,6 +236,6 @@ def load_weights(run, step=None):
 def load_model(run, step=None, device="cpu"):
     """(model, tokenizer, step) of the newest undamaged checkpoint of `run`, or of `step`."""
     weights, step = load_weights(run, step)
-    model = network(read_config(weights["config"]))
+    model = empty_model(read_config(weights["config"]))
     restore_weights(weights, model)
     return model.to(device).eval(), Tokenizer(model.config.vocab_size), step

@@ -1,8 +1,8 @@
 """data.py — token ids: the tokenizer, a folder of shards, the order in which they are read.
 
 No download and no torch in here. Which tokens a step reads depends only on the files, the seed and
-the number of the step. So one number is enough to resume, and more processes read the same tokens,
-only faster. To see the tokenizer at work:
+the number of the step. So to resume it is enough to know the step. With more processes a step reads
+the same tokens, divided among them. To see the tokenizer at work:
 
     python prepare_data.py show "Two commands." --vocab_size 512
 """
@@ -21,7 +21,9 @@ from support.files import blocks_sha256, sha256_of
 from support.runs import UserError, first_line_of, parse_json, quoted
 
 # -------------------------------------------------------------------------------------------------
-# Tokenizer: GPT-2's byte-level BPE, optionally with only the first merges of its table.
+# Tokenizer: GPT-2's byte-pair encoding, optionally with only the first merges of its table. It
+# starts from the 256 bytes. Its training merged, again and again, the two neighbours that occur
+# together most often into one new token. The table lists the tokens in this order, their ranks.
 
 # The table: lines of "base64(token) rank", in the order of the ranks.
 MERGES = Path(__file__).parent / "support" / "gpt2.tiktoken"
@@ -31,7 +33,8 @@ GPT2_VOCAB_SIZE = 50_257
 # How GPT-2 cuts text before it merges (Radford et al. 2019, §2.2): contractions, words, numbers,
 # signs, white space.
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-# Where longer white space is cut: on a million such characters tiktoken's Rust code would panic.
+# White space is cut after so many characters, because a million of them crash tiktoken. (The
+# brackets: split() then returns the white space too.)
 LONG_BLANK = re.compile(r"(\s{100000})")
 
 
@@ -98,19 +101,19 @@ class Shard:
 
 
 def open_shard(path, length, offset=None):
-    """A shard of `length` tokens: a .npy file, or a file that from the byte `offset` on holds
-    uint16 numbers. Raises UserError naming the file, what was expected and what was found."""
+    """A shard of `length` tokens: a .npy file, or raw uint16 numbers behind the first `offset`
+    bytes of a file. Raises UserError naming the file, what was expected and what was found."""
     if not path.is_file():
         raise UserError(f"{path}: shard is missing — {ADVICE}")
     size = path.stat().st_size
-    if offset is None and path.suffix == ".bin":  # older folders do not tell it
+    if offset is None and path.suffix == ".bin":  # prepared by older code: the end of the file
         offset = size - 2 * length
     try:
         if offset is None:
             tokens = np.lib.format.open_memmap(path, mode="r")
         else:
             tokens = np.memmap(path, dtype="<u2", mode="r", offset=offset, shape=(length,))
-        end = tokens.offset + tokens.nbytes  # with one flipped bit a header tells another length
+        end = tokens.offset + tokens.nbytes  # a damaged header may tell another length
     except Exception as error:  # of a damaged header NumPy raises almost any exception
         raise UserError(f"{path}: expected {length} tokens, found {size} bytes that cannot be read "
                         f"({first_line_of(error)}) — {ADVICE}") from None
@@ -153,7 +156,7 @@ class DataFolder:
     def open_split(self, split):
         shards = []
         for row in self.meta["splits"][split]:
-            path = self.path / row["file"]  # an absolute one stays: it is of an adopted folder
+            path = self.path / row["file"]  # or an absolute path, of another project's shard
             shards.append(open_shard(path, row["tokens"], row.get("offset")))
         return shards
 
@@ -167,11 +170,11 @@ class DataFolder:
     @functools.cached_property
     def fingerprint(self):
         """What the data is, for the checkpoint: [name, number of tokens, hash of some of its
-        blocks] of each shard, and the same of the questions, if there are any."""
+        blocks] of each shard, and the same of the questions for evaluate.py, if it has some."""
         rows = [[shard.path.name, len(shard.tokens), blocks_sha256(shard.path)]
                 for shard in self.train + self.val]
         questions = self.path / "cloze.jsonl"
-        if os.path.lexists(questions):  # a link to nowhere is an error
+        if os.path.lexists(questions):  # also a link to nowhere, which is then an error
             rows.append([questions.name, questions.stat().st_size, sha256_of(questions)])
         return rows
 
@@ -182,13 +185,13 @@ class DataFolder:
             recorded = recorded or []
             changed = [row[0] for row in found if row not in recorded]
             changed += [row[0] for row in recorded if row not in found]
-            # Each once; without any, it is their order.
+            # A shard that changed is in both lists: name it once. Empty lists: the order differs.
             what = ", ".join(dict.fromkeys(map(str, changed))) or "the order of the shards"
             raise UserError(f"{self.path} is not the data of this run (changed: {what}) — {advice}")
 
 
 def check_meta(meta):
-    """Raise ValueError if what a meta.json tells is not what we read, or cannot be."""
+    """Raise ValueError if a meta.json is of data that we cannot use, or contradicts itself."""
     if meta["tokenizer"] != "gpt2" or meta["dtype"] != "uint16":
         raise ValueError("other tokens than ours")
     if meta["eot"] != meta["vocab_size"] - 1:
@@ -204,8 +207,8 @@ def check_meta(meta):
 
 
 def check_range(shard, start, tokens, vocab_size):
-    """Raise UserError naming shard, offset and id if one of its `tokens`, which begin at offset
-    `start`, is not in the vocabulary: it would index outside the embedding."""
+    """Raise UserError naming shard, offset and id if one of `tokens` is not in the vocabulary: it
+    would index outside the embedding. start: the offset of the first of them in the shard."""
     if tokens.max() >= vocab_size:
         at = int(np.argmax(tokens >= vocab_size))  # the first of them
         raise UserError(f"{shard.path}: token {tokens[at]} at offset {start + at} is outside the "
@@ -220,11 +223,15 @@ class Windows:
     """All windows of a list of shards, and the order in which training reads them.
 
     With T = seq_len, the first window of a shard is its tokens 0 … T, the next T … 2T, and so on:
-    T inputs and, one place later, T targets. A window does not cross shards; the end of a shard
-    that is too short for one is left out. Raises UserError if there is not one window.
+    T inputs and, one place later, T targets. (Two windows share a token: the last target of one is
+    the first input of the next.) A window does not cross shards; the end of a shard that is too
+    short for one is left out. Raises UserError if there is not one window.
 
-    Four numbers: a window has an index, through all shards. A position counts 0, 1, 2 … over the
-    whole training; a place counts within its epoch. An offset is that of a token in its shard."""
+        window      its number, counted through all shards: 0 … total − 1
+        place       when in its epoch it is read: order[place] is the window
+        position    the same over the whole training: epoch · total + place
+        offset      where a token stands in its shard
+    """
 
     def __init__(self, shards, seq_len, vocab_size, seed=0, shuffle=True):
         self.shards = shards
@@ -233,18 +240,18 @@ class Windows:
         self.seed = seed
         self.shuffle = shuffle
         counts = [(len(shard.tokens) - 1) // seq_len for shard in shards]
-        self.first = np.cumsum([0] + counts)  # index of each shard's first window, and the total
+        self.first = np.cumsum([0] + counts)  # each shard's first window; at the end the total
         self.total = int(self.first[-1])
-        self.order = None        # of one epoch: the window at each place; kept, as it takes long
-        self.order_epoch = None  # of which epoch
+        self.order = None        # the permutation of an epoch; kept, because making it takes long
+        self.order_epoch = None  # which epoch
         if self.total == 0:
             tokens = sum(len(shard.tokens) for shard in shards)
             raise UserError(f"{shards[0].path.parent}: {tokens} tokens do not fill one window of "
                             f"{seq_len} — add text or lower --seq_len")
 
     def read(self, position, count):
-        """The tokens that training reads at `count` positions from `position` on: (count, seq_len +
-        1) int64. Raises UserError as `read_window` does."""
+        """The tokens of `count` windows in training order, from `position` on: (count, seq_len + 1)
+        int64. Raises UserError as `read_window` does."""
         rows = [self.read_window(self.window_at(position + i)) for i in range(count)]
         return np.stack(rows)
 

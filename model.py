@@ -5,11 +5,11 @@ fast when it generates; at the end a table about it. At the first reading take e
 None: training has none. "The paper" is arXiv 2412.13335. Modules carry the names that Hugging Face
 gives them, so our state_dict is also theirs.
 
-This file says what is computed, and every run computes what it says. What computes the same faster
-is in support/fast.py, which compares itself with this text first: change a line here, and it takes
-effect everywhere.
+This file defines the network. support/fast.py has faster ways to compute some parts of it. Before a
+run it compares each with this file, and uses only those that give the same result. So if you change
+a line here, it takes effect everywhere.
 
-    python model.py 1.7b      # a network as a table: parameters, FLOPs, cache; here the paper's
+    python model.py 1.7b      # the paper's network as a table: parameters, FLOPs, cache
 """
 import argparse
 import math
@@ -23,9 +23,9 @@ import torch.nn.functional as F
 
 @dataclass
 class ModelConfig:
-    """Sizes of a LLaMA. A new field needs a default, which older checkpoints then have. Raises
-    ValueError, in one sentence, if a value has another type than the default, or if sizes
-    contradict each other."""
+    """Sizes of a LLaMA. Every field has a default: a checkpoint that was saved before the field
+    existed gets it. Raises ValueError, in one sentence, if a value has another type than the
+    default, or if sizes contradict each other."""
     dim: int = 256
     n_layers: int = 4
     n_heads: int = 4
@@ -84,7 +84,7 @@ PRESETS = {
 
 # -------------------------------------------------------------------------------------------------
 # The parts. Shapes are written (B, T, dim): B sequences of T tokens, each a vector of dim numbers.
-# S is the number of tokens that a token may attend to: T, and with a cache the past as well.
+# S is the number of keys: T, and with a cache those of the past as well.
 
 class RMSNorm(nn.Module):
     """x / rms(x) · weight, with rms(x) = √(mean(x²) + eps) over the last dimension (Zhang &
@@ -105,7 +105,8 @@ class RMSNorm(nn.Module):
 def rope_table(head_dim, max_seq_len, theta):
     """cos and sin of the angles m · f_i, for positions m = 0, 1, … and frequencies
     f_i = theta^(−2i / head_dim), i = 0, 1, … (Su et al. 2021, RoFormer, arXiv 2104.09864, eq. 15).
-    Two fp32 tensors (max_seq_len, head_dim); a row of angles is the head_dim / 2 of them, twice."""
+    Two fp32 tensors (max_seq_len, head_dim): a row has the head_dim / 2 angles, and then the same
+    again."""
     two_i = torch.arange(0, head_dim, 2, dtype=torch.float32)
     frequencies = theta ** (-two_i / head_dim)
     positions = torch.arange(max_seq_len, dtype=torch.float32)
@@ -116,24 +117,27 @@ def rope_table(head_dim, max_seq_len, theta):
 
 def apply_rope(x, cos, sin):
     """Rotate each pair of numbers in x (B, heads, T, head_dim) by the angle of its position
-    (RoFormer, eq. 34): q · k then depends on the distance of two tokens, not on where they stand in
-    the text. cos, sin: (T, head_dim)."""
+    (RoFormer, eq. 34). q at position m and k at position n then meet as q · R(n − m) k, where R
+    rotates: only their distance counts, not where they stand in the text. cos, sin:
+    (T, head_dim)."""
     # Which two numbers form a pair is a convention. For head_dim 6 and angles a, b, c:
     #   rotate-half (Hugging Face, here):  [a b c a b c]   pairs (0,3) (1,4) (2,5)
     #   interleaved (the paper, Meta):     [a a b b c c]   pairs (0,1) (2,3) (4,5)
     # Both are the same network with the rows of q_proj and k_proj in another order. Weights made
     # for the other convention load without an error message, and the output is noise.
     first, second = x.chunk(2, dim=-1)
-    # first' = first · cos − second · sin,  second' = second · cos + first · sin
+    # A rotation of each pair: first · cos − second · sin, and second · cos + first · sin.
     rotated = torch.cat((-second, first), dim=-1)
     return (x * cos + rotated * sin).type_as(x)
 
 
 def causal_mask(size, device=None):
     """What is added to the scores: (size, size). A query, one row, sees the keys up to its own
-    position: they get 0. Those after it get −∞, and so the weight exp(−∞) = 0: [0 −∞ −∞]
-                                                                                [0  0 −∞]
-                                                                                [0  0  0]"""
+    position: they get 0. Those after it get −∞, and so the weight exp(−∞) = 0. For size 3:
+
+        [0 −∞ −∞]
+        [0  0 −∞]
+        [0  0  0]"""
     return torch.full((size, size), -math.inf, device=device).triu(1)
 
 
@@ -142,8 +146,8 @@ def attention(q, k, v, mask):
     q (B, n_heads, T, head_dim); k and v (B, n_kv_heads, S, head_dim); mask (T, S). Returns the
     shape of q."""
     # Each key/value head serves a group of neighbouring query heads: 4 query heads use 2 key heads
-    # as [K1 K1 K2 K2]. In the order [K1 K2 K1 K2] training would work just as well, but nobody
-    # else's weights would fit.
+    # as [K1 K1 K2 K2]. In the order [K1 K2 K1 K2] training would work just as well, but published
+    # weights have the first one.
     group = q.shape[1] // k.shape[1]
     k = k.repeat_interleave(group, dim=1)         # (B, n_heads, S, head_dim)
     v = v.repeat_interleave(group, dim=1)         # (B, n_heads, S, head_dim)
@@ -162,7 +166,7 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer = layer  # its index: the cache stores keys and values per layer
-        self.attend = attention  # support/fast.py may put the same in its place, computed faster
+        self.attend = attention  # support/fast.py may replace it by a faster function
         self.head_dim = config.head_dim
         kv_dim = config.n_kv_heads * config.head_dim
         self.q_proj = nn.Linear(config.dim, config.dim, bias=False)
@@ -220,8 +224,8 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Embedding, blocks and the last norm: tokens (B, T) → hidden states (B, T, dim). It is apart
-    from Llama only because of Hugging Face's names: `model.…` for this, and `lm_head`."""
+    """Embedding, blocks and the last norm: tokens (B, T) → hidden states (B, T, dim). It has a
+    class of its own only to get Hugging Face's names: `model.…` for this, and `lm_head`."""
 
     def __init__(self, config):
         super().__init__()
@@ -241,7 +245,7 @@ class Decoder(nn.Module):
             raise ValueError(f"{end} tokens are more than max_seq_len {self.config.max_seq_len}")
         cos = self.rope_cos[past:end]  # (T, head_dim)
         sin = self.rope_sin[past:end]
-        mask = causal_mask(end, tokens.device)[past:]  # (T, S)
+        mask = causal_mask(end, tokens.device)[past:]  # (T, S): the rows of the new tokens
         x = self.embed_tokens(tokens)  # (B, T, dim)
         for block in self.layers:
             x = block(x, cos, sin, mask, cache)
@@ -254,8 +258,8 @@ IGNORE = -100  # a target that does not count: padding and questions in sft.py
 
 
 class Llama(nn.Module):
-    """The whole network. There are no biases. Weights start as N(0, 0.02) and norms as 1, as in the
-    paper's code. (GPT-2 also scales its residual projections down, by 1 / √(2 · n_layers).)"""
+    """The whole network. There are no biases. Weights start as normal random numbers with standard
+    deviation 0.02, and norms as 1, as in the paper's code."""
 
     def __init__(self, config):
         super().__init__()
@@ -278,12 +282,12 @@ class Llama(nn.Module):
         return F.cross_entropy(self.logits(hidden), targets, ignore_index=IGNORE, reduction="sum")
 
     def forward(self, tokens, targets=None, *, cache=None, reduction="mean"):
-        """tokens (B, T) → (logits, None); with targets (B, T) → (None, loss).
+        """tokens (B, T) → (logits, None), with logits (B, T, padded_vocab_size).
 
-        Logits are (B, T, padded_vocab_size). With targets they are not returned: in
-        training they are too large to be kept. The loss is the sum over the targets that count, or
-        their mean; if none does, it is 0. With a KVCache the tokens follow those in it. Raises
-        ValueError beyond max_seq_len tokens."""
+        With targets (B, T) → (None, loss): the logits of a batch may be several GB, so training
+        does not keep them. reduction: the "sum" over the targets that count, or their "mean"; if
+        none counts, the loss is 0. With a KVCache the tokens follow those in it. Raises ValueError
+        beyond max_seq_len tokens."""
         hidden = self.model(tokens, cache)  # (B, T, dim)
         if targets is None:
             return self.logits(hidden), None
@@ -293,7 +297,7 @@ class Llama(nn.Module):
             loss = loss / (targets != IGNORE).sum().clamp(min=1)  # min: no division by 0
         return None, loss
 
-    @torch.no_grad()  # while the generator computes; between its steps your own mode holds
+    @torch.no_grad()  # inside; the caller's code between two ids keeps its own mode
     def generate(self, tokens, max_new_tokens, temperature=1.0, top_k=None, top_p=None, eot=None,
                  generator=None):
         """Continue tokens (B, T ≥ 1). A Python generator: it yields the next ids (B,), one position
@@ -357,10 +361,10 @@ def sample_ids(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw one id for each row of logits (B, V); returns (B,).
 
     temperature 0 takes the likeliest id. Otherwise ids are drawn from
-    softmax(logits / temperature): with top_k, among the k likeliest; with top_p, among the
-    likeliest that together reach this probability of the whole, whatever top_k is (nucleus
-    sampling, Holtzman et al. 2020, arXiv 1904.09751, §3.1). Raises FloatingPointError if a logit
-    is NaN or infinite."""
+    softmax(logits / temperature): with top_k, among the k likeliest; with top_p, among the fewest
+    of the likeliest whose probabilities sum to at least top_p (nucleus sampling, Holtzman et al.
+    2020, arXiv 1904.09751, §3.1). With both, an id must be among both. Raises FloatingPointError if
+    a logit is NaN or infinite."""
     if not torch.isfinite(logits).all():
         raise FloatingPointError("the model's output is NaN or infinite")
     if temperature == 0:
@@ -385,10 +389,10 @@ def sample_ids(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
 def flops_per_token(config, seq_len):
     """Floating-point operations to train on one token (PaLM, arXiv 2204.02311, appendix B).
 
-    6 for each weight of a matrix product: a multiplication and an addition in the forward, twice
-    that in the backward. The embedding is a table lookup and costs none. In attention each query
-    meets seq_len keys and values, of dim numbers each, in two products (q kᵀ, and weights times v):
-    12 · dim · seq_len a layer. The causal half, which a kernel may skip, is counted."""
+    Each weight of a matrix product costs 2 in the forward (multiply, add) and 4 in the backward: 6.
+    The embedding is a table lookup and costs none. Attention has two products more (q kᵀ, and
+    weights times v), in each of which a query meets seq_len vectors of dim numbers: 2 · 6 · dim ·
+    seq_len a layer. The causal half, which a kernel may skip, is counted."""
     q_and_o = 2 * config.dim * config.n_heads * config.head_dim
     k_and_v = 2 * config.dim * config.n_kv_heads * config.head_dim
     mlp = 3 * config.dim * config.intermediate_size

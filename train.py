@@ -1,8 +1,8 @@
 """train.py — pretrain a LLaMA. The loop is written out: no trainer, no callbacks.
 
 Read it from top to bottom: the learning rate, the optimizer, the loop, and what `main` puts
-together for it. The rest can wait: settings, and the texts on the screen. The loop is that of
-sft.py too, which gives it other batches and another observer.
+together for it. The rest can wait: settings, and the texts on the screen. sft.py uses the same loop
+with other batches and another observer, the object that evaluates and samples.
 
     python train.py                                         # tiny, on the manuals of your Python
     python train.py --resume                                # after Ctrl-C: as if it had not stopped
@@ -41,7 +41,7 @@ EMBEDDED = "data/pydocs"  # text that every computer with Python has; prepared w
 
 # What a preset changes. A flag on the command line wins over it; the other defaults are below.
 BY_PRESET = {
-    # Batches are small here, so AdamW averages the squares of more gradients: beta2 0.99.
+    # Batches are small here, so AdamW averages over more of them: beta2 0.99 instead of 0.95.
     "tiny": dict(data=EMBEDDED, max_steps=3800, batch_tokens=1024, seq_len=128, lr=1e-3,
                  warmup_steps=100, schedule="wsd", beta2=0.99, eval_every=1000, eval_tokens=24_576,
                  benchmark_items=320, sample_every=0, sample_prompt="The function returns",
@@ -62,22 +62,23 @@ COMPILE_FROM = 500  # steps; compiling takes 10 to 20 s, more than it saves in a
 # The learning rate and the optimizer
 
 def lr_at(step, settings):
-    """Learning rate of the update from `step` to `step` + 1: a linear warm-up, then a decay to
-    min_lr.
+    """Learning rate of the update from `step` to `step` + 1: a linear warm-up to lr, then by
+    --schedule. cosine (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5) and linear fall to min_lr
+    from the end of the warm-up on. wsd stays at lr, and falls in the last 20 % of the steps (Hu et
+    al. 2024, arXiv 2404.06395, §4).
 
-    cosine: Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5. wsd: constant, then linear over the
-    last 20 % (Hu et al. 2024, arXiv 2404.06395, §4). A pure function of its arguments, so a resume
-    does not change the rate. Another --max_steps does: to continue a finished run of 3,800 steps
-    with --max_steps 7600 takes it from the final 1.0e-4 back to 1.0e-3."""
+    A pure function of its arguments, so a resume does not change the rate. Another --max_steps
+    does: `tiny` ends at 1.0e-4 after 3,800 steps, and resumed with --max_steps 7600 it jumps back
+    to 1.0e-3, because step 3,800 is then in the middle."""
     warmup = settings.warmup_steps
     end = settings.max_steps
-    done = min(1.0, max(0, step - warmup) / max(1, end - warmup))  # of the decay: from 0 to 1
+    done = min(1.0, max(0, step - warmup) / max(1, end - warmup))  # of what follows the warm-up
     if settings.schedule == "cosine":
         height = 0.5 * (1 + math.cos(math.pi * done))            # from 1 to 0
     elif settings.schedule == "linear":
         height = 1 - done
-    elif settings.schedule == "wsd":  # a long warm-up leaves less than 20 % for the decay
-        decay_steps = max(1, min(0.2 * end, end - warmup))
+    elif settings.schedule == "wsd":
+        decay_steps = max(1, min(0.2 * end, end - warmup))       # less if the warm-up is long
         height = min(1.0, (end - step) / decay_steps)
     else:
         raise UserError(f"--schedule {settings.schedule} has no branch in lr_at, train.py — use "
@@ -88,19 +89,20 @@ def lr_at(step, settings):
 
 
 def rewarming(updates, settings):
-    """Factor on the learning rate. After --reset_optimizer --rewarm_steps N it rises to 1 over the
-    first N updates that the new moments see. Without the flags N is 0, and the factor 1."""
+    """Factor on the learning rate: 1, except after --reset_optimizer --rewarm_steps N, where it
+    rises from 1 / N to 1 over the first N updates of the new moments."""
     return min(1.0, (updates + 1) / max(1, settings.rewarm_steps))
 
 
 def make_optimizer(model, args, device):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2). Matrices decay, also the
-    embedding; the vectors of the norms do not."""
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101, algorithm 2). Weight decay applies to
+    matrices, also to the embedding, and not to the vectors of the norms."""
     # AdamW keeps two moving averages for every weight, of its gradient and of the gradient's
     # square: twice the size of the model. An update is about lr · average / √(average of squares).
     # In the first update, and again after --resume --reset_optimizer, both averages come from one
-    # gradient. So the gradient is divided by its own size, and every weight moves by about lr. What
-    # a reset loses is what the averages had learned: how far each weight should move.
+    # gradient g. (They start from 0, and AdamW corrects for that: they are then g and g².) So g is
+    # divided by its own size, and every weight moves by about lr. What a reset loses is what the
+    # averages had learned: how far each weight should move.
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
@@ -117,7 +119,9 @@ def rms_of_change(before, parameters):
 
 
 # -------------------------------------------------------------------------------------------------
-# The loop
+# The loop. torchrun starts `world` copies of this script, one for each GPU, and each has a number,
+# its rank. All hold the same weights and read other windows; in the backward they average their
+# gradients (DDP). With one process rank is 0 and world is 1: at the first reading assume that.
 
 @dataclass
 class Batch:
@@ -131,7 +135,7 @@ class Batch:
 class Prepared:
     """A model and what the loop needs to train it; `prepare` makes it."""
     model: Llama
-    network: torch.nn.Module  # what the loop calls: the model, with several processes in DDP
+    network: torch.nn.Module  # what the loop calls: `model`, or DDP around it
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
     autocast: torch.autocast
@@ -141,10 +145,11 @@ class Prepared:
 
 
 def has_diverged(loss, norm, scaler, skipped_in_a_row):
-    """Whether an update must not be made, because the training cannot go on.
+    """Whether an update must not be made, because the training cannot go on: the loss or the
+    gradient norm is NaN or infinite.
 
-    In fp16 a gradient that overflows is normal: the scaler skips the update and halves its factor.
-    Not normal are 20 skipped updates in a row, a factor below 1, and any other NaN or infinity."""
+    In fp16 such a norm is normal: a gradient overflowed, and the scaler skips the update and halves
+    its factor. Not normal are 20 skipped updates in a row and a factor below 1."""
     if scaler.is_enabled():
         return not math.isfinite(loss) or skipped_in_a_row == 20 or scaler.get_scale() < 1
     return not (math.isfinite(loss) and math.isfinite(norm))
@@ -161,15 +166,15 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
     scaler = prepared.scaler
     progress = prepared.progress
     trained = [p for p in model.parameters() if p.requires_grad]
-    # The schedule is a factor on each group's own rate. Ours all have --lr; yours may differ.
+    # Each group's own rate divided by --lr: 1 here, another number if you give a group its own.
     shares = [group["lr"] / args.lr for group in prepared.optimizer.param_groups]
     stop = StopSignals(log)
     skipped_in_a_row = 0
 
     def save():
-        """Save the state, unless it is on the disk already. All processes take part. After two
-        updates it is read back, which proves that a resume can restore this optimizer. (After one,
-        a counter that was lost is the same number as in a new optimizer.)"""
+        """Save the state, unless it is on the disk already. All processes take part. Once, after 2
+        updates, it is read back: this proves that a resume would restore everything. (Not after 1:
+        checkpoint.make_state makes 1 too, so a counter that was lost would look right.)"""
         if progress.step == prepared.saved_at:
             return
         state = checkpoint.capture(model, prepared.optimizer, scaler, progress, **constants,
@@ -208,14 +213,14 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
         for micro, (inputs, targets) in enumerate(batch.micro_batches):
             inputs = to_device(inputs, machine.device)    # (B, T)
             targets = to_device(targets, machine.device)  # (B, T)
-            # Several processes exchange their gradients once a step, in the last backward.
+            # In the last backward of a step, and only there, processes exchange their gradients.
             sharding.exchange_in_backward(prepared.network, micro == len(batch.micro_batches) - 1)
             with prepared.autocast:
                 _, micro_loss = prepared.network(inputs, targets, reduction="sum")
             # Gradients add up over micro-batches, so each sum is divided by the targets of the
-            # whole step. Take two micro-batches with 10 and 90 targets and mean losses 4 and 2. The
-            # mean is (10·4 + 90·2) / 100 = 2.2; the mean of their means would be 3. DDP and FSDP
-            # take the mean over processes where we want the sum: therefore · world.
+            # whole step. In sft.py two micro-batches may have 10 and 90 targets, and mean losses 4
+            # and 2. The mean is (10·4 + 90·2) / 100 = 2.2; the mean of their means would be 3. DDP
+            # divides the sum over processes by `world`; · world cancels that.
             scaler.scale(micro_loss * machine.world / batch.targets).backward()
             loss_sum += micro_loss.detach()
 
@@ -225,7 +230,8 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
         told_to_stop = any_process(stop.requested, machine.device)
         optimizer = prepared.optimizer
         scaler.unscale_(optimizer)  # without fp16 it does nothing
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip or math.inf)
+        limit = args.grad_clip or math.inf  # 0: no limit
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)  # before clipping
         norm = sharding.whole(norm).item()
         overflow = scaler.is_enabled() and not math.isfinite(norm)  # the scaler skips this update
         skipped_in_a_row = skipped_in_a_row + 1 if overflow else 0
@@ -277,6 +283,7 @@ def main(argv=None):
     data = open_data(args.data, state)
     windows = Windows(data.train, args.seq_len, data.vocab_size, args.seed, args.shuffle)
     code = fast.hashes("model.py", "train.py")
+    # All processes must have the same settings, code and data.
     check_equal({**vars(args), **code, "data in the folder": data.fingerprint})
     model = make_model(args, state, data.vocab_size).to(machine.device)
     if args.fsdp:
@@ -293,11 +300,11 @@ def main(argv=None):
 
     def read_step(step):
         # A window is T + 1 tokens in a row; a seeded permutation decides where in the text it is.
-        # The windows of a step are one list, whatever the number of processes. With 2 processes and
-        # 2 micro-batches of 4, rank 0 reads 0–3 and 8–11 of it, rank 1 4–7 and 12–15.
+        # The windows of a step have numbers, whatever the number of processes. Of 16, with 2
+        # processes and micro-batches of 4, rank 0 reads 0–3 and 8–11, rank 1 4–7 and 12–15.
         micro_batches = []
-        together = machine.world * args.micro_batch  # in one forward of all processes
-        for first in range(machine.rank * args.micro_batch, sequences, together):
+        per_forward = machine.world * args.micro_batch  # of all processes
+        for first in range(machine.rank * args.micro_batch, sequences, per_forward):
             tokens = windows.read(step * sequences + first, args.micro_batch)  # (B, T + 1)
             micro_batches.append((tokens[:, :-1], tokens[:, 1:]))
         return Batch(micro_batches, targets=args.batch_tokens, tokens=args.batch_tokens)
@@ -340,7 +347,7 @@ def open_data(path, state):
     if state is not None:
         data.check_same(state["data"], "restore it, or choose another --run")
     elif rank == 0:
-        data.check_content()  # every byte, once; a resume compares the fingerprint
+        data.check_content()  # every byte, at the start of a run; a resume compares fingerprints
     return data
 
 
@@ -352,9 +359,9 @@ def make_model(args, state, vocab_size):
     if state is not None:
         config = checkpoint.read_config(state["model_config"])
         check_sizes(config, sizes, args.run)
-        return checkpoint.network(config)
+        return checkpoint.empty_model(config)
     config = PRESETS[args.preset]
-    padded = None  # to the next multiple of 128
+    padded = None  # ModelConfig rounds vocab_size up
     if args.init_from:
         weights, _ = checkpoint.load_weights(args.init_from)
         config = checkpoint.read_config(weights["config"])
@@ -385,7 +392,7 @@ def check_sizes(config, sizes, run):
 def prepare(args, state, model, machine, T, compiled=False):
     """Prepare a model for the loop, and restore the state; returns Prepared. T: tokens of the
     longest sequence. compiled: whether support/fast.py may compile the blocks."""
-    lr_at(0, args)  # raises if the schedule has no formula
+    lr_at(0, args)  # an unknown schedule fails here, not in the loop
     if args.activation_checkpointing:
         checkpoint_activations(model)
     optimizer = make_optimizer(model, args, machine.device)
@@ -412,8 +419,9 @@ def prepare(args, state, model, machine, T, compiled=False):
 
 
 def begin(run, args, machine, state, prepared, code, fingerprint):
-    """(constants for checkpoint.capture, Log). Deletes an earlier run in the folder, so all checks
-    must be made before. code: {file: hash of its text}."""
+    """Begin or go on in the run folder: write config.json, open the log and introduce the run.
+    Returns (what checkpoint.capture saves besides, Log). Deletes an earlier run in the folder, so
+    all checks must be made before. code: {file: hash of its text}."""
     settings = {name: value for name, value in vars(args).items() if name not in flags.ONCE}
     env = environment(machine, args.micro_batch, prepared.parts, code)
     if machine.is_main:
@@ -456,8 +464,8 @@ def draw(run):
 
 
 # -------------------------------------------------------------------------------------------------
-# Settings. What counts is, in this order: a flag on the command line; on --resume the saved value;
-# the value of the preset; the default.
+# Settings. Each is taken from the first of these that has it: a flag on the command line, on
+# --resume the saved run, the preset, the default.
 
 def read_settings(argv, saved=None):
     """The command line as a namespace; saved: the settings of the run that is resumed.
@@ -498,8 +506,8 @@ def read_settings(argv, saved=None):
 
 
 def parse_settings(parser, argv, saved):
-    """Parse. On a resume the saved settings are the defaults. A flag that was added since the run
-    was saved has its own default, not the preset's: that is what the run was trained with."""
+    """Parse. On a resume the saved settings are the defaults. If a flag is newer than the saved
+    run, the run was trained as if it had the flag's default: so that is used, not the preset's."""
     if saved is not None:
         newer = parser.set_saved(saved)
         if newer:
@@ -533,7 +541,7 @@ def introduce_resume(args, state, env):
     """Where the run continues, and what differs from when it was saved."""
     step = state["step"]
     optimizer = "without" if args.reset_optimizer else "with"
-    before = lr_at(step, argparse.Namespace(**state["config"]))
+    before = lr_at(step, argparse.Namespace(**state["config"]))  # by the saved settings
     changed = changes({**state["config"], **state["env"]}, {**vars(args), **env}, flags.ONCE)
     return (f"resume  at step {step}, {optimizer} the optimizer's state; lr {before:.2e} as "
             f"saved, {lr_at(step, args):.2e} now\n"

@@ -267,8 +267,9 @@ def save():
         parameter.grad = torch.full_like(parameter, 1e-3)
     optimizer.step()
     optimizer.zero_grad()
-    state = checkpoint.capture(model, optimizer, scaler, step=1, tokens=1, seconds=1.0, config={},
-                               env={}, data=[], log_bytes=0, updates=1)
+    progress = checkpoint.Progress(step=1, tokens=1, seconds=1.0, updates=1)
+    state = checkpoint.capture(model, optimizer, scaler, progress, config={}, env={}, data=[],
+                               log_bytes=0)
     start = time.time()
     checkpoint.save(OUT / "saved", state, keep_last=2, keep_every=0)
     saved = time.time() - start
@@ -279,7 +280,7 @@ def save():
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    checkpoint.restore(checkpoint.load(checkpoint.newest(OUT / "saved")), model, optimizer, scaler)
+    checkpoint.restore(checkpoint.load(durable.newest(OUT / "saved")), model, optimizer, scaler)
     loaded = time.time() - start
     is_equal = all(torch.equal(a, b) for a, b in zip(before, model.parameters()))
     shutil.rmtree(OUT / "saved")
