@@ -143,7 +143,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import checkpoint
 import train
 from model import PRESETS, Llama, ModelConfig
-from support import fast
+from support import durable, fast
 from support.devices import choose_device
 
 device, OUT, name = sys.argv[1], Path(sys.argv[2]), sys.argv[3]
