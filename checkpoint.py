@@ -69,9 +69,9 @@ def restore(state, model, optimizer, scaler, reset_optimizer=False):
     Learning rate, betas and weight decay are not restored: they follow from the settings.
     reset_optimizer: leave the optimizer's state and the loss scale as they are in a new run. Raises
     UserError naming what is missing, unknown or of another shape."""
-    with durable.one_line_error("the checkpoint"):
+    with durable.one_line_error("the checkpoint"):  # any error inside becomes one line
         progress = Progress(*[state[field.name] for field in fields(Progress)])
-        restore_weights(state, model)  # first, so that another network is reported as that
+        restore_weights(state, model)  # first: if sizes differ, the message is about the weights
         if reset_optimizer:
             progress.updates = 0
         else:
@@ -122,10 +122,10 @@ def restore_optimizer(state, optimizer, model):
 
 
 def make_state(optimizer, model, saved):
-    """Let a new optimizer make its moments, whose form only it knows: PyTorch makes them in the
-    first step. So this is a step with gradients of 1; the saved moments are then copied over what
-    it made. A parameter whose saved state is {} never had a gradient and gets none here either. The
-    step changes the weights: restore them afterwards."""
+    """A new optimizer has no moments yet: PyTorch creates them in the first step. So make one step
+    with gradients of 1, only to create them: `fill` then copies the saved ones over them, and the
+    weights, which the step changed, must be restored. A parameter whose saved state is {} never had
+    a gradient, and gets none here either."""
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and saved.get(name) != {}:
             parameter.grad = torch.ones_like(parameter)
@@ -155,9 +155,9 @@ def fill(what, target, saved):
 # To disk and back
 
 def save(run, state, keep_last, keep_every):
-    """On rank 0, write the state into a checkpoint of `run`. Then keep the newest `keep_last` as
-    they are; of step 0, of powers of two (early learning is fast) and of multiples of `keep_every`
-    the weights alone; and delete the rest.
+    """On rank 0, write the state into a checkpoint of `run`. Then thin out: the newest `keep_last`
+    stay complete; of older ones, steps 0, 1, 2, 4, 8 … and multiples of `keep_every` keep only
+    their weights; the rest is deleted.
 
     Raises UserError if a number is NaN or infinite, or if the checkpoint cannot be written. Older
     checkpoints are then intact."""
@@ -171,9 +171,9 @@ def save(run, state, keep_last, keep_every):
 
 
 def read_back(run, step, model, old, new, scaler):
-    """A test, made once in a run: load the state that was just saved into `new`, another optimizer,
-    which takes the place of `old`. If anything that `old` holds is not in `new`, a resume would
-    lose it: so the run ends here, with its name. All processes must call this."""
+    """A test, made once in a run: load the state that was just saved into a fresh optimizer, `new`,
+    and compare it with the one in use, `old`. What differs would be lost in a resume: so the run
+    ends here, and names it. All processes must call this."""
     wait_for_rank_0()  # until it has saved
     before = trees.contents_of(old, model)
     old.state.clear()  # there may be no memory for the moments of two optimizers

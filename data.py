@@ -169,8 +169,8 @@ class DataFolder:
 
     @functools.cached_property
     def fingerprint(self):
-        """What the data is, for the checkpoint: [name, number of tokens, hash of some of its
-        blocks] of each shard, and the same of the questions for evaluate.py, if it has some."""
+        """What the data is, for the checkpoint: [name, tokens, hash of some blocks] of each shard,
+        and [name, bytes, hash] of the questions for evaluate.py, if it has some."""
         rows = [[shard.path.name, len(shard.tokens), blocks_sha256(shard.path)]
                 for shard in self.train + self.val]
         questions = self.path / "cloze.jsonl"
@@ -185,7 +185,7 @@ class DataFolder:
             recorded = recorded or []
             changed = [row[0] for row in found if row not in recorded]
             changed += [row[0] for row in recorded if row not in found]
-            # A shard that changed is in both lists: name it once. Empty lists: the order differs.
+            # dict.fromkeys names each once; if there is none, only their order differs.
             what = ", ".join(dict.fromkeys(map(str, changed))) or "the order of the shards"
             raise UserError(f"{self.path} is not the data of this run (changed: {what}) — {advice}")
 
@@ -229,7 +229,7 @@ class Windows:
 
         window      its number, counted through all shards: 0 … total − 1
         place       when in its epoch it is read: order[place] is the window
-        position    the same over the whole training: epoch · total + place
+        position    counts the windows read over all epochs: epoch · total + place
         offset      where a token stands in its shard
     """
 

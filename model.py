@@ -117,9 +117,9 @@ def rope_table(head_dim, max_seq_len, theta):
 
 def apply_rope(x, cos, sin):
     """Rotate each pair of numbers in x (B, heads, T, head_dim) by the angle of its position
-    (RoFormer, eq. 34). q at position m and k at position n then meet as q · R(n − m) k, where R
-    rotates: only their distance counts, not where they stand in the text. cos, sin:
-    (T, head_dim)."""
+    (RoFormer, eq. 34). The score of q at position m with k at position n is then q · R(n − m) k,
+    where R(j) is the rotation by the angles of position j: it depends on the distance alone. cos,
+    sin: (T, head_dim)."""
     # Which two numbers form a pair is a convention. For head_dim 6 and angles a, b, c:
     #   rotate-half (Hugging Face, here):  [a b c a b c]   pairs (0,3) (1,4) (2,5)
     #   interleaved (the paper, Meta):     [a a b b c c]   pairs (0,1) (2,3) (4,5)
@@ -194,7 +194,8 @@ class Attention(nn.Module):
 
 class SwiGLU(nn.Module):
     """Feed-forward part with a gate: down(silu(gate(x)) · up(x)) (Shazeer 2020, arXiv 2002.05202,
-    eq. 6)."""
+    eq. 6), with silu(z) = z · sigmoid(z). For each inner number the gate decides how much of up(x)
+    passes."""
 
     def __init__(self, config):
         super().__init__()
@@ -284,8 +285,8 @@ class Llama(nn.Module):
     def forward(self, tokens, targets=None, *, cache=None, reduction="mean"):
         """tokens (B, T) → (logits, None), with logits (B, T, padded_vocab_size).
 
-        With targets (B, T) → (None, loss): the logits of a batch may be several GB, so training
-        does not keep them. reduction: the "sum" over the targets that count, or their "mean"; if
+        With targets (B, T) → (None, loss): the logits, of a large batch several GB, are not
+        returned, so that support/fast.py need not hold them all at once. reduction: the "sum" over the targets that count, or their "mean"; if
         none counts, the loss is 0. With a KVCache the tokens follow those in it. Raises ValueError
         beyond max_seq_len tokens."""
         hidden = self.model(tokens, cache)  # (B, T, dim)
@@ -391,8 +392,8 @@ def flops_per_token(config, seq_len):
 
     Each weight of a matrix product costs 2 in the forward (multiply, add) and 4 in the backward: 6.
     The embedding is a table lookup and costs none. Attention has two products more (q kᵀ, and
-    weights times v), in each of which a query meets seq_len vectors of dim numbers: 2 · 6 · dim ·
-    seq_len a layer. The causal half, which a kernel may skip, is counted."""
+    weights times v), each of dim · seq_len multiplications a token, and each of these costs 6 too:
+    12 · dim · seq_len a layer. Keys that the causal mask hides are counted."""
     q_and_o = 2 * config.dim * config.n_heads * config.head_dim
     k_and_v = 2 * config.dim * config.n_kv_heads * config.head_dim
     mlp = 3 * config.dim * config.intermediate_size

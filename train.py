@@ -7,7 +7,7 @@ with other batches and another observer, the object that evaluates and samples.
     python train.py                                         # tiny, on the manuals of your Python
     python train.py --resume                                # after Ctrl-C: as if it had not stopped
     python train.py --preset 1.7b --data data/fineweb-edu   # the paper's run (arXiv 2412.13335)
-    torchrun --standalone --nproc_per_node=8 -- train.py --preset 1.7b    # -- is needed
+    torchrun --standalone --nproc_per_node=8 -- train.py --preset 1.7b    # --: torchrun's flags end
 
 Exit codes: 0 done, 2 bad usage, config or data, 3 the loss became NaN or infinite, 4 a checkpoint
 or the log could not be written, 75 stopped and saved: run again with --resume.
@@ -41,7 +41,8 @@ EMBEDDED = "data/pydocs"  # text that every computer with Python has; prepared w
 
 # What a preset changes. A flag on the command line wins over it; the other defaults are below.
 BY_PRESET = {
-    # Batches are small here, so AdamW averages over more of them: beta2 0.99 instead of 0.95.
+    # Small batches have noisy gradients: with beta2 0.99 AdamW averages their squares over about
+    # 100 steps, with 0.95 over about 20.
     "tiny": dict(data=EMBEDDED, max_steps=3800, batch_tokens=1024, seq_len=128, lr=1e-3,
                  warmup_steps=100, schedule="wsd", beta2=0.99, eval_every=1000, eval_tokens=24_576,
                  benchmark_items=320, sample_every=0, sample_prompt="The function returns",
@@ -68,8 +69,8 @@ def lr_at(step, settings):
     al. 2024, arXiv 2404.06395, §4).
 
     A pure function of its arguments, so a resume does not change the rate. Another --max_steps
-    does: `tiny` ends at 1.0e-4 after 3,800 steps, and resumed with --max_steps 7600 it jumps back
-    to 1.0e-3, because step 3,800 is then in the middle."""
+    does: step 3,800 is the end of a run of 3,800 steps, at 1.0e-4, but half of one of 7,600, where
+    wsd is still at 1.0e-3."""
     warmup = settings.warmup_steps
     end = settings.max_steps
     done = min(1.0, max(0, step - warmup) / max(1, end - warmup))  # of what follows the warm-up
@@ -100,9 +101,9 @@ def make_optimizer(model, args, device):
     # AdamW keeps two moving averages for every weight, of its gradient and of the gradient's
     # square: twice the size of the model. An update is about lr · average / √(average of squares).
     # In the first update, and again after --resume --reset_optimizer, both averages come from one
-    # gradient g. (They start from 0, and AdamW corrects for that: they are then g and g².) So g is
-    # divided by its own size, and every weight moves by about lr. What a reset loses is what the
-    # averages had learned: how far each weight should move.
+    # gradient g: corrected for their start at 0 they are g and g², and the update is lr · g / √g² =
+    # ± lr. Every weight moves by lr, whether its gradient is large or tiny. What a reset loses is
+    # what the averages had learned: how far each weight should move.
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": args.weight_decay},
               {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}]
@@ -148,8 +149,9 @@ def has_diverged(loss, norm, scaler, skipped_in_a_row):
     """Whether an update must not be made, because the training cannot go on: the loss or the
     gradient norm is NaN or infinite.
 
-    In fp16 such a norm is normal: a gradient overflowed, and the scaler skips the update and halves
-    its factor. Not normal are 20 skipped updates in a row and a factor below 1."""
+    In fp16 an infinite norm now and then is expected: a gradient overflowed, and the scaler skips
+    the update and halves its factor. 20 skipped updates in a row, or a factor below 1, mean that
+    the run has diverged."""
     if scaler.is_enabled():
         return not math.isfinite(loss) or skipped_in_a_row == 20 or scaler.get_scale() < 1
     return not (math.isfinite(loss) and math.isfinite(norm))
@@ -188,10 +190,12 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
             prepared.optimizer = new
 
     def do_what_is_due(told_to_stop):
-        """Save, evaluate and sample, if that is due; returns whether to stop. Saving comes first,
-        so a kill in an evaluation loses no step. Before a stop the state is always saved, and
-        nothing is evaluated: the resume does it. Evaluation draws no random numbers and sampling
-        has its own, so doing them more often does not change the training."""
+        """Save, evaluate and sample, if that is due: at steps 0, 1, 2, 4, 8 … (early learning is
+        fast), at multiples of the interval, and at the last. Returns whether to stop. Saving comes
+        first, so a kill in an evaluation loses no step. Before a stop the state is always saved,
+        and nothing is evaluated: the resumed run does that before its first step. Evaluation draws
+        no random numbers and sampling has its own, so doing them more often does not change the
+        training."""
         step = progress.step
         stops_here = told_to_stop or step == args.stop_at
         to_be_proven = progress.updates == 2  # see `save`
@@ -232,7 +236,7 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
         scaler.unscale_(optimizer)  # without fp16 it does nothing
         limit = args.grad_clip or math.inf  # 0: no limit
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)  # before clipping
-        norm = sharding.whole(norm).item()
+        norm = sharding.whole(norm).item()  # with --fsdp each process has a part
         overflow = scaler.is_enabled() and not math.isfinite(norm)  # the scaler skips this update
         skipped_in_a_row = skipped_in_a_row + 1 if overflow else 0
         if has_diverged(loss, norm, scaler, skipped_in_a_row):
