@@ -286,9 +286,9 @@ class Llama(nn.Module):
         """tokens (B, T) → (logits, None), with logits (B, T, padded_vocab_size).
 
         With targets (B, T) → (None, loss): the logits, of a large batch several GB, are not
-        returned, so that support/fast.py need not hold them all at once. reduction: the "sum" over the targets that count, or their "mean"; if
-        none counts, the loss is 0. With a KVCache the tokens follow those in it. Raises ValueError
-        beyond max_seq_len tokens."""
+        returned, so that support/fast.py need not hold them all at once. reduction: the "sum" over
+        the targets that count, or their "mean"; if none counts, the loss is 0. With a KVCache the
+        tokens follow those in it. Raises ValueError beyond max_seq_len tokens."""
         hidden = self.model(tokens, cache)  # (B, T, dim)
         if targets is None:
             return self.logits(hidden), None
