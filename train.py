@@ -363,6 +363,9 @@ def make_model(args, state, vocab_size):
     if state is not None:
         config = checkpoint.read_config(state["model_config"])
         check_sizes(config, sizes, args.run)
+        if config.max_seq_len < args.seq_len:
+            raise UserError(f"{args.run} has windows of {config.max_seq_len} tokens, and --seq_len "
+                            f"is {args.seq_len} — use the code that wrote it")
         return checkpoint.empty_model(config)
     config = PRESETS[args.preset]
     padded = None  # ModelConfig rounds vocab_size up
