@@ -23,7 +23,7 @@ from support import durable, lora, sharding, trees
 from support.devices import (processes, random_state, remark, set_random_state,
                              wait_for_rank_0)
 from support.fast import NoInit
-from support.runs import FROM_HUGGING_FACE, UserError, as_text, quoted
+from support.runs import HOW_TO_GET_A_RUN, UserError, as_text
 
 # -------------------------------------------------------------------------------------------------
 # The full state
@@ -98,7 +98,7 @@ def moments_of(optimizer, model):
 
 def restore_weights(state, model):
     """Put the saved weights into the model."""
-    fill("weights", weights_of(model), state["model"])
+    fill("weights", weights_of(model), state["model"], "use the code and the preset that wrote it")
 
 
 def restore_optimizer(state, optimizer, model):
@@ -113,7 +113,8 @@ def restore_optimizer(state, optimizer, model):
     if state["updates"] == 0 and not any(moments.values()):  # saved before the first update
         return
     make_state(optimizer, model, moments)
-    fill("optimizer state", moments_of(optimizer, model), moments)
+    fill("optimizer state", moments_of(optimizer, model), moments, "use the code that wrote it, or "
+         "go on without that state: --reset_optimizer")
     # AdamW counts its updates too; the two numbers must agree.
     counts = [int(each["step"]) for each in moments.values() if "step" in each]
     if counts and max(counts) != state["updates"]:
@@ -133,7 +134,7 @@ def make_state(optimizer, model, saved):
     optimizer.zero_grad(set_to_none=True)
 
 
-def fill(what, target, saved):
+def fill(what, target, saved, advice):
     """Copy the tensors of `saved` into those of `target`, both nested dicts. This is the one place
     where names, shapes and dtypes are compared. Raises UserError naming the differences."""
     in_file = trees.forms(saved)  # {name: shape and dtype}
@@ -144,9 +145,9 @@ def fill(what, target, saved):
         if forms[0] != forms[1]:
             differences.append(f"{name} ({forms[0]} saved, {forms[1]} in the code)")
     if differences:
-        raise UserError(f"the checkpoint's {what} do not fit the network in {len(differences)} "
-                        f"parameters: {', '.join(differences[:4])} — use the code and the preset "
-                        f"that wrote it")
+        more = ", …" if len(differences) > 4 else ""
+        raise UserError(f"{len(differences)} of the checkpoint's {what} do not fit this code: "
+                        f"{', '.join(differences[:4])}{more} — {advice}")
     with durable.one_line_error(f"the checkpoint's {what}"):
         sharding.scatter(saved, target)
 
@@ -225,8 +226,7 @@ def load_weights(run, step=None):
     belong to. Raises UserError if there is no checkpoint."""
     folder = durable.find(run, step)
     if folder is None:
-        raise UserError(f"{run}: no such run, or one without checkpoints — train it: python "
-                        f"train.py --run {quoted(run)}; {FROM_HUGGING_FACE}")
+        raise UserError(f"{run}: no such run, or one without checkpoints — {HOW_TO_GET_A_RUN}")
     weights = durable.load_weights(folder / "model.pt")
     if lora.is_lora(weights["model"]):
         weights = lora.merged(run, weights["model"])

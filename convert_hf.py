@@ -426,7 +426,8 @@ def files_of(folder):
         names = weight_map.values() if isinstance(weight_map, dict) else [None]
     elif names[0] not in present:
         raise UserError(f"{folder}: no weights in it (pytorch_model.bin can run code, so it is not "
-                        f"read) — give a folder with model.safetensors")
+                        f"read) — give a folder with model.safetensors, or with several such files "
+                        f"and their index")
     unknown = [name for name in names if name not in present]
     if unknown:
         raise UserError(f"{index}: names the file {unknown[0]!r}, which is not one in this folder "

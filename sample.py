@@ -105,6 +105,9 @@ class Chat:
         self.window = model.config.max_seq_len
         # At least a quarter of the window, or what was asked for, stays free for the answer.
         self.room = self.window - min(args.max_new_tokens, self.window // 4)
+        if len(self.encode([{"role": "user", "content": ""}])) >= self.room:
+            raise UserError("the system prompt leaves no room for a question in the window — give "
+                            "a shorter --system")
 
     def encode(self, messages):
         ids, _ = encode_chat(self.tokenizer, messages, self.system)
@@ -120,8 +123,7 @@ class Chat:
             ids = self.encode(messages)
         if len(ids) > self.room:
             raise UserError(f"the question has {len(ids)} tokens with the system prompt, and the "
-                            f"window has room for {self.room} — ask a shorter one, or start again "
-                            f"with a shorter --system")
+                            f"window has room for {self.room} — ask a shorter one")
         answer = ""
         most = min(self.args.max_new_tokens, self.window - len(ids))
         for piece in stream(self.model, self.tokenizer, ids, most, self.args, self.generator):

@@ -154,6 +154,9 @@ def open_instructions(args, state, tokenizer, window):
 def make_model(args, weights):
     """The network with the weights to start from; with --lora frozen, and adapters beside them."""
     config = checkpoint.read_config(weights["config"])
+    if args.lora is not None and args.lora > config.dim:
+        raise UserError(f"--lora {args.lora} is more than the model's dim {config.dim}: that rank "
+                        f"is not low — choose a smaller one")
     torch.manual_seed(args.seed)
     model = Llama(config)
     checkpoint.restore_weights(weights, model)

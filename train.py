@@ -235,7 +235,7 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
         optimizer = prepared.optimizer
         scaler.unscale_(optimizer)  # without fp16 it does nothing
         limit = args.grad_clip or math.inf  # 0: no limit
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)  # before clipping
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)  # that before clipping
         norm = sharding.whole(norm).item()  # with --fsdp each process has a part
         overflow = scaler.is_enabled() and not math.isfinite(norm)  # the scaler skips this update
         skipped_in_a_row = skipped_in_a_row + 1 if overflow else 0
@@ -331,6 +331,8 @@ def open_run(argv, read_settings):
         if args.resume:
             folder = durable.newest(run)
     state = checkpoint.load(from_rank_0(folder))
+    if args.resume and state is None:
+        say(f"{run} has nothing to resume, so it begins")
     if state is not None:
         args = read_settings(argv, saved=state["config"])  # again, with the saved values
     args.run = str(run)

@@ -60,8 +60,8 @@ def write_checkpoint(run, step, contents):
         needed = sum(tensor.nbytes for tensor in tensors.values())
         free = shutil.disk_usage(run).free
         raise UserError(f"{final}: not saved ({error}); it needs {needed / 1e6:,.1f} MB, "
-                        f"{free / 1e6:,.1f} MB are free — make room, then run again with "
-                        f"--resume", code=4) from error
+                        f"{free / 1e6:,.1f} MB are free — make room, then run the same "
+                        f"command again (a training with --resume)", code=4) from error
 
 
 class HashedFile:

@@ -101,7 +101,7 @@ class LossInChunks(torch.autograd.Function):
             for i, grad in enumerate(found, 1):
                 if grads[i] is None:
                     grads[i] = grad
-                else:
+                elif grad is not None:
                     grads[i] += grad
             found = grad = None  # they may be large: free before the next logits
         ctx.save_for_backward(*grads)

@@ -248,7 +248,8 @@ def is_argument(value):
         return False
 
 
-FROM_HUGGING_FACE = "of a Hugging Face folder make a run: python convert_hf.py import FOLDER RUN"
+HOW_TO_GET_A_RUN = ("train one: python train.py; or, of a Hugging Face folder: python "
+                    "convert_hf.py import FOLDER RUN")
 
 # The settings that other scripts use, and their types.
 READ_BY_OTHERS = {"data": str | None, "seq_len": int, "preset": str | None, "base": str | None,
@@ -259,9 +260,8 @@ READ_BY_OTHERS = {"data": str | None, "seq_len": int, "preset": str | None, "bas
 def settings_of(run):
     """The settings that `run` was trained with, from its config.json. Raises UserError."""
     run = Path(run)
-    if not run.is_dir():
-        raise UserError(f"{run}: no such run — train it first: python train.py --run "
-                        f"{quoted(run)}")
+    if not (run / "config.json").exists() and not (run / "checkpoints").exists():
+        raise UserError(f"{run}: no such run — {HOW_TO_GET_A_RUN}")
     try:
         settings = parse_json((run / "config.json").read_bytes())
         for name, kind in READ_BY_OTHERS.items():
@@ -275,7 +275,7 @@ def settings_of(run):
         return settings
     except (OSError, ValueError, TypeError, AttributeError):
         raise UserError(f"{run}/config.json is missing, damaged or not of a run — training with "
-                        f"--resume writes it again; {FROM_HUGGING_FACE}") from None
+                        f"--resume writes it again; if it is no run, {HOW_TO_GET_A_RUN}") from None
 
 
 def trained_window(settings, longest):

@@ -219,14 +219,14 @@ def test_chat_commands(tuned, talk, answer):
 
 def test_chat_takes_the_system_prompt_of_the_tuning(tuned, whole, talk, answer):
     """Catches: a model that is asked with another beginning than it was tuned with, or --system
-    that is not used; one that was never tuned and gets no note; silence where no question can
-    fit."""
+    that is not used; one that was never tuned and gets no note; a chat in which no question
+    can fit."""
     assert talk(tuned, b"a?") == (None, [answer(user("a?"))], "")
     assert talk(tuned, b"a?", "--system", "T.")[1] == [answer(user("a?"), system="T.")]
     assert "was never tuned" in talk(whole, b"")[2]
     code, lines, err = talk(tuned, b"a?", "--system", "long " * 30)
-    assert (code, lines) == (None, [])
-    assert "start again with a shorter --system" in err
+    assert (code, lines) == (2, [])
+    assert "give a shorter --system" in err
 
 
 @pytest.fixture

@@ -404,6 +404,7 @@ GOOD = {"instruction": "a?", "output": "b"}
     ([{**GOOD, "split": "val"}], [], 'held out (by their "split"'),
     ([GOOD], ["--max_length", 65], "more than the model's window of 64"),
     ([GOOD], ["--lora_alpha", 2], "--lora_alpha is about adapters"),
+    ([GOOD], ["--lora", 33], "more than the model's dim 32"),
 ])
 def test_mistake_is_one_line(whole, tmp_path, capsys, content, flags, why):
     """Catches: a traceback, a message that does not tell what to do, a run that starts all the

@@ -98,6 +98,8 @@ def test_broken_settings_are_refused(tmp_path, content):
     (run / "config.json").write_bytes(content)
     with pytest.raises(UserError, match="config.json is missing, damaged"):
         settings_of(run)
+    with pytest.raises(UserError, match="no such run"):
+        settings_of(tmp_path)
 
 
 @pytest.mark.parametrize("log, finished", [
