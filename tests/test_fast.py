@@ -216,7 +216,7 @@ use = fast.use
 
 
 def use_one_chunk(network, parts, *others):
-    """A mistake: the loss of 24 rows in the place of all."""
+    """A mistake: the loss of the first 24 rows in the place of all."""
     use(network, parts, *others)
     if "loss" in parts:
         loss = network.loss
@@ -233,6 +233,7 @@ WRONG = {"NaN": ("fast_attention", returns_nan), "rounded": ("fast_attention", i
 def test_wrong_part_is_found_and_replaced(name, wrong, autocast, monkeypatch):
     """Catches: a comparison that any kernel passes; a wrong part that is used all the same."""
     monkeypatch.setattr(fast, name, wrong)
+    monkeypatch.setattr(fast, "CHUNK", 24)
     part, other = ("loss", "attention") if name == "use" else ("attention", "loss")
     llama = build()
     text = copy.deepcopy(llama)
