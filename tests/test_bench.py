@@ -10,7 +10,6 @@ import torch
 import bench.__main__ as bench
 from bench import growth, measure, step
 from conftest import exit_code, messages
-from model import flops_per_token
 from support import cpu
 from support.runs import UserError
 
@@ -100,12 +99,9 @@ def test_bench_measures_a_training_step(flags, plain, no_processes, capsys):
     pytest.importorskip("transformers")
     argv = [*SIZES, "--rounds", "2", *PLAIN, *flags.split()]
     assert exit_code(bench.main, argv) is None
-    printed = capsys.readouterr().out
-    header, ours, theirs = cells(printed)
+    _, ours, theirs = cells(capsys.readouterr().out)
     assert [ours[0], theirs[0]] == ["ours", "transformers"]
-    assert len(header) == len(ours) == len(theirs)
     assert ours[1] == "64 (64–64)"  # 2 x 16 tokens in 0.5 s
-    assert "vocabulary 128" in printed  # 100, rounded up
     caches = []
     names = ["ours", "transformers"] * 2
     for name, (command, environment) in zip(names, no_processes, strict=True):
@@ -196,7 +192,6 @@ def test_a_preset_gives_the_sizes_and_a_flag_wins():
     ("--dim 65", "dim 65 is not divisible by n_heads 8 — give sizes that fit"),
     ("--rounds 0", "0 is out of range"),
     ("--device tpu", "no device tpu here"),
-    ("growth --dim 64", "unrecognized arguments: --dim 64"),
     ("plan 2b", "invalid choice: '2b'"),
     ("decode", "unrecognized arguments: decode"),
 ])
@@ -259,7 +254,6 @@ def test_growth_measures_a_size(no_processes, monkeypatch):
     assert found["tok_per_s"] == 4096  # 2,048 in 0.5 s
     config = replace(step.DEFAULT, dim=64, n_heads=2, n_kv_heads=1, intermediate_size=192,
                      max_seq_len=128)
-    assert found["flops_per_token"] == flops_per_token(config, 128)
     assert found["computed_bytes"] == (config, 16)
     (command, _), (smallest, _) = no_processes
     args = bench.read_arguments(command[3:])

@@ -40,12 +40,12 @@ def random_windows(seq_len, n_tokens=700):
 
 # ---- text
 
-def losses_one_by_one(model, window):
-    """−ln p of each token of a window after the first, from the logits of one forward."""
-    tokens = torch.tensor(window)
-    logits, _ = model(tokens[None, :-1])
-    log_p = F.log_softmax(logits[0].double(), dim=-1)
-    return [-log_p[i, target].item() for i, target in enumerate(tokens[1:])]
+def log_p(model, ids, n_ids=None):
+    """ln p of each token after the first: one forward, one row, no padding. n_ids: among so many
+    ids only."""
+    logits, _ = model(torch.tensor(ids[:-1])[None])
+    rows = F.log_softmax(logits[0, :, :n_ids].double(), dim=-1)
+    return [row[target].item() for row, target in zip(rows, ids[1:])]
 
 
 def test_text_scores_equal_a_plain_loop(model, monkeypatch):
@@ -55,7 +55,7 @@ def test_text_scores_equal_a_plain_loop(model, monkeypatch):
     monkeypatch.setattr(evaluate, "ROWS", 7)
     val = random_windows(seq_len=16)
     windows = val.read(0, 13)
-    losses = np.array([losses_one_by_one(model, window) for window in windows])  # (13, 16)
+    losses = -np.array([log_p(model, window) for window in windows])  # (13, 16)
     targets = windows[:, 1:].flatten().tolist()
     text = b"".join(TOKENIZER.decode_bytes([i]) for i in targets if i != TOKENIZER.eot)
     eighths = losses.reshape(13, 8, 2).mean(axis=2)
@@ -78,9 +78,9 @@ def test_little_text_is_scored_whole(model):
     assert one["context_gain_stderr"] == 0
     val = random_windows(4, n_tokens=50)
     short = evaluate.evaluate(model, val, TOKENIZER, 10_000, FP32)
-    losses = [losses_one_by_one(model, window) for window in val.read(0, val.total)]
+    loss = -np.mean([log_p(model, window) for window in val.read(0, val.total)])
     assert short["context_gain"] is None
-    assert evaluate.describe_text(short).startswith(f"val loss {np.mean(losses):.4f}")
+    assert evaluate.describe_text(short).startswith(f"val loss {loss:.4f}")
 
 
 def test_evaluation_leaves_the_model_as_it_was(model):
@@ -96,17 +96,14 @@ def test_evaluation_leaves_the_model_as_it_was(model):
     evaluate.continue_prompt(model, TOKENIZER, "a", FP32)
     assert set(seen) == {(False, False)}
     assert model.training
-    assert torch.is_grad_enabled()
     assert torch.equal(torch.get_rng_state(), before)
 
 
 # ---- multiple choice
 
 def one_at_a_time(model, context, ending):
-    """ln P(ending | context): one forward, one row, no padding, no padded ids."""
-    logits, _ = model(torch.tensor([[*context, *ending[:-1]]]))
-    log_p = F.log_softmax(logits[0, :, :model.config.vocab_size].double(), dim=-1)
-    return sum(log_p[len(context) + i - 1, token].item() for i, token in enumerate(ending))
+    """ln P(ending | context), without the padded ids."""
+    return sum(log_p(model, [*context, *ending], model.config.vocab_size)[-len(ending):])
 
 
 def random_pairs(n, longest=20, vocab_size=300):
@@ -114,9 +111,8 @@ def random_pairs(n, longest=20, vocab_size=300):
     random = np.random.RandomState(0)
     pairs = []
     for i in range(n):
-        context = random.randint(0, vocab_size, 1 + i % longest)
-        ending = random.randint(0, vocab_size, random.randint(1, 6))
-        pairs.append((tuple(context), tuple(ending)))
+        ids = random.randint(0, vocab_size, 2 + i % longest + i % 5)
+        pairs.append((tuple(ids[:1 + i % longest]), tuple(ids[1 + i % longest:])))
     return pairs
 
 
@@ -132,8 +128,7 @@ def test_shares_of_two_processes_add_up(model, monkeypatch):
     for kind in range(3):  # losses, bytes, likelihoods
         whole, first, second = rows[kind::3]
         assert torch.equal(first + second, whole)
-        assert not torch.equal(first, whole)  # control: a share is not all
-        assert not torch.equal(second, whole)
+        assert first.any() and second.any()  # control: none is all
 
 
 WORDS = ["a", "be", "the end", "1 2 3 4 5 6", "internationally", "it is what it was"]
@@ -156,16 +151,12 @@ def test_accuracies_equal_a_plain_loop(model, tmp_path, style, monkeypatch):
     likelihoods = []
     right = {"": [], "_norm": [], "_pmi": []}
     for item in items:
-        endings = [TOKENIZER.encode(f" {ending}") for ending in item["endings"]]
-        if style == "token":
-            context = item["ctx"]
-            lengths = [len(ids) for ids in endings]
-        else:
-            context = f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}"
-            lengths = [len(ending) for ending in item["endings"]]
+        context, space, endings = evaluate.put_question(item, style)
         context = TOKENIZER.encode(context)
-        found = np.array([one_at_a_time(model, context, ids) for ids in endings])
-        alone = np.array([one_at_a_time(model, [TOKENIZER.eot], ids) for ids in endings])
+        ids = [TOKENIZER.encode(space + ending) for ending in endings]
+        lengths = [len(counted) for counted in (ids if style == "token" else endings)]
+        found = np.array([one_at_a_time(model, context, ending) for ending in ids])
+        alone = np.array([one_at_a_time(model, [TOKENIZER.eot], ending) for ending in ids])
         likelihoods.append(found)
         right[""].append(found.argmax() == item["label"])
         right["_norm"].append((found / lengths).argmax() == item["label"])
@@ -202,9 +193,8 @@ def test_a_long_context_loses_its_beginning(tmp_path):
     write_lines(tmp_path / "b.jsonl", [item] * 3)
     ids = TOKENIZER.encode(item["ctx"])
     longest = len(TOKENIZER.encode(" or two"))
-    for window, context in [(longest + 3, ids[-4:]), (100, ids)]:
-        benchmark = Benchmark(tmp_path / "b.jsonl", TOKENIZER, window, items=2)
-        assert benchmark.contexts == 2 * [context]
+    benchmark = Benchmark(tmp_path / "b.jsonl", TOKENIZER, longest + 3, items=2)
+    assert benchmark.contexts == 2 * [ids[-4:]]
     with pytest.raises(UserError, match=f"b.jsonl, line 1: an ending of {longest} tokens"):
         Benchmark(tmp_path / "b.jsonl", TOKENIZER, longest - 1)
 
@@ -294,10 +284,9 @@ def test_command_repeats_the_scores_of_the_training(copied, capsys):
     losses = {row[0]: row[1] for row in evals(copied)}
     assert text["val_loss"] == pytest.approx(losses[8], rel=1e-5)
     assert text["val_loss"] != pytest.approx(losses[16], rel=1e-5)  # control
-    assert [text["event"], choice["event"], choice["step"]] == ["eval", "benchmark", 8]
-    assert [choice["n"], other_choice["n"]] == [6, 4]
-    assert [text["dtype"], other_text["dtype"]] == ["fp32", "bf16"]
-    assert other_text["val_loss"] == pytest.approx(text["val_loss"], rel=0.02)
+    noted = [text["event"], text["dtype"], choice["event"], choice["step"], choice["n"]]
+    assert noted == ["eval", "fp32", "benchmark", 8, 6]
+    assert [other_text["dtype"], other_choice["n"]] == ["bf16", 4]
     assert other_text["val_loss"] != text["val_loss"]
 
 
@@ -419,7 +408,6 @@ def test_command_ends_in_one_line(copied, data, refused):
     for flags, message in [(["--step", 7], "no checkpoint of step 7"),
                            (["--step", 20], "no usable checkpoint (step 20: model.pt has 1 bytes"),
                            (["--seq_len", 65], "more than the model's max_seq_len 64"),
-                           (["--benchmark", "absent.jsonl"], "absent.jsonl: No such file"),
                            (["--data", "other"], "other has a vocabulary of 301")]:
         assert message in refused(evaluate.main, *flags)
     assert not evaluate.main([])  # control

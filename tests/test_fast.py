@@ -25,11 +25,11 @@ BF16 = torch.autocast("cpu", dtype=torch.bfloat16)
 FP16 = torch.autocast("cpu", dtype=torch.float16)
 
 
-def chosen(llama=None, autocast=FP32, compiled=False, B=4, T=16):
+def chosen(llama=None, autocast=FP32, compiled=False, B=4):
     """(parts in use, remarks that are printed) after fast.use_what_agrees."""
     llama = llama or Llama(SMALL)
     with contextlib.redirect_stdout(io.StringIO()) as printed:
-        parts = fast.use_what_agrees(llama, B, T, autocast, compiled)
+        parts = fast.use_what_agrees(llama, B, 16, autocast, compiled)
     first, *remarks = printed.getvalue().splitlines()[compiled:]
     assert first == f"fast    {', '.join(parts) or 'nothing: all is computed as in model.py'}"
     return parts, [remark.removeprefix(8 * " ") for remark in remarks]
@@ -123,26 +123,22 @@ def test_loss_computes_no_more_than_it_needs(head):
 
 
 def test_loss_trains_what_a_reader_adds_to_it(monkeypatch):
-    """Catches: gradients that the chunks forget: of a new parameter in `logits`, and of a layer
+    """Catches: gradients that the chunks forget, of what is not the output layer, or of a layer
     that was not compared."""
-    class Edited(Llama):
-        def __init__(self, config):
-            super().__init__(config)
-            self.scale = torch.nn.Parameter(torch.ones(()))
-
-        def logits(self, hidden):
-            return self.scale * super().logits(hidden)
-
+    class Decaying(Llama):
         def loss(self, hidden, targets):
             squares = sum(p.square().sum() for p in self.model.layers.parameters())
             return super().loss(hidden, targets) + 0.1 * len(targets) * squares
 
     monkeypatch.setattr(fast, "CHUNK", 7)
-    llama = Edited(SMALL)
+    llama = Decaying(SMALL)
     expected = gradients(llama, llama(batch(), batch(seed=2))[1])
     assert chosen(llama)[0] == ["attention", "loss"]
     assert relative_gap(gradients(llama, llama(batch(), batch(seed=2))[1]), expected) < 1e-5
-    assert min(grad.norm() for grad in expected.values()) > 0  # control
+    plain = Llama(SMALL)
+    plain.load_state_dict(llama.state_dict())
+    found = gradients(plain, plain(batch(), batch(seed=2))[1])
+    assert relative_gap(found, expected) > 1e-2  # control
 
 
 # -------------------------------------------------------------------------------------------------
@@ -179,7 +175,6 @@ def test_comments_and_layout_are_not_text():
     same = 'def f(x):\n    """Other."""\n    # a comment\n\n    return (x +\n     1)  # one\n'
     assert fast.hash_of(plain) == fast.hash_of(same)
     assert fast.hash_of(plain) != fast.hash_of(plain.replace("1", "2"))  # control
-    assert fast.text_of("def f(") == ""
 
 
 def test_every_use_of_a_mask_is_seen():
@@ -224,21 +219,21 @@ def use_one_chunk(network, parts, *others):
     return network
 
 
-WRONG = {"NaN": ("fast_attention", returns_nan), "rounded": ("fast_attention", is_rounded),
-         "chunk": ("use", use_one_chunk)}
+WRONG = {"NaN": ("attention", "fast_attention", returns_nan),
+         "rounded": ("attention", "fast_attention", is_rounded),
+         "chunk": ("loss", "use", use_one_chunk)}
 
 
 @pytest.mark.parametrize("autocast", [FP32, BF16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("name, wrong", WRONG.values(), ids=WRONG)
-def test_wrong_part_is_found_and_replaced(name, wrong, autocast, monkeypatch):
+@pytest.mark.parametrize("part, name, wrong", WRONG.values(), ids=WRONG)
+def test_wrong_part_is_found_and_replaced(part, name, wrong, autocast, monkeypatch):
     """Catches: a comparison that any kernel passes; a wrong part that is used all the same."""
     monkeypatch.setattr(fast, name, wrong)
     monkeypatch.setattr(fast, "CHUNK", 24)
-    part, other = ("loss", "attention") if name == "use" else ("attention", "loss")
     llama = build()
     text = copy.deepcopy(llama)
     parts, (remark,) = chosen(llama, autocast)
-    assert parts == [other]
+    assert sorted([*parts, part]) == ["attention", "loss"]
     assert remark.startswith(f"{part}: computed as written; the fast way differs: ")
     expected = text(batch(), batch(seed=2))[1].item()
     assert llama(batch(), batch(seed=2))[1].item() == pytest.approx(expected, rel=1e-6)
@@ -339,30 +334,23 @@ def test_copy_of_a_network_has_a_loss_of_its_own():
 # The compiler
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype, of_loss, of_gradients", [(torch.float32, 1e-5, 1e-4),
-                                                          (torch.bfloat16, 2e-4, 3e-2)], ids=str)
-def test_compiling_changes_nothing(dtype, of_loss, of_gradients):
+def test_compiling_changes_nothing():
     """Catches: names with _orig_mod. in a checkpoint, weights compiled as constants, a fused loss
     that counts −100."""
     llama = build(n_layers=1)
     tokens = batch()
     targets = targets_with_gaps()
     names = list(llama.state_dict())
-
-    def loss_and_gradients():
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
-            _, loss = llama(tokens, targets)
-        return loss.item(), gradients(llama, loss)
-
-    loss, expected = loss_and_gradients()
+    _, loss = llama(tokens, targets)
+    expected = gradients(llama, loss)
     fast.use(llama, fast.PARTS)
-    compiled, ours = loss_and_gradients()
-    assert compiled == pytest.approx(loss, rel=of_loss)
-    assert relative_gap(ours, expected) < of_gradients
+    _, compiled = llama(tokens, targets)
+    assert compiled.item() == pytest.approx(loss.item(), rel=1e-5)
+    assert relative_gap(gradients(llama, compiled), expected) < 1e-4
     assert list(llama.state_dict()) == names
     llama.model.layers[0].mlp.up_proj.weight.data.mul_(40)
-    changed, _ = loss_and_gradients()
-    assert changed != pytest.approx(loss, rel=of_loss)  # control: another weight
+    _, changed = llama(tokens, targets)
+    assert changed.item() != pytest.approx(loss.item(), rel=1e-5)  # control: another weight
 
 
 @pytest.mark.slow
@@ -380,9 +368,8 @@ def test_nothing_is_compiled_twice(monkeypatch, recompute):
     before = counters["stats"]["unique_graphs"]
     assert before >= 2  # for blocks and for the loss
     tokens = torch.randint(100, (4, 17))
-    for _ in range(2):
-        with BF16:
-            llama(tokens[:, :-1], tokens[:, 1:])[1].backward()
+    with BF16:
+        llama(tokens[:, :-1], tokens[:, 1:])[1].backward()
     assert counters["stats"]["unique_graphs"] == before
     with BF16:  # control: another shape
         llama(tokens[:2, :-1], tokens[:2, 1:])[1].backward()

@@ -40,19 +40,15 @@ def test_run_moves_between_one_process_ddp_and_fsdp(data, whole, tmp_path):
     assert distance(tmp_path / "forgetful", whole) > 1e-3
 
 
-@pytest.mark.parametrize("world, flags, message", [
-    (1, [], "--fsdp shards the model over several processes, and this is the only one"),
-    (2, ["--dtype", "fp16"], "--fsdp does not work in fp16")])
-def test_impossible_sharding_is_one_line(data, tmp_path, capsys, monkeypatch, world, flags,
-                                         message):
+def test_impossible_sharding_is_one_line(data, tmp_path, capsys, monkeypatch):
     """Catches: a --fsdp that does nothing, or updates that one process skips and another makes."""
-    monkeypatch.setattr(devices, "processes", lambda: (0, world))
-    assert run(data, tmp_path, "--fsdp", *flags) == 2
+    assert run(data, tmp_path, "--fsdp") == 2
     [line] = messages(capsys)
-    assert message in line
-
-
-SCORES = ("step", "acc", "acc_norm", "acc_pmi", "n")
+    assert "--fsdp shards the model over several processes, and this is the only one" in line
+    monkeypatch.setattr(devices, "processes", lambda: (0, 2))
+    assert run(data, tmp_path, "--fsdp", "--dtype", "fp16") == 2
+    [line] = messages(capsys)
+    assert "--fsdp does not work in fp16" in line
 
 
 @pytest.mark.slow
@@ -67,8 +63,6 @@ def test_resume_of_a_sharded_run_is_bitwise(data, whole, tmp_path):
     assert ends(two(data, stopped))[0] == [0, 0]  # --fsdp is saved with the run
     assert same(stopped, straight)
     assert distance(straight, whole) < 1e-5
-    scores = ("step", "acc", "acc_norm", "acc_pmi", "n")
-    assert rows(straight, "benchmark", scores) == rows(whole, "benchmark", scores)
     losses = [[row[1] for row in evals(folder)] for folder in (straight, whole)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     # control
@@ -94,7 +88,6 @@ def test_sharded_run_is_that_of_ddp(data, tmp_path, before, flags, tolerance):
         codes, _ = ends(two(data, tmp_path / name, f"--{name}", *flags, before=before))
         assert codes == [0, 0]
     assert distance(tmp_path / "fsdp", tmp_path / "no-fsdp") < tolerance
-    assert shapes(tmp_path / "fsdp") == shapes(tmp_path / "no-fsdp")
     # control: other steps
     losses = rows(tmp_path / "fsdp", keys=("loss",))
     assert not np.allclose(losses[1:], losses[:-1], rtol=1e-2)
