@@ -234,7 +234,7 @@ def test_damaged_growth_is_refused(tmp_path, line):
     """Catches: a traceback, or a figure of half a row."""
     file = tmp_path / "growth.jsonl"
     file.write_text(f"{json.dumps(size(256, 256))}\n{line}\n")
-    with pytest.raises(UserError, match=r"growth\.jsonl, line 2: not a row"):  # the first line is right
+    with pytest.raises(UserError, match=r"growth\.jsonl, line 2: not a row"):  # 1 is right
         growth.read_rows(file)
 
 
