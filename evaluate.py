@@ -15,6 +15,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from support import cpu  # before torch, which reads its settings once
@@ -23,6 +24,7 @@ import torch.nn.functional as F
 
 from checkpoint import load_model
 from data import DataFolder, Windows
+from model import KVCache
 from support.devices import (choose_device, choose_dtype, complete_rows, processes,
                              refuse_processes)
 from support.flags import Parser, count
@@ -129,39 +131,53 @@ def describe_text(scores):
 # -------------------------------------------------------------------------------------------------
 # Multiple choice: of several endings the model chooses the one that it finds most probable.
 
-def log_likelihoods(model, pairs, autocast, progress=False):
-    """ln P(ending | context), in nats, for each pair (context ids, ending ids): (N,) float64. Among
-    the tokenizer's ids: padded ones are no part of a Hugging Face folder either.
+def log_likelihoods(model, contexts, endings, autocast, progress=False):
+    """ln P(ending | context), in nats, of C endings for each of N contexts, all lists of ids:
+    (N, C) float64. Among the tokenizer's ids: padded ones are no part of a Hugging Face folder
+    either.
 
-    One row per ending, padded on the right, where causal attention never looks. Rows of similar
-    length share a forward. With several processes each scores its share."""
+    A context is read once for all its endings. Contexts of similar length share a forward: as many
+    of their tokens as the shortest has go into a cache. Then each ending is a row, behind what is
+    left of its context, and padded on the right, where causal attention never looks. With several
+    processes each scores its share."""
     rank, world = processes()
     device = next(model.parameters()).device
-    lengths = [len(context) + len(ending) for context, ending in pairs]
-    order = sorted(range(len(pairs)), key=lambda i: lengths[i])
+    C = len(endings[0])
+    longest = [max(len(ending) for ending in question) for question in endings]
+    order = sorted(range(len(contexts)), key=lambda i: (len(contexts[i]), longest[i]))
     batches = []
     while order:
-        size = max(1, tokens_per_forward(device) // lengths[order[-1]])  # rows per forward
+        tokens = len(contexts[order[-1]]) + C * longest[order[-1]]
+        size = max(1, tokens_per_forward(device) // tokens)  # questions per forward
         batches.append(order[-size:])
         del order[-size:]
-    found = torch.zeros(len(pairs), dtype=torch.float64)
+    found = torch.zeros(len(contexts), C, dtype=torch.float64)
     with evaluating(model, autocast):
         for batch in tqdm(batches[rank::world], desc="choosing", disable=not progress, leave=False):
-            T = max(lengths[i] for i in batch)
-            tokens = torch.zeros(len(batch), T, dtype=torch.long)
-            targets = torch.full((len(batch), T), -100)
-            for row, i in enumerate(batch):
-                context, ending = pairs[i]
-                tokens[row, :lengths[i]] = torch.tensor(context + ending)
-                targets[row, len(context):lengths[i]] = torch.tensor(ending)
-            targets = targets[:, 1:]                              # what follows each input
-            hidden = model.model(tokens[:, :-1].to(device))       # (rows, T − 1, dim)
-            scored = targets != -100                              # only these need the output layer
+            shared = min(len(contexts[i]) for i in batch) - 1  # the last token is not: it predicts
+            rows = [(contexts[i][shared:], ending) for i in batch for ending in endings[i]]
+            T = max(len(rest) + len(ending) for rest, ending in rows)
+            cache = None
+            if shared > 0:
+                cache = KVCache(replace(model.config, max_seq_len=shared + T))
+                beginnings = torch.tensor([contexts[i][:shared] for i in batch])
+                model.model(beginnings.to(device), cache)
+                cache.keys = cache.keys.repeat_interleave(C, dim=1)  # dim 1: the sequences
+                cache.values = cache.values.repeat_interleave(C, dim=1)
+            tokens = torch.zeros(len(rows), T, dtype=torch.long)
+            targets = torch.full((len(rows), T), -100)
+            for row, (rest, ending) in enumerate(rows):
+                end = len(rest) + len(ending)
+                tokens[row, :end] = torch.tensor(rest + ending)
+                targets[row, len(rest):end] = torch.tensor(ending)
+            targets = targets[:, 1:]                                # what follows each input
+            hidden = model.model(tokens[:, :-1].to(device), cache)  # (rows, T − 1, dim)
+            scored = targets != -100  # only these need the output layer
             loss = torch.zeros(scored.shape, dtype=torch.float64)
-            hidden = hidden[scored.to(device)]                    # (tokens of endings, dim)
+            hidden = hidden[scored.to(device)]                      # (tokens of endings, dim)
             loss[scored] = token_losses(model, hidden, targets[scored].to(device),
                                         model.config.vocab_size)
-            found[batch] = -loss.sum(1)
+            found[batch] = -loss.sum(1).view(-1, C)
     return complete_rows(found, device)
 
 
@@ -235,8 +251,8 @@ class Benchmark:
         acc_pmi: the one whose likelihood the context increases most, compared to that after
         end-of-text alone; this removes what is likely anywhere (Holtzman et al. 2021, arXiv
         2104.08315)."""
-        found = self.likelihoods(model, self.contexts, autocast, progress)  # (N, C)
-        alone = self.likelihoods(model, [[self.eot]] * len(self.contexts), autocast)
+        found = log_likelihoods(model, self.contexts, self.endings, autocast, progress)  # (N, C)
+        alone = self.log_likelihoods_alone(model, autocast)
         n = len(self.labels)
         scores = {}
         for name, by in (("", found), ("_norm", found / self.norms), ("_pmi", found - alone)):
@@ -246,15 +262,14 @@ class Benchmark:
         return {"name": self.name, "style": self.style, **scores, "n": n,
                 "n_choices": found.shape[1], "cut": self.cut}
 
-    def likelihoods(self, model, contexts, autocast, progress=False):
-        """ln P(ending | context) of all endings: (N, C). A pair that repeats is scored once."""
-        pairs = []
-        for context, endings in zip(contexts, self.endings):
-            pairs += [(tuple(context), tuple(ending)) for ending in endings]
-        distinct = list(dict.fromkeys(pairs))
-        found = log_likelihoods(model, distinct, autocast, progress)
-        place = {pair: i for i, pair in enumerate(distinct)}
-        return found[[place[pair] for pair in pairs]].view(len(contexts), -1)
+    def log_likelihoods_alone(self, model, autocast):
+        """Those of all endings after end-of-text alone: (N, C). One that repeats is scored once."""
+        distinct = list(dict.fromkeys(tuple(e) for question in self.endings for e in question))
+        contexts = [[self.eot]] * len(distinct)
+        found = log_likelihoods(model, contexts, [[list(e)] for e in distinct], autocast)
+        of = dict(zip(distinct, found[:, 0].tolist()))
+        return torch.tensor([[of[tuple(ending)] for ending in question]
+                             for question in self.endings], dtype=torch.float64)
 
 
 def put_question(item, style):
@@ -342,7 +357,8 @@ class Observer:
         log.event("eval", step, tokens=step * self.args.batch_tokens, **scores,
                   seconds=time.monotonic() - start)
         log.say(f"  {describe_text(scores)}")
-        if self.benchmark is not None:
+        is_asked = step >= self.args.benchmark_from or step == self.args.max_steps
+        if self.benchmark is not None and is_asked:
             log_benchmark(self.benchmark, self.model, self.autocast, step, log)
 
     def sample(self, step, log):

@@ -73,7 +73,7 @@ class ModelConfig:
 
 PRESETS = {
     #                   dim layers heads kv intermediate vocabulary window           parameters
-    "tiny": ModelConfig(256,   4,   4,   2,   768,    4096, max_seq_len=256),     #     5,245,184
+    "tiny": ModelConfig(128,   4,   4,   2,   384,    4096, max_seq_len=256),     #     1,836,160
     # The paper's code calls it 124m, after GPT-2. It is larger: SwiGLU has three matrices where
     # GPT-2 has two (28M more), and the output layer is a matrix of its own (39M more).
     "124m": ModelConfig(768,  12,  12,  12,  3072,  50_257, max_seq_len=1024),    #   190,532,352

@@ -32,7 +32,11 @@ quiet() {  # run a command; its output is shown only if it fails (75: it stopped
   rm "$log"
   return $code
 }
-train() { quiet "$python" train.py --device cpu --threads 1 "$@" $SETTINGS; }
+# The network of 5.2 million parameters that `tiny` was when these experiments were made.
+AS_THEN="--dim 256 --intermediate_size 768 --lr 1e-3 --max_steps 3800 --benchmark_from 0"
+[ -z "$SETTINGS" ] || AS_THEN=
+train() { quiet "$python" train.py --device cpu --threads 1 $AS_THEN "$@" $SETTINGS; }
+resumed() { quiet "$python" train.py --device cpu --threads 1 --resume "$@" $SETTINGS; }
 evaluate() { quiet "$python" evaluate.py "$@" --dtype bf16; }
 job() {  # run a command in the background, as soon as fewer than JOBS others run
   while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 0.2; done
@@ -87,7 +91,7 @@ stopped() {  # what it evaluates on its way is not used
 }
 continued() {
   cp -r $R/2/$1 $R/2/$2
-  train --run $R/2/$2 --resume --eval_tokens 24576 "${@:3}"
+  resumed --run $R/2/$2 --eval_tokens 24576 "${@:3}"
 }
 two_ways() {
   local name=lr$1_beta$2_seed$3

@@ -42,9 +42,9 @@ EMBEDDED = "data/pydocs"  # text that every computer with Python has; prepared w
 # What a preset changes. A flag on the command line wins over it; the other defaults are below.
 BY_PRESET = {
     # Small batches have noisy gradients: with beta2 0.99 AdamW averages their squares over about
-    # 100 steps, with 0.95 over about 20.
-    "tiny": dict(data=EMBEDDED, max_steps=3800, batch_tokens=1024, seq_len=128, lr=1e-3,
-                 warmup_steps=100, schedule="wsd", beta2=0.99, eval_every=1000, eval_tokens=24_576,
+    # 100 steps, with 0.95 over about 20. docs/tiny.md tells how these were chosen.
+    "tiny": dict(data=EMBEDDED, max_steps=4200, batch_tokens=1024, seq_len=128, lr=2e-3, min_lr=0.0,
+                 warmup_steps=100, schedule="wsd", beta2=0.99, eval_every=1024, eval_tokens=24_576,
                  benchmark_items=320, sample_every=0, sample_prompt="The function returns",
                  keep_every=0),
     "124m": dict(max_steps=19_073),
@@ -69,8 +69,8 @@ def lr_at(step, settings):
     al. 2024, arXiv 2404.06395, §4).
 
     A pure function of its arguments, so a resume does not change the rate. Another --max_steps
-    does: step 3,800 is the end of a run of 3,800 steps, at 1.0e-4, but half of one of 7,600, where
-    wsd is still at 1.0e-3."""
+    does: step 4,200 is the end of a run of 4,200 steps, where the rate has fallen to 0, but half of
+    one of 8,400, where wsd is still at its peak."""
     warmup = settings.warmup_steps
     end = settings.max_steps
     done = min(1.0, max(0, step - warmup) / max(1, end - warmup))  # of what follows the warm-up
@@ -286,6 +286,9 @@ def main(argv=None):
         return end_processes(0)
     data = open_data(args.data, state)
     windows = Windows(data.train, args.seq_len, data.vocab_size, args.seed, args.shuffle)
+    epochs = args.max_steps * args.batch_tokens / (windows.total * args.seq_len)
+    say(f"data    {args.data}: {windows.total:,} windows of {args.seq_len} tokens; the run reads "
+        f"each {epochs:.2f} times")
     code = fast.hashes("model.py", "train.py")
     # All processes must have the same settings, code and data.
     check_equal({**vars(args), **code, "data in the folder": data.fingerprint})
@@ -499,6 +502,8 @@ def read_settings(argv, saved=None):
         help="read windows in a new random order each epoch; else in file order")
     add("--eval_tokens", type=flags.count, default=10_485_760,
         help="validation tokens per evaluation")
+    add("--benchmark_from", type=flags.count_or_0, default=100, metavar="STEP",
+        help="no questions before: a new network can only guess")
     add("--sample_prompt", type=flags.text, default="The", help="what the samples continue")
     add("--fsdp", action=argparse.BooleanOptionalAction, default=False, help="under torchrun: each "
         "process keeps a part of weights, gradients and moments; less memory")

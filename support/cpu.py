@@ -1,4 +1,4 @@
-"""cpu.py — three settings of Linux and PyTorch. To be imported before torch, which reads them once.
+"""cpu.py — four settings of Linux and PyTorch. To be imported before torch, which reads them once.
 PLAIN_PYTORCH=1 leaves them as they are.
 
 How threads wait. An operation on several threads ends when the last of them has finished. GNU's
@@ -11,6 +11,10 @@ How memory is used again. A step makes and frees the same large tensors as the s
 library gives such memory back to Linux, and gets it anew, filled with zeros, page by page, each
 with an interruption: up to 14,000 in a step. Kept by the process, the memory is there. And when it
 is new, it comes in pages of 2 MiB instead of 4 KiB.
+
+How the compiler begins. For each instruction set that the processor names, torch.compile first
+compiles and loads a library, to see whether it works: 7 s in the first run on a machine. Here the
+processor is believed. If that is wrong, devices.can_compile notices, and says so.
 """
 import ctypes
 import os
@@ -25,7 +29,7 @@ added = []  # names of the environment variables that set_up adds
 
 def set_up():
     """Change the settings. An environment variable that the user has set stays."""
-    chosen = {"THP_MEM_ALLOC_ENABLE": "1"}
+    chosen = {"THP_MEM_ALLOC_ENABLE": "1", "TORCHINDUCTOR_VEC_ISA_OK": "1"}
     if "OMP_WAIT_POLICY" not in os.environ:
         chosen["GOMP_SPINCOUNT"] = "5000"
     for name, value in chosen.items():

@@ -682,7 +682,7 @@ def test_lm_eval_gives_our_likelihoods(tmp_path):
     model, tokenizer, _ = checkpoint.load_model(run)
     autocast = torch.autocast("cpu", enabled=False)
     benchmark = evaluate.Benchmark(tmp_path / "questions.jsonl", tokenizer, 128, "harness")
-    ours = benchmark.likelihoods(model, benchmark.contexts, autocast)
+    ours = evaluate.log_likelihoods(model, benchmark.contexts, benchmark.endings, autocast)
     expected = torch.tensor(theirs["likelihoods"], dtype=torch.float64)
     print(f"lm_eval: largest difference {(ours - expected).abs().max():.1e}, "
           f"values down to {expected.min():.0f}")
@@ -690,7 +690,7 @@ def test_lm_eval_gives_our_likelihoods(tmp_path):
     scores = benchmark.score(model, autocast)
     assert (scores["acc"], scores["acc_norm"]) == (theirs["acc"], theirs["acc_norm"])
     other = evaluate.Benchmark(tmp_path / "questions.jsonl", tokenizer, 128, "token")  # control
-    found = other.likelihoods(model, other.contexts, autocast)
+    found = evaluate.log_likelihoods(model, other.contexts, other.endings, autocast)
     assert (found - expected).abs().max() > 1e-3 * expected.abs().max()
     # And plot_dynamics.py draws its result file.
     (tmp_path / "run/evaluations.jsonl").write_text('{"event": "eval", "step": 3, "val_loss": 1}\n')

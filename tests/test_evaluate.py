@@ -92,7 +92,7 @@ def test_evaluation_leaves_the_model_as_it_was(model):
     model.train()
     before = torch.get_rng_state()
     evaluate.evaluate(model, random_windows(16), TOKENIZER, 256, FP32)
-    evaluate.log_likelihoods(model, random_pairs(3), FP32)
+    evaluate.log_likelihoods(model, *random_questions(3), FP32)
     evaluate.continue_prompt(model, TOKENIZER, "a", FP32)
     assert set(seen) == {(False, False)}
     assert model.training
@@ -106,14 +106,13 @@ def one_at_a_time(model, context, ending):
     return sum(log_p(model, [*context, *ending], model.config.vocab_size)[-len(ending):])
 
 
-def random_pairs(n, longest=20, vocab_size=300):
-    """Contexts of 1 to `longest` tokens with endings of 1 to 5."""
+def random_questions(n, longest=20, vocab_size=300):
+    """n contexts of 1 to `longest` tokens, and for each 4 endings of 1 to 5."""
     random = np.random.RandomState(0)
-    pairs = []
-    for i in range(n):
-        ids = random.randint(0, vocab_size, 2 + i % longest + i % 5)
-        pairs.append((tuple(ids[:1 + i % longest]), tuple(ids[1 + i % longest:])))
-    return pairs
+    contexts = [random.randint(0, vocab_size, 1 + i % longest).tolist() for i in range(n)]
+    endings = [[random.randint(0, vocab_size, 1 + (i + j) % 5).tolist() for j in range(4)]
+               for i in range(n)]
+    return contexts, endings
 
 
 def test_shares_of_two_processes_add_up(model, monkeypatch):
@@ -124,7 +123,7 @@ def test_shares_of_two_processes_add_up(model, monkeypatch):
     for process in ((0, 1), (0, 2), (1, 2)):  # rank, world
         monkeypatch.setattr(evaluate, "processes", lambda: process)
         evaluate.evaluate(model, random_windows(16), TOKENIZER, 10_000, FP32)
-        evaluate.log_likelihoods(model, random_pairs(50), FP32)
+        evaluate.log_likelihoods(model, *random_questions(50), FP32)
     for kind in range(3):  # losses, bytes, likelihoods
         whole, first, second = rows[kind::3]
         assert torch.equal(first + second, whole)
@@ -164,7 +163,7 @@ def test_accuracies_equal_a_plain_loop(model, tmp_path, style, monkeypatch):
 
     write_lines(tmp_path / "b.jsonl", items)
     benchmark = Benchmark(tmp_path / "b.jsonl", TOKENIZER, 64, style)
-    found = benchmark.likelihoods(model, benchmark.contexts, FP32).numpy()
+    found = evaluate.log_likelihoods(model, benchmark.contexts, benchmark.endings, FP32).numpy()
     assert np.abs(found - likelihoods).max() < 1e-4
     assert np.abs(found[1:] - likelihoods[:-1]).max() > 1e-2  # control: of other questions
     scores = benchmark.score(model, FP32)
@@ -231,14 +230,15 @@ def test_a_file_without_a_common_choice_is_refused(tmp_path):
 def test_batches_are_faster_than_one_at_a_time():
     """Catches: multiple choice that costs as much as without batches. Prints what it costs."""
     model = Llama(PRESETS["tiny"]).eval()
-    pairs = random_pairs(200, longest=100, vocab_size=4096)  # 50 questions of 4 endings
+    contexts, endings = random_questions(50, longest=100, vocab_size=4096)
     with torch.no_grad():
         for _ in range(2):  # the first time does not count
             start = time.perf_counter()
-            evaluate.log_likelihoods(model, pairs, FP32)
+            evaluate.log_likelihoods(model, contexts, endings, FP32)
             middle = time.perf_counter()
-            for pair in pairs:
-                one_at_a_time(model, *pair)
+            for context, question in zip(contexts, endings):
+                for ending in question:
+                    one_at_a_time(model, context, ending)
             end = time.perf_counter()
     print(f"{50 / (middle - start):.0f} questions/s in batches, {50 / (end - middle):.0f} without")
     assert middle - start < end - middle  # 1.4 to 1.9 times as fast on one busy core

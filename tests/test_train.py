@@ -295,17 +295,19 @@ def test_evaluation_does_not_change_training(data, whole, tmp_path):
     assert not torch.equal(weights(tmp_path / "other", 0), weights(whole, 0))
 
 
-def test_events_are_in_order(whole):
-    """Catches: an event that is missing, doubled, or at another step."""
+def test_events_are_in_order(data, whole, tmp_path):
+    """Catches: an event that is missing, doubled, or at another step; a run that is too short for
+    its first questions and ends without any."""
     found = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     names = [f"{row['event']} {row['step']}" for row in found]
-    assert names[:9] == [
-        "start 0", "eval 0", "benchmark 0", "sample 0",
-        "train 1", "eval 1", "benchmark 1", "sample 1", "train 2"]
+    assert names[:10] == ["start 0", "eval 0", "sample 0", "train 1", "eval 1", "sample 1",
+                          "train 2", "eval 2", "benchmark 2", "sample 2"]
     assert names[-5:] == ["train 20", "eval 20", "benchmark 20", "sample 20", "end 20"]
-    for event in ("eval", "benchmark", "sample"):
-        at = [step for step, in rows(whole, event, ("step",))]
-        assert at == [0, 1, 2, 4, 8, 16, 20]
+    assert run(data, tmp_path / "r", "--benchmark_from", 100, "--max_steps", 3) == 0
+    every = [(0,), (1,), (2,), (4,), (8,), (16,), (20,)]
+    for event, steps_of_it in (("eval", every), ("sample", every), ("benchmark", every[2:])):
+        assert rows(whole, event, ("step",)) == steps_of_it
+    assert rows(tmp_path / "r", "benchmark", ("step",)) == [(3,)]
 
 
 def test_checkpoints_follow_the_keep_rule(data, whole, tmp_path):
