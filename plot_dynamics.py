@@ -527,6 +527,35 @@ class Page:
         finish(axes, "Loss by position, minus that of the first eighth", "nats per token")
 
 
+def story(runs):
+    """A figure of one pretraining: its loss, and what it wrote at four of the steps. None if there
+    are several runs, or if there is no sample."""
+    run = runs[0]
+    steps, losses = points(run, "eval", "val_loss")
+    rows = [row for row in run.rows["sample"] if row["step"] in steps]
+    if len(runs) > 1 or not rows:
+        return None
+    figure = open_figure((8, 4.5))
+    axes = figure.add_subplot()
+    axes.plot(*points(run, "train", "loss"), color="0.8", linewidth=0.7, label="training, each step")
+    axes.plot(steps, losses, marker="o", markersize=3, label="validation")
+    for line, share in enumerate((0, 0.5, 0.75, 1)):  # the first samples are all noise
+        row = rows[round(share * (len(rows) - 1))]
+        text = f"step {row['step']:,}: {row.get('prompt')} {row.get('text')}"
+        text = "".join(c if c.isprintable() and c < "\u0250" else " " for c in text)  # has a glyph
+        text = textwrap.fill(plain(textwrap.shorten(text, 84, placeholder=" ...")), 42)
+        place = (row["step"], losses[steps == row["step"]][0])
+        axes.annotate(text, place, fontsize=8, xytext=(0.63, 0.97 - 0.13 * line), va="top",
+                      textcoords="axes fraction",
+                      arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.7})
+    axes.set_xscale("symlog", linthresh=1, linscale=0.3)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("steps")
+    finish(axes, f"{run.name}: loss, and what it writes", "nats per token")
+    axes.get_legend().set_loc("lower left")
+    return figure
+
+
 def draw_chance(axes, row):
     """What guessing would score: 25 % where a question has four endings."""
     n_choices = number(row.get("n_choices"))
@@ -706,7 +735,12 @@ def main(argv=None):
         print(f"{run.name}: {', '.join(numbers)}")
         for step, _, text in run.marks:
             print(f"  step {step:,}: {speed_change(run, step, text)}")
-    print(f"drawn: {out}/dynamics.png, {out}/trajectory.md")
+    drawn = [f"{out}/dynamics.png", f"{out}/trajectory.md"]
+    figure = story(runs)
+    if figure is not None:
+        figure.savefig(out / "story.png")
+        drawn.append(f"{out}/story.png")
+    print(f"drawn: {', '.join(drawn)}")
     return 0
 
 

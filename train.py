@@ -43,7 +43,7 @@ EMBEDDED = "data/pydocs"  # text that every computer with Python has; prepared w
 BY_PRESET = {
     # Small batches have noisy gradients: with beta2 0.99 AdamW averages their squares over about
     # 100 steps, with 0.95 over about 20. docs/tiny.md tells how these were chosen.
-    "tiny": dict(data=EMBEDDED, max_steps=4200, batch_tokens=1024, seq_len=128, lr=2e-3, min_lr=0.0,
+    "tiny": dict(data=EMBEDDED, max_steps=3900, batch_tokens=1024, seq_len=128, lr=2e-3, min_lr=0.0,
                  warmup_steps=100, schedule="wsd", beta2=0.99, eval_every=1024, eval_tokens=24_576,
                  benchmark_items=320, sample_every=0, sample_prompt="The function returns",
                  keep_every=0),
@@ -69,8 +69,8 @@ def lr_at(step, settings):
     al. 2024, arXiv 2404.06395, §4).
 
     A pure function of its arguments, so a resume does not change the rate. Another --max_steps
-    does: step 4,200 is the end of a run of 4,200 steps, where the rate has fallen to 0, but half of
-    one of 8,400, where wsd is still at its peak."""
+    does: step 3,900 is the end of a run of 3,900 steps, where the rate has fallen to 0, but half of
+    one of 7,800, where wsd is still at its peak."""
     warmup = settings.warmup_steps
     end = settings.max_steps
     done = min(1.0, max(0, step - warmup) / max(1, end - warmup))  # of what follows the warm-up

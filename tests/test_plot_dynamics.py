@@ -56,13 +56,29 @@ def names_on(page):
 def test_training_draws_its_run(whole):
     """Catches: a finished run folder without figure, or with one of an earlier moment; a sample
     beside the loss of another step, or one that Markdown swallows."""
-    assert (whole / "dynamics.png").read_bytes()[:4] == b"\x89PNG"
+    for name in ("dynamics.png", "story.png"):
+        assert (whole / name).read_bytes()[:4] == b"\x89PNG"
     table = (whole / "trajectory.md").read_text()
     last_loss = rows(whole, "eval", ("val_loss",))[-1][0]
     last_text = rows(whole, "sample", ("text",))[-1][0]
     assert f"| 20 | 2,560 | {last_loss:.4f} |" in table
     assert plot_dynamics.escape(last_text) in table
     assert plot_dynamics.escape("<b> a|b\n*c*") == r"\<b\> a\|b \*c\*"
+
+
+def test_story_has_the_samples_at_their_losses(whole):
+    """Catches: a text beside the loss of another step; a story of several runs, or without text."""
+    run = read_run(whole)
+    losses = dict(rows(whole, "eval", ("step", "val_loss")))
+    texts = dict(rows(whole, "sample", ("step", "text")))
+    notes = plot_dynamics.story([run]).axes[0].texts
+    assert [note.xy for note in notes] == [(step, losses[step]) for step in (0, 4, 8, 20)]
+    words = notes[-1].get_text().split()
+    assert words[:3] == ["step", "20:", "The"]
+    assert words[3] in plot_dynamics.plain(texts[20])
+    assert plot_dynamics.story([run, run]) is None
+    run.rows["sample"] = []
+    assert plot_dynamics.story([run]) is None
 
 
 def test_curves_are_those_of_the_log(whole):
