@@ -1,11 +1,12 @@
-"""plot_dynamics.py — draw logs: dynamics.png, a page of curves, and trajectory.md, the samples.
+"""plot_dynamics.py — draw logs: dynamics.png, a page of curves; trajectory.md, the samples; of a
+single run also story.png, its loss with some of the samples.
 
     python plot_dynamics.py runs/tiny                        # into figures/; also during training
     python plot_dynamics.py runs/a runs/b logs/default       # compare several runs on one page
     python plot_dynamics.py log.txt --batch_tokens 524288    # the plain log of build-nanogpt
 
-Also draws the result files of lm-evaluation-harness in RUN/lm_eval/step_NNN/ (README says how to
-make them).
+Also draws the result files of lm-evaluation-harness in RUN/lm_eval/step_NNN/
+(docs/huggingface.md says how to make them).
 
 To draw something new, log it in train.py, `log.event("weights", step, norm=…)`, and add it to the
 table PANELS. Reads a run's metrics.jsonl, and the samples and benchmarks that sample.py and
@@ -537,7 +538,7 @@ def story(runs):
         return None
     figure = open_figure((8, 4.5))
     axes = figure.add_subplot()
-    axes.plot(*points(run, "train", "loss"), color="0.8", linewidth=0.7, label="training, each step")
+    axes.plot(*points(run, "train", "loss"), color="0.8", linewidth=0.7, label="each step")
     axes.plot(steps, losses, marker="o", markersize=3, label="validation")
     for line, share in enumerate((0, 0.5, 0.75, 1)):  # the first samples are all noise
         row = rows[round(share * (len(rows) - 1))]

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# reproduce.sh — the experiments behind README's "Training dynamics", as plain commands.
+# reproduce.sh — the experiments of docs/dynamics.md as plain commands.
 #
 #     bash reproduce.sh             # all of them; 76 minutes on two cores
 #     bash reproduce.sh 2           # one of them (5 and 6 need the runs of 1, 3 those of 7)

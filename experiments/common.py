@@ -1,7 +1,8 @@
 """common.py — what the experiments share: logs, intervals over seeds, figures, the numbers.
 
 An experiment reads the logs of its runs in logs/N_name/, draws logs/N_name/figure.png, and writes
-its numbers into logs/summary.json, from which README quotes. It does not train: reproduce.sh does.
+its numbers into logs/summary.json, from which docs/dynamics.md quotes. It does not train:
+reproduce.sh does.
 """
 import json
 import math

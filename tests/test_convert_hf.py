@@ -40,7 +40,8 @@ CONFIG = ModelConfig(dim=64, n_layers=2, n_heads=4, n_kv_heads=2, intermediate_s
                      vocab_size=1000, max_seq_len=48, rope_theta=500_000.0)
 SYSTEM = 'You are "x" \\ {{ y }} {% z %} é😀\nok.'
 TEXTS = ["The function returns a list.", "", " ", "  two  spaces   three ", "\n\n\n",
-         "tabs\t\tand\r\nCRLF\r\n", "emoji 😀👩‍👩‍👧 flags 🇨🇦", "漢字かな交じり文 한국어", "é é ạ̈ combining",
+         "tabs\t\tand\r\nCRLF\r\n", "emoji 😀👩‍👩‍👧 flags 🇨🇦", "漢字かな交じり文 한국어",
+         "é é ạ̈ combining",
          "I'll we've DON'T it's", "x" * 300, " " * 200 + "a", "١٢٣ ½ ²", "nbsp\u00a0\u2003em",
          "<|endoftext|>", "a <|endoftext|> b<|endoftext|>", "null\x00byte",
          "def f(x):\n    return x\n"]

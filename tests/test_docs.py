@@ -1,4 +1,4 @@
-"""README.md and EXERCISES.md say what the logs and the code say."""
+"""README.md, docs/ and EXERCISES.md say what the logs and the code say."""
 import ast
 import copy
 import re
@@ -12,7 +12,8 @@ from bench import growth, plan
 from conftest import ROOT
 from model import PRESETS, flops_per_token
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
+         for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 EXERCISES = (ROOT / "EXERCISES.md").read_text(encoding="utf-8")
 
 
@@ -21,8 +22,8 @@ def read_log(name):
 
 
 def missing(claims):
-    """Those that README does not make, wherever it breaks its lines."""
-    text = " ".join(README.split())
+    """Those that no page makes, wherever it breaks its lines."""
+    text = " ".join(" ".join(PAGES.values()).split())
     return [claim for claim in claims if " ".join(claim.split()) not in text]
 
 
@@ -30,7 +31,7 @@ def missing(claims):
 # The default run
 
 def claims_of_default(run):
-    """What README tells about the default run, in its own words, from the log."""
+    """What the docs tell about the default run, in its own words, from the log."""
     last = run.rows["eval"][-1]
     scores = run.rows["benchmark"][-1]
     words = plot_dynamics.summary(run)
@@ -53,8 +54,8 @@ def claims_of_default(run):
     return claims
 
 
-def test_readme_tells_of_the_logged_run():
-    """Catches: a number or a sample in README that is not of logs/default."""
+def test_docs_tell_of_the_logged_run():
+    """Catches: a number or a sample in the docs that is not of logs/default."""
     run = read_log("default")
     assert missing(claims_of_default(run)) == []
     other = copy.deepcopy(run)  # control: a run that is a little different
@@ -78,7 +79,7 @@ def test_trajectory_of_a_log_is_redrawn(name):
 # Growth
 
 def claims_of_growth(rows):
-    """What README tells about logs/growth, in its own words."""
+    """What the docs tell about logs/growth, in its own words."""
     by_dim = {row["dim"]: row for row in rows if row["seq_len"] == 256}
     narrow = by_dim[128]
     wide = by_dim[1024]
@@ -91,8 +92,8 @@ def claims_of_growth(rows):
             f"(from {100 * of_limit[0]:.0f} % to {100 * of_limit[1]:.0f} %)"]
 
 
-def test_readme_tells_of_the_logged_growth():
-    """Catches: a number in README that is not of logs/growth."""
+def test_docs_tell_of_the_logged_growth():
+    """Catches: a number in the docs that is not of logs/growth."""
     rows = growth.read_rows(ROOT / "logs/growth/growth.jsonl")
     assert sorted((row["dim"], row["seq_len"]) for row in rows) == sorted(growth.POINTS)
     assert missing(claims_of_growth(rows)) == []
@@ -136,8 +137,8 @@ def row_of_answers(question, full, adapted):
             plot_dynamics.escape(question["answer"])]
 
 
-def test_readme_tells_of_the_logged_tunings():
-    """Catches: a number or an answer in README that is not of logs/sft and logs/lora8."""
+def test_docs_tell_of_the_logged_tunings():
+    """Catches: a number or an answer in the docs that is not of logs/sft and logs/lora8."""
     full = read_log("sft")
     adapted = read_log("lora8")
     assert missing(claims_of_tunings(full, adapted)) == []
@@ -151,7 +152,7 @@ def test_readme_tells_of_the_logged_tunings():
 # The GPU
 
 def claims_of_gpu(table):
-    """What README tells about speed on a GPU, from the rows of gpu_check.sh's table."""
+    """What the docs tell about speed on a GPU, from the rows of gpu_check.sh's table."""
     claims = []
     for name in ("small", "large"):
         found = re.search(rf"speed, {name} .*?([\d,]+) tok/s, MFU ([\d.]+%), ([\d.]+ GB)", table)
@@ -160,8 +161,8 @@ def claims_of_gpu(table):
     return [*claims, f"At that speed 20B tokens are {20e9 / rate / 3600:.0f} hours"]
 
 
-def test_readme_tells_of_the_logged_gpu():
-    """Catches: a number in README that is not of logs/gpu."""
+def test_docs_tell_of_the_logged_gpu():
+    """Catches: a number in the docs that is not of logs/gpu."""
     table = (ROOT / "logs/gpu/table.md").read_text(encoding="utf-8")
     assert missing(claims_of_gpu(table)) == []
     assert len(missing(claims_of_gpu(table.replace("45,918", "55,918")))) == 2  # control
@@ -170,8 +171,8 @@ def test_readme_tells_of_the_logged_gpu():
 # -------------------------------------------------------------------------------------------------
 # Promises, exercises, layout
 
-def test_readme_tells_of_the_computed_plan():
-    """Catches: hours in README that `python -m bench plan 1.7b` does not print."""
+def test_docs_tell_of_the_computed_plan():
+    """Catches: hours in the docs that `python -m bench plan 1.7b` does not print."""
     config = PRESETS["1.7b"]
     hours = [sum(plan.hours(1_716_144_128, flops_per_token(config, 1024), gpus)) for gpus in (1, 8)]
     assert missing([f"| {hours[0]:.1f}, {hours[1]:.1f} |"]) == []
@@ -179,12 +180,28 @@ def test_readme_tells_of_the_computed_plan():
 
 
 def test_promised_tests_exist():
-    """Catches: a promise in README whose test was renamed or removed."""
+    """Catches: a promise in the docs whose test was renamed or removed."""
     files = [ROOT / "test_model.py", *(ROOT / "tests").glob("test_*.py")]
     tests = "".join(path.read_text(encoding="utf-8") for path in files)
-    promised = re.findall(r"`(test_\w+)`", README)
+    promised = re.findall(r"`(test_\w+)`", " ".join(PAGES.values()))
     assert len(promised) >= 10
     assert [name for name in promised if f"def {name}(" not in tests] == []
+
+
+def broken_links(page, text):
+    """The links of a page that lead to no file of the repository."""
+    links = re.findall(r"\]\(([^)#:]+)\)", text)
+    return [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+
+
+def test_links_lead_somewhere():
+    """Catches: a link or a picture in the docs whose file was moved or removed."""
+    pages = PAGES | {name: (ROOT / name).read_text(encoding="utf-8")
+                     for name in ("EXERCISES.md", "logs/README.md")}
+    assert sum(text.count("](") for text in pages.values()) > 20
+    for page, text in pages.items():
+        assert broken_links(page, text) == []
+    assert broken_links("docs/data.md", "[x](EXERCISES.md)") == ["EXERCISES.md"]  # control
 
 
 CHANGES = re.findall(r"```diff\n--- (\S+)\n(.*?)```", EXERCISES, re.S)

@@ -33,8 +33,8 @@ SCRIPTS = sorted(file.stem for file in (ROOT / "experiments").glob("[1-9]_*.py")
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_numbers_are_those_of_the_logs(name, tmp_path, monkeypatch):
-    """Catches: a number in logs/summary.json, from which README quotes, that the logs do not
-    give."""
+    """Catches: a number in logs/summary.json, from which docs/dynamics.md quotes, that the logs do
+    not give."""
     logs = shutil.copytree(ROOT / "logs", tmp_path / "logs")
     monkeypatch.setattr(common, "LOGS", logs)
     monkeypatch.setattr(common, "ROOT", tmp_path)
@@ -64,11 +64,11 @@ def not_in_summary(text, summary):
     return absent
 
 
-def test_readme_tells_of_the_experiments():
-    """Catches: a number in README's table of experiments that is not in logs/summary.json."""
+def test_docs_tell_of_the_experiments():
+    """Catches: a number in the table of experiments that is not in logs/summary.json."""
     summary = json.loads((ROOT / "logs" / "summary.json").read_text(encoding="utf-8"))
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    section = readme.split("## Training dynamics")[1].split("\n## ")[0]
+    page = (ROOT / "docs/dynamics.md").read_text(encoding="utf-8")
+    section = page.split("\n## ")[0]
     assert len(re.findall(r"^\|.*\| \d \|$", section, re.M)) >= 8
     assert not_in_summary(section, summary) == []
     summary["1_emergence"]["acc_pmi at the end"] = "0.791 ± 0.024"  # control

@@ -115,8 +115,8 @@ def answer_losses(model, chats, tokenizer, system):
     By the formula, one conversation at a time, without padding."""
     nats = []
     right = []
-    for messages in chats:
-        ids, is_answer = encode_chat(tokenizer, messages, system)
+    for turns in chats:
+        ids, is_answer = encode_chat(tokenizer, turns, system)
         with torch.no_grad():
             logits, _ = model(torch.tensor([ids]))
         log_p = F.log_softmax(logits[0].double(), dim=-1)  # (tokens, vocabulary)
@@ -319,8 +319,8 @@ def test_answers_equal_a_plain_greedy_search(tuned, monkeypatch):
     observer = observer_of(tuned, chats)
     eot = observer.tokenizer.eot
     found = observer.answer(chats)
-    for messages, answer in zip(chats, found):
-        ids, _ = encode_chat(observer.tokenizer, messages[:1], "S.")
+    for turns, answer in zip(chats, found):
+        ids, _ = encode_chat(observer.tokenizer, turns[:1], "S.")
         assert answer == greedy(observer.model, ids, eot)
     assert found[0] != found[2]  # control
 
