@@ -538,21 +538,24 @@ def story(runs):
         return None
     figure = open_figure((8, 4.5))
     axes = figure.add_subplot()
-    axes.plot(*points(run, "train", "loss"), color="0.8", linewidth=0.7, label="each step")
+    axes.plot(*points(run, "train", "loss"), color="0.8", linewidth=0.7, label="training")
     axes.plot(steps, losses, marker="o", markersize=3, label="validation")
-    for line, share in enumerate((0, 0.5, 0.75, 1)):  # the first samples are all noise
-        row = rows[round(share * (len(rows) - 1))]
+    # Not evenly spread: the first samples are all noise.
+    places = sorted({round(share * (len(rows) - 1)) for share in (0, 0.5, 0.75, 1)})
+    for line, place in enumerate(places):
+        row = rows[place]
         text = f"step {row['step']:,}: {row.get('prompt')} {row.get('text')}"
-        text = "".join(c if c.isprintable() and c < "\u0250" else " " for c in text)  # has a glyph
-        text = textwrap.fill(plain(textwrap.shorten(text, 84, placeholder=" ...")), 42)
+        text = "".join(c if c.isprintable() and c < "\u0590" else " " for c in text)  # has a glyph
+        text = textwrap.fill(plain(textwrap.shorten(text, 76, placeholder=" ...")), 42)
         place = (row["step"], losses[steps == row["step"]][0])
         axes.annotate(text, place, fontsize=8, xytext=(0.63, 0.97 - 0.13 * line), va="top",
-                      textcoords="axes fraction",
+                      textcoords="axes fraction", zorder=3,
+                      bbox={"facecolor": "white", "edgecolor": "none", "pad": 1},
                       arrowprops={"arrowstyle": "-", "color": "0.6", "linewidth": 0.7})
     axes.set_xscale("symlog", linthresh=1, linscale=0.3)
     axes.set_xlim(left=0)
     axes.set_xlabel("steps")
-    finish(axes, f"{run.name}: loss, and what it writes", "nats per token")
+    finish(axes, plain(f"{run.name}: loss, and what it writes"), "nats per token")
     axes.get_legend().set_loc("lower left")
     return figure
 
@@ -704,7 +707,7 @@ def summary(run):
 
 @script
 def main(argv=None):
-    parser = Parser(description="Draw logs: dynamics.png and trajectory.md.")
+    parser = Parser(description="Draw logs: dynamics.png, trajectory.md, story.png.")
     parser.add_argument("logs", nargs="+", metavar="RUN_OR_LOG",
                         help="run folder, metrics.jsonl, another .jsonl, or a plain log.txt")
     parser.add_argument("--out", default="figures", help="folder to write into")
@@ -738,6 +741,7 @@ def main(argv=None):
             print(f"  step {step:,}: {speed_change(run, step, text)}")
     drawn = [f"{out}/dynamics.png", f"{out}/trajectory.md"]
     figure = story(runs)
+    (out / "story.png").unlink(missing_ok=True)  # of another run
     if figure is not None:
         figure.savefig(out / "story.png")
         drawn.append(f"{out}/story.png")

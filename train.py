@@ -464,7 +464,7 @@ def finish(run, log, step, stopped, advice):
 
 
 def draw(run):
-    """Write dynamics.png and trajectory.md. If that fails, print why: the run is done all the
+    """Draw the figures and trajectory.md. If that fails, print why: the run is done all the
     same."""
     try:
         import plot_dynamics
