@@ -25,7 +25,7 @@ RUN = read_settings(["--preset", "1.7b"])    # the paper's run: batches, evaluat
 TOKENS = RUN.max_steps * RUN.batch_tokens
 PEAK = 989e12             # FLOPs per second of an H100 or H200, dense bf16, data sheet
 UTILIZATION = 0.5         # of it, in training and evaluation
-DISK = 0.44e9             # bytes per second that are hashed and written, as README measured
+DISK = 0.44e9             # bytes per second that are hashed and written, as docs/running.md tells
 
 
 def plan(config):

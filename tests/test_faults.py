@@ -681,7 +681,7 @@ def test_signal_saves_the_step(resume, short, tmp_path, where, name):
     assert steps(folder) == first(last)
     assert newest(folder) == last
     end = (folder / "metrics.jsonl").read_text().splitlines()[-1]
-    assert '"reason": "stopped"' in end  # as a job script may look for it, see README
+    assert '"reason": "stopped"' in end  # as a job script may look for it, see docs/1.7b.md
     assert ends_like(resume, folder, short)
 
 
