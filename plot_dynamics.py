@@ -526,6 +526,8 @@ class Page:
                 axes.plot(x, y - y[:1], color=color, label=label, marker="o", markersize=3)
         axes.set_xlabel("eighth of the window")
         finish(axes, "Loss by position, minus that of the first eighth", "nats per token")
+        if self.alone:  # beside the curves, which fill the panel
+            axes.legend(fontsize=7, edgecolor="none", loc="center left", bbox_to_anchor=(1, 0.5))
 
 
 def story(runs):
