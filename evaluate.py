@@ -155,30 +155,36 @@ def log_likelihoods(model, contexts, endings, autocast, progress=False):
     with evaluating(model, autocast):
         for batch in tqdm(batches[rank::world], desc="choosing", disable=not progress, leave=False):
             shared = min(len(contexts[i]) for i in batch) - 1  # the last token is not: it predicts
-            rows = [(contexts[i][shared:], ending) for i in batch for ending in endings[i]]
-            T = max(len(rest) + len(ending) for rest, ending in rows)
+            inputs, targets = as_rows([(contexts[i][shared:], ending)
+                                       for i in batch for ending in endings[i]])
             cache = None
             if shared > 0:
-                cache = KVCache(replace(model.config, max_seq_len=shared + T))
+                cache = KVCache(replace(model.config, max_seq_len=shared + inputs.shape[1]))
                 beginnings = torch.tensor([contexts[i][:shared] for i in batch])
                 model.model(beginnings.to(device), cache)
                 cache.keys = cache.keys.repeat_interleave(C, dim=1)  # dim 1: the sequences
                 cache.values = cache.values.repeat_interleave(C, dim=1)
-            tokens = torch.zeros(len(rows), T, dtype=torch.long)
-            targets = torch.full((len(rows), T), -100)
-            for row, (rest, ending) in enumerate(rows):
-                end = len(rest) + len(ending)
-                tokens[row, :end] = torch.tensor(rest + ending)
-                targets[row, len(rest):end] = torch.tensor(ending)
-            targets = targets[:, 1:]                                # what follows each input
-            hidden = model.model(tokens[:, :-1].to(device), cache)  # (rows, T − 1, dim)
+            hidden = model.model(inputs.to(device), cache)  # (rows, T, dim)
             scored = targets != -100  # only these need the output layer
             loss = torch.zeros(scored.shape, dtype=torch.float64)
-            hidden = hidden[scored.to(device)]                      # (tokens of endings, dim)
+            hidden = hidden[scored.to(device)]  # (tokens of endings, dim)
             loss[scored] = token_losses(model, hidden, targets[scored].to(device),
                                         model.config.vocab_size)
             found[batch] = -loss.sum(1).view(-1, C)
     return complete_rows(found, device)
+
+
+def as_rows(pairs):
+    """(inputs, targets), both (len(pairs), T), of pairs (ids before, ids of an ending), padded on
+    the right. Targets are what follows each input, if that is of the ending; else −100."""
+    longest = max(len(before) + len(ending) for before, ending in pairs)
+    tokens = torch.zeros(len(pairs), longest, dtype=torch.long)
+    targets = torch.full_like(tokens, -100)
+    for row, (before, ending) in enumerate(pairs):
+        end = len(before) + len(ending)
+        tokens[row, :end] = torch.tensor(before + ending)
+        targets[row, len(before):end] = torch.tensor(ending)
+    return tokens[:, :-1], targets[:, 1:]
 
 
 class Benchmark:
