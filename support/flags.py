@@ -116,7 +116,7 @@ MAY_CHANGE = ("run", "data", "instructions", "skip_bad", "max_steps", "rewarm_st
               "dtype", "deterministic", "fast", "compile", "fsdp", "threads", "micro_batch",
               "activation_checkpointing", "log_update_rms", "eval_every", "sample_every",
               "save_every", "keep_every", "keep_last", "benchmark", "benchmark_items",
-              "eval_tokens", "eval_items", "sample_prompt")
+              "benchmark_from", "eval_tokens", "eval_items", "sample_prompt")
 
 # Flags about one start of the script, which are not saved with the run.
 ONCE = ("resume", "overwrite", "reset_optimizer", "stop_at")
