@@ -807,7 +807,7 @@ def test_number_of_processes_may_change(data, whole, tmp_path):
 def test_two_processes_train_the_same_run(data, tmp_path):
     """Catches: as the test before, over 50 steps; evaluations of a part of the text or of the
     questions."""
-    flags = ("--max_steps", 50, "--micro_batch", 2)
+    flags = ("--max_steps", 50, "--micro_batch", 2, "--benchmark_from", 0)
     codes, _ = ends(two(data, tmp_path / "two", *flags))
     assert codes == [0, 0]
     assert run(data, tmp_path / "one", *flags) == 0
