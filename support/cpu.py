@@ -31,7 +31,7 @@ def set_up():
     """Change the settings. An environment variable that the user has set stays."""
     chosen = {"THP_MEM_ALLOC_ENABLE": "1", "TORCHINDUCTOR_VEC_ISA_OK": "1"}
     if "OMP_WAIT_POLICY" not in os.environ:
-        chosen["GOMP_SPINCOUNT"] = "5000"
+        chosen["GOMP_SPINCOUNT"] = "2000"
     for name, value in chosen.items():
         if name not in os.environ:
             os.environ[name] = value

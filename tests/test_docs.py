@@ -1,20 +1,28 @@
 """README.md, docs/ and EXERCISES.md say what the logs and the code say."""
 import ast
 import copy
+import importlib
+import itertools
 import re
+import shlex
 import textwrap
 from graphlib import TopologicalSorter
 
 import pytest
 
+import bench.__main__
 import plot_dynamics
 from bench import growth, plan
 from conftest import ROOT
 from model import PRESETS, flops_per_token
+from support import flags
+from support.runs import UserError
 
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
          for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))}
 EXERCISES = (ROOT / "EXERCISES.md").read_text(encoding="utf-8")
+TESTS = "".join(path.read_text(encoding="utf-8")
+                for path in (ROOT / "test_model.py", *(ROOT / "tests").glob("test_*.py")))
 
 
 def read_log(name):
@@ -169,6 +177,74 @@ def test_docs_tell_of_the_logged_gpu():
 
 
 # -------------------------------------------------------------------------------------------------
+# Commands
+
+def commands_of(text):
+    """The commands in a page's code, each a list of words. What the shell would fill in is 512."""
+    fenced = r"^```(\w*)\n(.*?)^```"
+    blocks = [block for language, block in re.findall(fenced, text, re.M | re.S) if not language]
+    inline = re.findall(r"`([^`]+)`", re.sub(fenced, "", text, flags=re.M | re.S))
+    pieces = [*blocks, *[" ".join(code.split()) for code in inline]]
+    for line in "\n".join(pieces).replace("\\\n", "").splitlines():
+        line = re.sub(r"\$\w+", "512", line.replace("$run ", "torchrun -- "))
+        if re.search(r"\b(python|torchrun|bash|pip) \S", line):
+            words = shlex.shlex(line, posix=True, punctuation_chars=";&|()")
+            words.whitespace_split = True
+            for is_mark, command in itertools.groupby(words, lambda word: word[0] in ";&|()"):
+                command = [word for word in command if not re.match("do$|[A-Z_]+=", word)]
+                if not is_mark and command and command[0] in ("python", "torchrun", "bash", "pip"):
+                    yield command
+
+
+def check_command(command):
+    """Raises Parsed if one of our scripts understands its flags, and another error if it does not,
+    or if a file or a test that is named is not there. Runs nothing."""
+    program, *words = command
+    if program == "torchrun":
+        words = words[words.index("--") + 1:]
+    if program == "bash":
+        assert (ROOT / words[0]).is_file()
+    elif program == "pip":
+        assert all((ROOT / words[i + 1]).is_file() for i, word in enumerate(words) if word == "-r")
+    elif words[:2] == ["-m", "pytest"]:
+        files = [word.split("::")[0] for word in words if word.startswith("tests/")]
+        assert all((ROOT / file).is_file() for file in files)
+        assert "-k" not in words or words[words.index("-k") + 1] in TESTS
+    elif words[:2] == ["-m", "bench"]:
+        bench.__main__.main(words[2:])
+    elif (ROOT / words[0]).is_file():
+        module = importlib.import_module(words[0].removesuffix(".py"))
+        getattr(module, "read_settings", module.main)([w for w in words[1:] if w != "--help"])
+    else:
+        assert words[0] in ("-c", "-m") or words[0].startswith("llama_cpp_python-")  # not ours
+
+
+class Parsed(BaseException):
+    """The command line was understood."""
+
+
+def test_commands_of_the_docs_are_understood(monkeypatch):
+    """Catches: a command in the docs with a script, a flag or a test that is not there."""
+    parse = flags.Parser.parse_args
+
+    def parse_alone(self, args=None, namespace=None):
+        parse(self, args, namespace)
+        raise Parsed
+
+    monkeypatch.setattr(flags.Parser, "parse_args", parse_alone)
+    commands = [command for text in [*PAGES.values(), EXERCISES] for command in commands_of(text)]
+    understood = 0
+    for command in commands:
+        try:
+            check_command(command)
+        except Parsed:
+            understood += 1
+    assert understood > 80
+    with pytest.raises(UserError):  # control
+        check_command(["python", "train.py", "--no_such_flag"])
+
+
+# -------------------------------------------------------------------------------------------------
 # Promises, exercises, layout
 
 def test_docs_tell_of_the_computed_plan():
@@ -179,13 +255,26 @@ def test_docs_tell_of_the_computed_plan():
     assert missing([f"| {hours[0] + 1:.1f}, {hours[1]:.1f} |"]) != []  # control
 
 
+def wrong_promises(text):
+    """The tests named in a page that are not in their file, or not marked as slow as they are."""
+    wrong = []
+    for file, test, slow in re.findall(r"`(test_\w+\.py)::(test_\w+)`( \(slow\))?", text):
+        tree = ast.parse(next(ROOT.glob(f"**/{file}")).read_text(encoding="utf-8"))
+        marks = [[ast.unparse(mark) for mark in function.decorator_list] for function in tree.body
+                 if isinstance(function, ast.FunctionDef) and function.name == test]
+        if len(marks) != 1 or bool(slow) != ("pytest.mark.slow" in marks[0]):
+            wrong.append(test)
+    return wrong
+
+
 def test_promised_tests_exist():
-    """Catches: a promise in the docs whose test was renamed or removed."""
-    files = [ROOT / "test_model.py", *(ROOT / "tests").glob("test_*.py")]
-    tests = "".join(path.read_text(encoding="utf-8") for path in files)
-    promised = re.findall(r"`(test_\w+)`", " ".join(PAGES.values()))
-    assert len(promised) >= 10
-    assert [name for name in promised if f"def {name}(" not in tests] == []
+    """Catches: a promise in the docs whose test was renamed, moved, removed or became slow."""
+    text = " ".join(" ".join(PAGES.values()).split())
+    assert text.count(".py::test_") > 25
+    assert re.findall(r"`(test_\w+)`", text) == []  # without its file
+    assert wrong_promises(text) == []
+    assert wrong_promises("`test_sft.py::test_nan_is_never_saved`") == ["test_nan_is_never_saved"]
+    assert wrong_promises("`test_docs.py::test_promised_tests_exist` (slow)")  # control
 
 
 def broken_links(page, text):

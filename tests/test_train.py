@@ -801,11 +801,11 @@ import """
 
 @pytest.mark.row(49)
 @pytest.mark.parametrize("script, given, expected", [
-    ("train", {}, "5000 1"),
-    ("sft", {}, "5000 1"),
-    ("evaluate", {}, "5000 1"),
-    ("sample", {}, "5000 1"),
-    ("bench.__main__", {}, "5000 1"),
+    ("train", {}, "2000 1"),
+    ("sft", {}, "2000 1"),
+    ("evaluate", {}, "2000 1"),
+    ("sample", {}, "2000 1"),
+    ("bench.__main__", {}, "2000 1"),
     ("train", {"GOMP_SPINCOUNT": "7", "THP_MEM_ALLOC_ENABLE": "0"}, "7 0"),  # the user's stay
     ("train", {"OMP_WAIT_POLICY": "PASSIVE"}, "None 1"),
     ("train", {"PLAIN_PYTORCH": "1"}, "None None"),
