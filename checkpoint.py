@@ -20,8 +20,7 @@ import torch
 from data import Tokenizer
 from model import Llama, ModelConfig
 from support import durable, lora, sharding, trees
-from support.devices import (processes, random_state, remark, set_random_state,
-                             wait_for_rank_0)
+from support.devices import processes, random_state, remark, set_random_state, wait_for_rank_0
 from support.fast import NoInit
 from support.runs import HOW_TO_GET_A_RUN, UserError, as_text
 

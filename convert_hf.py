@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from operator import attrgetter
 from pathlib import Path
 
-from support import cpu  # before torch, which reads its settings once
+import support.cpu  # before torch, which reads its settings once
 import torch
 
 import checkpoint

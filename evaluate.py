@@ -18,20 +18,19 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from support import cpu  # before torch, which reads its settings once
+import support.cpu  # before torch, which reads its settings once
+
 import torch
 import torch.nn.functional as F
 
 from checkpoint import load_model
 from data import DataFolder, Windows
 from model import KVCache
-from support.devices import (choose_device, choose_dtype, complete_rows, processes,
-                             refuse_processes)
+from support.devices import choose_device, choose_dtype, complete_rows, processes, refuse_processes
 from support.flags import Parser, count
 from support.progress import tqdm
 from support.rows import read_json_rows
-from support.runs import (UserError, beginning, newest_run, note, script, settings_of,
-                          trained_window)
+from support.runs import UserError, beginning, newest_run, note, script, settings_of, trained_window
 from support.sharding import gathered
 
 BATCH_TOKENS = 4096       # tokens per forward; fixed, so that no flag changes a score

@@ -44,13 +44,14 @@ PANELS = [
     ("Held-out answers that end", "share", [("sft_eval", "ended", "")]),
     ("Context gain: loss of the first eighth − of the last", "nats (band: ± 1 standard error)", [
         ("eval", "context_gain", "")]),
-    ("Samples", "share", [
+    ("Samples, one short text each: so they jump", "share", [
         ("sample", "distinct_2", "distinct_2: different bigrams"),
         ("sample", "repetition", "repetition: 4-grams seen before")]),
     ("Learning rate", "lr", [("train", "lr", "")]),
     ("Gradient norm, before clipping", "L2 norm", [("train", "grad_norm", "")]),
     ("How far a step moves the weights", "RMS of the change", [("train", "update_rms", "")]),
-    ("Throughput, without evaluating and saving", "tokens/s", [("train", "tok_per_s", "")]),
+    ("Throughput without evaluating, saving and the first step", "tokens/s", [
+        ("train", "tok_per_s", "")]),
 ]
 ACCURACIES = {  # the curves of a benchmark, which has a panel of its own
     "acc": "acc: whole ending",
@@ -58,6 +59,7 @@ ACCURACIES = {  # the curves of a benchmark, which has a panel of its own
     "acc_norm": "acc_norm: divided by its length",
 }
 LOG_Y = {"grad_norm", "update_rms"}
+LINEAR_X = {"lr", "tok_per_s"}  # a schedule is made of straight lines, and time passes evenly
 BANDS = {  # key of a curve: key of its standard error
     "acc": "stderr", "acc_norm": "stderr_norm", "acc_pmi": "stderr_pmi",
     "context_gain": "context_gain_stderr",
@@ -328,6 +330,10 @@ def speed_change(run, step, text):
 # -------------------------------------------------------------------------------------------------
 # Drawing
 
+# Okabe and Ito's colours, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
+
+
 def smooth(x, y):
     """Mean x and y of at most 80 parts of a curve that are equally wide on a logarithmic axis: of
     single steps at first, of more and more steps later."""
@@ -451,7 +457,7 @@ class Page:
             for place, curve in enumerate(drawn):
                 event, key, label = curve
                 if self.alone:
-                    self.curve(axes, run, curve, f"C{place}", label)
+                    self.curve(axes, run, curve, COLOURS[place], label)
                 elif curve == drawn[-1]:
                     self.curve(axes, run, curve, color)
                     compared[key] = True
@@ -465,7 +471,9 @@ class Page:
             draw_chance(axes, self.benchmarks[benchmark][-1])
         if keys & LOG_Y:
             axes.set_yscale("log")
-        self.draw_x_axis(axes)
+        self.draw_x_axis(axes, "linear" if keys & LINEAR_X else self.scale)
+        if title == "Loss":
+            self.draw_steps(axes)
         self.draw_marks(axes, with_text="tok_per_s" in keys)
         finish(axes, title, ylabel)
 
@@ -473,6 +481,8 @@ class Page:
         """One curve. The rows of "train" are many and noisy: smoothed, the raw values behind it."""
         event, key, _ = curve
         steps, values = points(run, event, key)
+        if key == "tok_per_s" and len(steps) > 1:  # the first step compiles
+            steps, values = steps[1:], values[1:]
         x = self.x(run, steps)
         if event == "train" and key != "lr":
             if self.alone:
@@ -487,14 +497,25 @@ class Page:
             error = column(rows, BANDS[key])
             axes.fill_between(x, y - error, y + error, color=color, alpha=0.15, linewidth=0)
 
-    def draw_x_axis(self, axes):
-        """Label and scale of the x axis."""
+    def draw_x_axis(self, axes, scale):
+        """Label, scale and ends of the x axis."""
         axes.set_xlabel("tokens" if self.in_tokens else "steps")
-        if self.scale == "log":
+        last = max(self.x(run, max(1, run.steps[-1])) for run in self.runs)
+        if scale == "log":
             # symlog is linear from 0 to the first step: so step 0 has its place too
             first = min(self.x(run, max(1, run.steps[0])) for run in self.runs)
             axes.set_xscale("symlog", linthresh=first, linscale=0.3)
-            axes.set_xlim(left=0)
+            last *= 1.3
+        axes.set_xlim(0, 1.05 * last)
+
+    def draw_steps(self, axes):
+        """A second axis, in steps, if it is the same for all runs."""
+        sizes = {run.batch_tokens for run in self.runs}
+        if self.in_tokens and len(sizes) == 1:
+            size = sizes.pop()
+            above = axes.secondary_xaxis("top", (lambda x: x / size, lambda x: x * size))
+            above.set_xlabel("steps", fontsize=8)
+            above.tick_params(labelsize=8)
 
     def draw_marks(self, axes, with_text):
         """A vertical line at each resume. with_text: what changed, and what that did to the

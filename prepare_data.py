@@ -35,7 +35,8 @@ from corpus.foreign_shards import check_meaning, foreign_shards, open_foreign, s
 from corpus.textfiles import SUFFIXES, find_files, has_suffix, read_all_pieces
 from data import GPT2_VOCAB_SIZE, Tokenizer, check_range, open_shard
 from support.files import OF_THE_SYSTEM, PROGRESS, delete, new_folder, sha256_of, sync, write_json
-from support.flags import Parser, number, text as valid_text
+from support.flags import Parser, number
+from support.flags import text as valid_text
 from support.progress import tqdm
 from support.runs import UserError, parse_json, quoted, script
 

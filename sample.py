@@ -12,7 +12,7 @@ import contextlib
 import sys
 from pathlib import Path
 
-from support import cpu  # before torch, which reads its settings once
+import support.cpu  # before torch, which reads its settings once
 import torch
 
 from checkpoint import load_model

@@ -20,7 +20,7 @@ from collections import defaultdict
 from functools import partial
 from pathlib import Path
 
-from support import cpu  # before torch, which reads its settings once
+import support.cpu  # before torch, which reads its settings once
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -1,16 +1,18 @@
-"""train.py — pretrain a LLaMA. The loop is written out: no trainer, no callbacks.
+"""train.py — pretrain a LLaMA. The loop is written out, without a trainer.
 
-Read it from top to bottom: the learning rate, the optimizer, the loop, and what `main` puts
-together for it. The rest can wait: settings, and the texts on the screen. sft.py uses the same loop
-with other batches and another observer, the object that evaluates and samples.
+Read it from top to bottom: the learning rate, the optimizer, the loop, and what
+`main` puts together for it. The rest can wait: settings, and the texts on the
+screen. sft.py uses the same loop with other batches and another observer, the
+object that evaluates and samples.
 
-    python train.py                                         # tiny, on the manuals of your Python
-    python train.py --resume                                # after Ctrl-C: as if it had not stopped
-    python train.py --preset 1.7b --data data/fineweb-edu   # the paper's run (arXiv 2412.13335)
-    torchrun --standalone --nproc_per_node=8 -- train.py --preset 1.7b    # --: torchrun's flags end
+    python train.py                  # tiny, on the manuals of your Python
+    python train.py --resume         # after Ctrl-C: as if it had not stopped
+    python train.py --preset 1.7b    # the paper's run (arXiv 2412.13335)
+    torchrun --standalone --nproc_per_node=8 -- train.py --preset 1.7b
 
-Exit codes: 0 done, 2 bad usage, config or data, 3 the loss became NaN or infinite, 4 a checkpoint
-or the log could not be written, 75 stopped and saved: run again with --resume.
+Exit codes: 0 done, 2 bad usage, config or data, 3 the loss became NaN or infinite,
+4 a checkpoint or the log could not be written, 75 stopped and saved: run again
+with --resume.
 """
 import argparse
 import math
@@ -19,7 +21,7 @@ import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from support import cpu  # before torch, which reads its settings once
+import support.cpu  # before torch, which reads its settings once
 import torch
 
 import checkpoint
@@ -28,14 +30,14 @@ from data import DataFolder, Windows
 from evaluate import Observer
 from model import PRESETS, Llama, flops_per_token
 from support import durable, fast, flags, sharding
-from support.devices import (StopSignals, any_process, check_equal, end_processes, environment,
-                             from_rank_0, peak_memory, peak_rate, processes, remark,
-                             say, start_processes, sum_over_processes, to_device, use_machine,
-                             wait_for_rank_0)
+from support.devices import (
+    StopSignals, any_process, check_equal, end_processes, environment, from_rank_0,
+    peak_memory, peak_rate, processes, remark, say, start_processes, sum_over_processes,
+    to_device, use_machine, wait_for_rank_0)
 from support.files import write_json
 from support.memory import checkpoint_activations
-from support.runs import (Log, UserError, as_text, changes, claim, due, is_finished, quoted, script,
-                          start_over)
+from support.runs import (
+    Log, UserError, as_text, changes, claim, due, is_finished, quoted, script, start_over)
 
 EMBEDDED = "data/pydocs"  # text that every computer with Python has; prepared when it is missing
 
@@ -539,16 +541,18 @@ def introduce(args, model, world):
     """What is about to happen: the model, the arithmetic of a batch, the first loss to expect."""
     config = model.config
     accumulation = args.batch_tokens // (args.micro_batch * args.seq_len * world)
+    flops = flops_per_token(config, args.seq_len)
+    total = args.max_steps * args.batch_tokens * flops
     return "\n".join([
         f"model   {args.init_from or args.preset}: "
         f"{sum(p.numel() for p in model.parameters()):,} parameters, {config.n_layers} layers of "
-        f"{config.dim}, {config.n_heads} query heads on {config.n_kv_heads} key/value; "
-        f"{flops_per_token(config, args.seq_len) / 1e9:.3f} GFLOP/token",
-        f"batch   {args.batch_tokens:,} tokens/step = {args.micro_batch} sequences x "
-        f"{args.seq_len} tokens x {accumulation} accumulation x {world} process(es); "
-        f"{args.max_steps:,} steps",
-        f"expect  of random weights a first loss near ln {config.padded_vocab_size:,} = "
-        f"{math.log(config.padded_vocab_size):.2f}: any next token equally likely"])
+        f"{config.dim}, {config.n_heads} query heads, {config.n_kv_heads} key/value",
+        f"batch   {args.batch_tokens:,} tokens = {args.micro_batch} sequences x {args.seq_len} x "
+        f"{accumulation} accumulation x {world} process(es)",
+        f"run     {args.max_steps:,} steps x {args.batch_tokens:,} tokens x {flops / 1e9:.3f} "
+        f"GFLOP = {total / 1e12:,.0f} TFLOP",
+        f"expect  of random weights a loss near ln {config.padded_vocab_size:,} = "
+        f"{math.log(config.padded_vocab_size):.2f}: all tokens equally likely"])
 
 
 def introduce_resume(args, state, env):

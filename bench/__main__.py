@@ -15,7 +15,8 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-from support import cpu  # before torch, which reads its settings once
+import support.cpu  # before torch, which reads its settings once
+
 import torch
 
 from bench import growth, plan

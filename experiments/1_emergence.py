@@ -10,10 +10,11 @@ loss? "Expected" says how large it would be, given the noise of the metric.
 from statistics import NormalDist
 
 import common
-import numpy as np
-from common import COLOURS, SEEDS
+from common import SEEDS
 
-from plot_dynamics import escape, points, table_row
+import numpy as np
+
+from plot_dynamics import COLOURS, escape, points, table_row
 from support.runs import script
 
 EXPERIMENT = "1_emergence"

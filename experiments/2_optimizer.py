@@ -10,29 +10,34 @@ same, but 2,000 steps follow, of which every fourth is logged.
 from statistics import stdev
 
 import common
-import numpy as np
-from common import COLOURS, SEEDS
+from common import SEEDS
 
-from plot_dynamics import points
+import numpy as np
+
+from plot_dynamics import COLOURS, points
 from support.runs import script
 
 EXPERIMENT = "2_optimizer"
-RATES = ("1e-3", "3e-3", "6e-3")
+RATES = {"1e-3": ":", "3e-3": "--", "6e-3": "-"}  # and how they are drawn
 BETAS = ("0.95", "0.99", "0.999")
-WAYS = {"reset": "moments reset",
-        "paper": "as released: also a longer horizon",
-        "rewarm": "reset, 100 steps of warm-up"}
+# A way to go on has the same colour in all panels.
+WITH, WITHOUT, REWARM, RELEASED = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[4]
+WAYS = {"reset": ("without it", WITHOUT),
+        "paper": ("as released: another learning rate, too", RELEASED),
+        "rewarm": ("without it, 100 steps of warm-up", REWARM)}
 
 
 def excess(name, base):
-    """Steps (n,), and for each seed the training losses of the run `name` minus those of the run
-    `base`, (seeds, n)."""
+    """Steps after the resume (n,), and for each seed the training losses of the run `name` minus
+    those of the run `base`, (seeds, n)."""
     curves = []
     for run, other in zip(common.runs_of(EXPERIMENT, name), common.runs_of(EXPERIMENT, base)):
         steps, losses, base_losses = common.together(points(run, "train", "loss"),
                                                      points(other, "train", "loss"))
-        curves.append(losses - base_losses)
-    return steps, np.array(curves)
+        resumed, *_ = run.marks[-1]
+        after = steps > resumed
+        curves.append((losses - base_losses)[after])
+    return steps[after], np.array(curves)
 
 
 def bits(name):
@@ -50,33 +55,42 @@ def smooth(curves, width):
     return np.lib.stride_tricks.sliding_window_view(curves, width, axis=-1).mean(-1)
 
 
+def draw_resume(panel):
+    for way, colour, label in (("reset", WITHOUT, "resumed without the optimizer's state"),
+                               ("full", WITH, "resumed with it")):
+        runs = common.runs_of(EXPERIMENT, way)
+        steps, curves = common.curves_of(runs, "train", "loss")
+        near = steps <= 300
+        common.draw_band(panel, steps[near][4:], smooth(curves[:, near], 5), colour, label)
+    panel.axvline(runs[0].marks[-1][0], color="0.3", ls=":", label="stopped and resumed")
+    panel.set(title="The same run, resumed in two ways", ylabel="training loss, nats")
+
+
 def draw_grid(first, second):
-    for lr, colour in zip(RATES, COLOURS):
+    for lr, style in RATES.items():
         name = f"_lr{lr}_beta0.95_seed"
         steps, curves = excess(f"reset{name}", f"full{name}")
-        common.draw_band(first, steps[4:], smooth(curves, 5), colour, f"lr {lr}")
-        for kind, style in (("reset", "-"), ("full", ":")):
-            steps, sizes = updates(kind + name)
-            second.plot(steps, sizes.mean(0), style, color=colour, label=f"{kind}, lr {lr}")
-    first.set(title="Without the moments the loss jumps, more with a\nhigher rate (beta2 0.95; "
-              "mean and range of 3 seeds)", ylabel="excess, nats")
-    second.set(title="Why: after a reset the updates are several\ntimes as large",
-               ylabel="RMS of the change", yscale="log")
+        common.draw_band(first, steps[4:], smooth(curves, 5), WITHOUT, f"lr {lr}", style)
+        for way, colour, label in (("reset", WITHOUT, "without"), ("full", WITH, "with")):
+            steps, sizes = updates(way + name)
+            second.plot(steps, sizes.mean(0), style, color=colour,
+                        label=f"{label} the state, lr {lr}")
+    first.set(title="The jump is larger with a higher learning rate", ylabel="excess, nats")
+    second.set(title="Why: updates are several times as large", ylabel="RMS of the change",
+               yscale="log")
 
 
 def draw_ways(panel):
-    for (way, label), colour in zip(WAYS.items(), COLOURS):
+    for way, (label, colour) in WAYS.items():
         steps, curves = excess(way, "full")
         common.draw_band(panel, steps[9:], smooth(curves, 10), colour, label)
-    panel.set(title="A warm-up avoids the jump, and costs more later",
-              ylabel="loss minus that of full state")
+    panel.set(title="A warm-up avoids the jump, and costs more later", ylabel="excess, nats")
 
 
 def draw_long(panel):
     steps, curves = excess("long_reset", "long_full")
-    for seed, colour, curve in zip(SEEDS, COLOURS, smooth(curves, 25)):
-        panel.plot(steps[24:], curve, color=colour, lw=1, label=f"seed {seed}")
-    panel.set(title="2,000 steps later (lr 3e-3; mean of 100 steps)", ylabel="excess, nats")
+    common.draw_band(panel, steps[24:], smooth(curves, 25), WITHOUT, "without it")
+    panel.set(title="What is left for 2,000 steps", ylabel="excess, nats")
 
 
 def numbers():
@@ -123,15 +137,18 @@ def numbers():
 @script
 def main(argv=None):
     common.without_flags(__doc__, argv)
+    simple, [panel] = common.figure_of(1)
+    draw_resume(panel)
     figure, panels = common.figure_of(2, 2, 3.2)
     draw_grid(panels[0], panels[1])
     draw_ways(panels[2])
     draw_long(panels[3])
-    for panel in panels:
-        panel.set_xlabel("step")
-        panel.legend(fontsize=7)
-        if panel is not panels[1]:
-            panel.axhline(0, color="0.5", lw=1)
+    for axes in (panel, *panels):
+        axes.set_xlabel("step")
+        axes.legend(fontsize=7)
+        if axes not in (panel, panels[1]):
+            axes.axhline(0, color="0.5", lw=1)
+    simple.savefig(common.LOGS / EXPERIMENT / "resume.png")
     common.report(EXPERIMENT, figure, numbers())
 
 

@@ -7,9 +7,10 @@ the validation loss at the end by more than a fifth of the spread between seeds.
 from statistics import stdev
 
 import common
+
 import numpy as np
 
-from plot_dynamics import points
+from plot_dynamics import COLOURS, points
 from support.runs import script
 
 EXPERIMENT = "3_hardware"
@@ -26,7 +27,7 @@ def compare(experiment, moves, seeds, panel):
     numbers = {}
     sigma = stdev(common.ends(seeds, "eval", "val_loss"))
     base = common.log_of(experiment, "never_moved")
-    for (name, label), colour in zip(moves.items(), common.COLOURS):
+    for (name, label), colour in zip(moves.items(), COLOURS):
         run = common.log_of(experiment, name)
         steps, moved, stayed = common.together(points(run, "train", "loss"),
                                                points(base, "train", "loss"))

@@ -6,10 +6,11 @@ shuffled sentences. Expected: each network is best on its own kind, and on text 
 """
 
 import common
-import numpy as np
-from common import COLOURS, SEEDS
+from common import SEEDS
 
-from plot_dynamics import read_events
+import numpy as np
+
+from plot_dynamics import COLOURS, read_events
 from support.runs import script
 
 EXPERIMENT = "4_text"

@@ -7,6 +7,7 @@ seed tunes the network of the same seed of experiment 1, with all weights and wi
 
 import common
 
+from plot_dynamics import COLOURS
 from support.runs import script
 
 EXPERIMENT = "5_tuning"
@@ -24,7 +25,7 @@ def main(argv=None):
     numbers = {}
     runs = {method: common.runs_of(EXPERIMENT, method) for method in METHODS}
     for panel, (event, key, title) in zip(panels, METRICS):
-        for (method, label), colour in zip(METHODS.items(), common.COLOURS):
+        for (method, label), colour in zip(METHODS.items(), COLOURS):
             steps, values = common.curves_of(runs[method], event, key)
             # steps + 1, because a logarithmic axis has no 0
             common.draw_band(panel, steps + 1, values, colour, label, ".-")

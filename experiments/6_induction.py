@@ -8,10 +8,11 @@ Refuted if it falls with one layer too, or slowly, or without such heads.
 import math
 
 import common
-import numpy as np
-from common import COLOURS, SEEDS
+from common import SEEDS
 
-from plot_dynamics import group, points, read_events
+import numpy as np
+
+from plot_dynamics import COLOURS, group, points, read_events
 from support.runs import script
 
 EXPERIMENT = "6_induction"

@@ -8,6 +8,7 @@ from statistics import fmean, stdev
 
 import common
 
+from plot_dynamics import COLOURS
 from support.runs import script
 
 EXPERIMENT = "7_seeds"
@@ -44,7 +45,7 @@ def main(argv=None):
         f"{stdev(common.ends(longer, 'eval', 'context_gain')):.3f}")
 
     figure, panels = common.figure_of(2)
-    for panel, group, colour in zip(panels, (runs, longer), common.COLOURS):
+    for panel, group, colour in zip(panels, (runs, longer), COLOURS):
         steps, curves = common.curves_of(group, "eval", "val_bpb")
         panel.plot(steps + 1, (curves - curves.mean(0)).T, ".-", lw=1, color=colour, alpha=0.7)
         panel.set(xscale="log", xlabel="step + 1", ylabel="bits per byte, minus the mean",

@@ -12,8 +12,10 @@ import itertools
 import json
 
 import common
+
 import numpy as np
 
+from plot_dynamics import COLOURS
 from support.flags import Parser
 from support.runs import script
 
@@ -83,7 +85,7 @@ def main(argv=None):
     residuals = losses - fitted
 
     figure, (panel, right) = common.figure_of(2, height=3.6)
-    for number, (dim, colour) in enumerate(zip(DIMS, common.COLOURS)):
+    for number, (dim, colour) in enumerate(zip(DIMS, COLOURS)):
         x = flops(dim, np.array(STEPS))
         part = slice(number * len(STEPS), (number + 1) * len(STEPS))
         panel.plot(x, fitted[part], lw=1, color=colour)

@@ -21,8 +21,6 @@ from support.runs import UserError
 
 LOGS = ROOT / "logs"
 SEEDS = (1, 2, 3)
-# Okabe and Ito's colours, which colour-blind readers can tell apart.
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9")
 
 # 97.5 % quantiles of Student's t with 1, 2, 3 … degrees of freedom: half-widths of 95 % intervals.
 T = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36)
@@ -96,7 +94,7 @@ def figure_of(columns, rows=1, height=3.3):
     rc("axes.spines", top=False, right=False)
     rc("grid", alpha=0.25)
     rc("legend", fontsize=8)
-    return figure, list(figure.subplots(rows, columns).flat)
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
 
 
 def draw_band(panel, x, curves, colour, label, style="-"):

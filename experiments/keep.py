@@ -11,6 +11,7 @@ import json
 from pathlib import Path
 
 import common  # makes Python find the files at the root
+
 from plot_dynamics import read_events
 from support.flags import Parser, count, count_or_0
 from support.runs import script

@@ -9,11 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import common  # makes Python find the files at the root
+
+from corpus.pydocs import PACKAGES, WORD, build_corpus, dependencies
 from data import Tokenizer
 from prepare_data import DEFAULT_VOCAB_SIZE, check_replaceable, write_shards
 from support.files import new_folder
 from support.flags import Parser
-from corpus.pydocs import PACKAGES, WORD, build_corpus, dependencies
 from support.runs import UserError, script
 
 NAME = re.compile(r"(LICEN[CS]E|COPYING|NOTICE|AUTHORS)", re.IGNORECASE)

@@ -13,6 +13,7 @@ import math
 from pathlib import Path
 
 import common  # makes Python find the files at the root
+
 import numpy as np
 import torch
 import torch.nn.functional as F

@@ -11,7 +11,6 @@ from pathlib import Path
 
 from support.runs import UserError, lock, warn
 
-
 # What operating systems leave in folders that somebody has looked at.
 OF_THE_SYSTEM = {".DS_Store", "Thumbs.db", "desktop.ini"}
 

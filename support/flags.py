@@ -5,7 +5,6 @@ from pathlib import Path
 
 from support.runs import UserError, is_argument
 
-
 PATHS = ("run", "data", "init_from", "benchmark", "instructions")  # flags that cannot be empty
 
 

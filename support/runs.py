@@ -9,7 +9,6 @@ import tempfile
 import time
 from pathlib import Path
 
-
 # -------------------------------------------------------------------------------------------------
 # A mistake that the user can fix is one line on stderr and an exit code, never a traceback.
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 # Imported here because evaluation imports it late: if an exception then passes through the import,
 # it keeps the frames of a run alive, and with them the run's lock.
 import torch._dynamo  # noqa: F401

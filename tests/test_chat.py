@@ -12,8 +12,17 @@ from conftest import INSTRUCTIONS
 from corpus import tables, textfiles
 from data import Tokenizer
 from evaluate import Benchmark
-from support.chat import (IGNORE, SYSTEM, Batches, Examples, encode_chat, hold_out,
-                          messages_of, most_frequent_answer, read_instructions)
+from support.chat import (
+    IGNORE,
+    SYSTEM,
+    Batches,
+    Examples,
+    encode_chat,
+    hold_out,
+    messages_of,
+    most_frequent_answer,
+    read_instructions,
+)
 from support.runs import UserError
 
 GPT2 = Tokenizer()

@@ -28,9 +28,9 @@ import sample
 import sft
 from conftest import ROOT, exit_code, messages, rows, tune, write_lines
 from data import Tokenizer
-from model import Llama, ModelConfig
 from huggingface import tokenizer as hf_tokenizer
 from huggingface.tokenizer import read_json
+from model import Llama, ModelConfig
 from support import chat, durable, trees
 from support.files import write_json
 

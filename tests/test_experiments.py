@@ -22,6 +22,7 @@ from conftest import ROOT, TEST, rows
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import common  # noqa: E402
+
 import keep  # noqa: E402
 import repeats  # noqa: E402
 

@@ -17,8 +17,16 @@ import model
 from model import Llama
 from support import fast
 from support.runs import UserError
-from test_model import (SMALL, batch, build, gap, gradients, one_thread_and_one_seed,  # noqa: F401
-                        relative_gap, targets_with_gaps)
+from test_model import (  # noqa: F401
+    SMALL,
+    batch,
+    build,
+    gap,
+    gradients,
+    one_thread_and_one_seed,
+    relative_gap,
+    targets_with_gaps,
+)
 
 FP32 = torch.autocast("cpu", enabled=False)
 BF16 = torch.autocast("cpu", dtype=torch.bfloat16)

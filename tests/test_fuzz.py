@@ -21,8 +21,8 @@ import evaluate
 import plot_dynamics
 import sft
 from conftest import INSTRUCTIONS, QUESTIONS, exit_code, run, same, write_lines
-from data import DataFolder, Tokenizer, open_shard
 from corpus import foreign_shards, textfiles
+from data import DataFolder, Tokenizer, open_shard
 from support import chat, durable, runs, trees
 from support.files import write_json
 from support.runs import UserError

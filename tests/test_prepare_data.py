@@ -15,9 +15,9 @@ import pytest
 
 import prepare_data
 from conftest import ROOT, exit_code, messages, write_lines
+from corpus import pydocs, textfiles
 from data import DataFolder, Tokenizer
 from prepare_data import main
-from corpus import pydocs, textfiles
 
 STORY = "".join(f"Line {i}: the quick brown fox met {i * i} lazy dogs.\n" for i in range(400))
 QUALITIES = ("prose", "raw", "shuffled")

@@ -20,12 +20,32 @@ import torch.nn.functional as F
 import checkpoint
 import evaluate
 import sft
-from conftest import (CHILD, INSTRUCTIONS, ROOT, TUNE, exit_code, messages, rows, run, same, state,
-                      tune, tuning)
+from conftest import (
+    CHILD,
+    INSTRUCTIONS,
+    ROOT,
+    TUNE,
+    exit_code,
+    messages,
+    rows,
+    run,
+    same,
+    state,
+    tune,
+    tuning,
+)
 from data import Tokenizer
 from support import durable
-from support.chat import (IGNORE, Batches, Examples, encode_chat, hold_out, messages_of,
-                          most_frequent_answer, read_instructions)
+from support.chat import (
+    IGNORE,
+    Batches,
+    Examples,
+    encode_chat,
+    hold_out,
+    messages_of,
+    most_frequent_answer,
+    read_instructions,
+)
 from support.runs import newest_run
 
 FP32 = torch.autocast("cpu", enabled=False)
