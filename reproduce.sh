@@ -268,7 +268,8 @@ experiment_7() {
 
 # 8. Size and tokens (beyond the paper): four widths, four lengths of run. A curve through the 15
 # smaller runs predicts the largest before it is made.
-# Expected: within 0.05 nats. Refuted if the outcome is further away than that.
+# Expected: within 0.05 nats. Refuted if the outcome is further away than that. A second try, after
+# that one failed: see experiments/8_size.py.
 sized() {  # sized DIM LR STEPS: heads of 64; the narrower, the higher the learning rate
   train --run $R/8/dim$1_steps$3 --seed 1 --dim $1 --n_heads $(($1 / 64)) --n_kv_heads 1 \
     --intermediate_size $((3 * $1)) --lr $2 --max_steps $3 --warmup_steps 50 --save_every 0 \
@@ -288,6 +289,11 @@ experiment_8() {
   "$python" experiments/keep.py logs/8_size $R/8/* --every 20
   "$python" experiments/8_size.py --predict
   sized 256 1e-3 1200
+  "$python" experiments/keep.py logs/8_size $R/8/* --every 20
+  "$python" experiments/8_size.py --predict_next
+  job sized 256 1e-3 2400
+  job sized 320 8e-4 1200
+  all_done
   "$python" experiments/keep.py logs/8_size $R/8/* --every 20
 }
 

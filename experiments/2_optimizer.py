@@ -10,7 +10,7 @@ same, but 2,000 steps follow, of which every fourth is logged.
 from statistics import stdev
 
 import common
-from common import SEEDS
+from common import SEEDS, noise_of_seeds, smooth
 
 import numpy as np
 
@@ -48,11 +48,6 @@ def bits(name):
 def updates(name):
     """Steps (n,), and for each seed how far a step moves the weights, (seeds, n)."""
     return common.curves_of(common.runs_of(EXPERIMENT, name), "train", "update_rms")
-
-
-def smooth(curves, width):
-    """Means over `width` successive values: (…, n) → (…, n − width + 1)."""
-    return np.lib.stride_tricks.sliding_window_view(curves, width, axis=-1).mean(-1)
 
 
 def draw_resume(panel):
@@ -96,8 +91,7 @@ def draw_long(panel):
 def numbers():
     """{what: text or number}: the excess in each cell of the grid, the four ways, the long
     pairs."""
-    eight = common.ends(common.runs_of("7_seeds", "seed", range(1, 9)), "eval", "val_loss")
-    noise = stdev(eight)
+    noise = noise_of_seeds()
     found = {"noise of seeds: standard deviation of val loss (7)": f"{noise:.3f}"}
 
     def add(what, values):

@@ -62,6 +62,16 @@ def together(first, second):
     return steps, first[1][place], second[1][other]
 
 
+def smooth(curves, width):
+    """Means over `width` successive values: (…, n) → (…, n − width + 1)."""
+    return np.lib.stride_tricks.sliding_window_view(curves, width, axis=-1).mean(-1)
+
+
+def noise_of_seeds():
+    """Standard deviation of the validation loss of eight runs that differ in their seed (7)."""
+    return stdev(ends(runs_of("7_seeds", "seed", range(1, 9)), "eval", "val_loss"))
+
+
 def interval(values):
     """(mean, half-width of its 95 % interval by Student's t) of one value for each seed."""
     n = len(values)

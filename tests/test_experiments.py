@@ -15,14 +15,17 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
+import checkpoint
 import model
 import sft
 import train
-from conftest import ROOT, TEST, rows
+from conftest import ROOT, TEST, exit_code, rows, run
+from support import durable, trees
 
 sys.path.insert(0, str(ROOT / "experiments"))
 import common  # noqa: E402
 
+import edit_state  # noqa: E402
 import keep  # noqa: E402
 import repeats  # noqa: E402
 
@@ -125,10 +128,10 @@ def test_commands_are_valid(tmp_path, whole, monkeypatch):
 
 def test_mistake_in_the_number_is_one_line():
     """Catches: an experiment that is not there, and an exit code of 0."""
-    done = subprocess.run(["bash", ROOT / "reproduce.sh", "9"], capture_output=True, text=True)
+    done = subprocess.run(["bash", ROOT / "reproduce.sh", "10"], capture_output=True, text=True)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
-    assert "9 is not an experiment" in done.stderr
+    assert "10 is not an experiment" in done.stderr
 
 
 # -------------------------------------------------------------------------------------------------
@@ -166,6 +169,91 @@ def test_kept_log_is_thin_and_true(whole, tmp_path):
     assert kept[0] != full[4]  # control
     assert rows(tmp_path, "eval", ("step",)) == rows(whole, "eval", ("step",))
     assert '"config"' not in (tmp_path / "metrics.jsonl").read_text()
+
+
+# -------------------------------------------------------------------------------------------------
+# The parts of a state
+
+@pytest.fixture
+def stopped(data, tmp_path):
+    """A run that was stopped after 10 of 20 steps."""
+    assert run(data, tmp_path / "stopped", "--stop_at", 10) == 75
+    return tmp_path / "stopped"
+
+
+def state_of(folder):
+    return checkpoint.load(durable.newest(folder))
+
+
+def test_edit_changes_what_it_names(stopped):
+    """Catches: a part that is not set to 0, and one that is and was not named."""
+    before = state_of(stopped)
+    assert not edit_state.main([stopped, "--zero", "exp_avg_sq"])
+    state = state_of(stopped)
+    changed = trees.differences(before, state)
+    assert changed == sorted(f"optimizer.{name}.exp_avg_sq" for name in before["model"])
+    assert all(not each["exp_avg_sq"].any() for each in state["optimizer"].values())
+    assert all(each["exp_avg"].any() for each in state["optimizer"].values())  # control
+
+    assert not edit_state.main([stopped, "--flip_bit"])
+    name, *more = trees.differences(state, state_of(stopped))
+    change = state_of(stopped)["model"][name.removeprefix("model.")] - before["model"][
+        name.removeprefix("model.")]
+    assert more == [] and change.count_nonzero() == 1 and change.abs().max() < 1e-6
+
+
+def test_state_of_zeros_is_a_reset(data, stopped, tmp_path):
+    """Catches: an edited state whose resume is not the one of the formula. All three parts at 0 are
+    what --reset_optimizer makes."""
+    for name in ("zeros", "reset", "second"):
+        shutil.copytree(stopped, tmp_path / name)
+    edit_state.main([tmp_path / "zeros", "--zero", "exp_avg", "exp_avg_sq", "step"])
+    edit_state.main([tmp_path / "second", "--zero", "exp_avg_sq"])
+    for name in ("zeros", "second"):
+        assert exit_code(train.main, ["--run", tmp_path / name, "--resume"]) == 0
+    reset = ["--run", tmp_path / "reset", "--resume", "--reset_optimizer"]
+    assert exit_code(train.main, reset) == 0
+    assert rows(tmp_path / "zeros") == rows(tmp_path / "reset")
+    assert rows(tmp_path / "second") != rows(tmp_path / "reset")  # control
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["nowhere"], "nowhere has no checkpoint"),
+    (["--zero", "exp"], "--zero exp: the optimizer keeps exp_avg, exp_avg_sq, step"),
+    (["--seed", "-1"], "--seed"),
+])
+def test_mistake_in_an_edit_is_one_line(stopped, capsys, arguments, message):
+    """Catches: a traceback, and a state that is changed all the same."""
+    before = state_of(stopped)
+    folder = [] if arguments == ["nowhere"] else [stopped]
+    capsys.readouterr()
+    assert exit_code(edit_state.main, [*folder, *arguments]) == 2
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert trees.differences(before, state_of(stopped)) == []
+
+
+@pytest.mark.parametrize("way", ["first", "both", "count", "all"])
+def test_predicted_updates_are_those_of_noise(way):
+    """Catches: a wrong formula. PyTorch's AdamW, given noise, makes the updates."""
+    parts = importlib.import_module("9_state")
+    torch.manual_seed(0)
+    weights = torch.nn.Parameter(torch.zeros(50_000))
+    optimizer = torch.optim.AdamW([weights], lr=1.0, betas=(0.9, 0.99), weight_decay=0)
+    sizes = []
+    for step in range(205):
+        if step == 200:
+            for part in parts.PARTS[way][2]:
+                optimizer.state[weights][part].zero_()
+        weights.grad = torch.randn(50_000)
+        before = weights.detach().clone()
+        optimizer.step()
+        sizes.append((weights - before).detach().square().mean().sqrt().item())
+    zeroed = parts.PARTS[way][2]
+    guesses = [parts.predicted(zeroed, 0.99, 1), parts.predicted([], 0.99, -1)]
+    assert sizes[200] == pytest.approx(guesses[0], rel=0.03)
+    assert sizes[198] == pytest.approx(guesses[1], rel=0.03)
+    assert sizes[200] != pytest.approx(guesses[1], rel=0.03)  # control
 
 
 # -------------------------------------------------------------------------------------------------
