@@ -50,7 +50,7 @@ PANELS = [
     ("Learning rate", "lr", [("train", "lr", "")]),
     ("Gradient norm, before clipping", "L2 norm", [("train", "grad_norm", "")]),
     ("How far a step moves the weights", "RMS of the change", [("train", "update_rms", "")]),
-    ("Throughput without evaluating, saving and the first step", "tokens/s", [
+    ("Throughput of the steps, without the first", "tokens/s", [
         ("train", "tok_per_s", "")]),
 ]
 ACCURACIES = {  # the curves of a benchmark, which has a panel of its own
@@ -471,9 +471,15 @@ class Page:
             draw_chance(axes, self.benchmarks[benchmark][-1])
         if keys & LOG_Y:
             axes.set_yscale("log")
-        self.draw_x_axis(axes, "linear" if keys & LINEAR_X else self.scale)
-        if title == "Loss":
-            self.draw_steps(axes)
+        scale = "linear" if keys & LINEAR_X else self.scale
+        axes.set_xlabel("tokens" if self.in_tokens else "steps")
+        self.draw_x_axis(axes, scale)
+        sizes = {run.batch_tokens for run in self.runs}
+        if panel is PANELS[0] and self.in_tokens and len(sizes) == 1:
+            above = axes.twiny()
+            self.draw_x_axis(above, scale, sizes.pop())
+            above.set_xlabel("steps", fontsize=8)
+            above.tick_params(labelsize=8)
         self.draw_marks(axes, with_text="tok_per_s" in keys)
         finish(axes, title, ylabel)
 
@@ -497,25 +503,18 @@ class Page:
             error = column(rows, BANDS[key])
             axes.fill_between(x, y - error, y + error, color=color, alpha=0.15, linewidth=0)
 
-    def draw_x_axis(self, axes, scale):
-        """Label, scale and ends of the x axis."""
-        axes.set_xlabel("tokens" if self.in_tokens else "steps")
-        last = max(self.x(run, max(1, run.steps[-1])) for run in self.runs)
+    def draw_x_axis(self, axes, scale, unit=1):
+        """Scale and ends of the x axis, in numbers of `unit` tokens or steps."""
+        last = max(self.x(run, max(1, run.steps[-1])) for run in self.runs) / unit
         if scale == "log":
             # symlog is linear from 0 to the first step: so step 0 has its place too
-            first = min(self.x(run, max(1, run.steps[0])) for run in self.runs)
+            first = min(self.x(run, max(1, run.steps[0])) for run in self.runs) / unit
             axes.set_xscale("symlog", linthresh=first, linscale=0.3)
             last *= 1.3
+        else:
+            from matplotlib.ticker import EngFormatter
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2M
         axes.set_xlim(0, 1.05 * last)
-
-    def draw_steps(self, axes):
-        """A second axis, in steps, if it is the same for all runs."""
-        sizes = {run.batch_tokens for run in self.runs}
-        if self.in_tokens and len(sizes) == 1:
-            size = sizes.pop()
-            above = axes.secondary_xaxis("top", (lambda x: x / size, lambda x: x * size))
-            above.set_xlabel("steps", fontsize=8)
-            above.tick_params(labelsize=8)
 
     def draw_marks(self, axes, with_text):
         """A vertical line at each resume. with_text: what changed, and what that did to the
@@ -606,7 +605,7 @@ def trajectory(runs):
     """The samples of each run, step by step, beside its loss and accuracy: Markdown."""
     lines = []
     for run in runs:
-        lines += [f"# {run.name}", ""]
+        lines += [f"# {escape(run.name)}", ""]
         if run.is_tuning:
             lines += questions_table(run)
         for (prompt, settings), rows in run.samples.items():
@@ -680,8 +679,9 @@ def sample_text(row):
 
 
 def escape(value):
-    """A value as text that Markdown shows as it is, on one line."""
-    return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", " ".join(str(value).split()))
+    """A value as text that Markdown shows as it is, on one line, without control characters."""
+    text = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(str(value).split()))
+    return re.sub(r"([\\`*_{}\[\]<>#|~$])", r"\\\1", text)
 
 
 def percent(row):

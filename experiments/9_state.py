@@ -1,9 +1,9 @@
 """9. Which part of a full state does a resume need, and why?
 
 At step 200 of 400 a part of the state is set to 0 (edit_state.py), and the run goes on. AdamW
-(Loshchilov & Hutter 2019, algorithm 2) moves a weight by lr · m̂ / √v̂. These are the averages of its
-gradients and of their squares, each divided by 1 − beta^count. `predicted` says how large that is
-if gradients are nothing but noise.
+(Loshchilov & Hutter 2019, algorithm 2) moves a weight by lr · m̂ / √v̂. These are the averages of
+its gradients and of their squares, each divided by 1 − beta^count. `predicted` says how large that
+is if gradients are nothing but noise.
 """
 import math
 

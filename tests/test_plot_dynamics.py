@@ -85,14 +85,25 @@ def test_curves_are_those_of_the_log(whole):
     """Catches: a panel that is lost; a curve of another key, at other steps, or over steps instead
     of tokens."""
     page = page_of(whole)
-    assert [axes.get_title().split()[0].strip(":,") for axes in page.figure.axes] == [
-        "Loss", "Bits", "Accuracy", "Context", "Samples", "Learning", "Gradient", "Throughput",
-        "Loss"]
+    titles = [axes.get_title().split()[0].strip(":,") for axes in page.figure.axes
+              if axes.get_title()]
+    assert titles == ["Loss", "Bits", "Accuracy", "Context", "Samples", "Learning", "Gradient",
+                      "Throughput", "Loss"]
     x, y = curve(page, "Loss", "validation")
     logged = rows(whole, "eval", ("step", "val_loss", "val_bpb"))
     assert x == [128 * step for step, _, _ in logged]
     assert y == [loss for _, loss, _ in logged]
     assert y != [bits for _, _, bits in logged]  # control
+
+
+def test_steps_stand_above_tokens(whole):
+    """Catches: a second axis that is another scale than the first, or other numbers."""
+    loss, steps = [axes for axes in page_of(whole).figure.axes
+                   if axes.get_title() == "Loss" or axes.get_xlabel() == "steps"]
+    for step in (0, 1, 7, 20):
+        above = steps.transData.transform((step, 0))[0]
+        assert above == pytest.approx(loss.transData.transform((128 * step, 0))[0])
+    assert above != pytest.approx(loss.transData.transform((64 * step, 0))[0])  # control
 
 
 def test_tuning_is_drawn_over_steps(tmp_path):
