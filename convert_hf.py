@@ -465,7 +465,7 @@ def read_tensor(folder, file, name, shape):
 @script
 def main(argv=None):
     parser = Parser(description="A run as a Hugging Face folder, and the other way round.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{export,import}")
     out = commands.add_parser("export", help="write a run as a Hugging Face folder")
     out.add_argument("run", type=Path, metavar="RUN", help="run folder")
     out.add_argument("folder", type=Path, metavar="DIR", help="folder to write, a new one")

@@ -543,7 +543,8 @@ COMMANDS = {
 
 def parse(argv):
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parsers = parser.add_subparsers(dest="command", required=True)
+    parsers = parser.add_subparsers(dest="command", required=True,
+                                    metavar=f"{{{','.join(COMMANDS)}}}")
     add = {name: parsers.add_parser(name, help=text, description=text).add_argument
            for name, text in COMMANDS.items()}
 

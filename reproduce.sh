@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # reproduce.sh — the experiments of docs/dynamics.md as plain commands.
 #
-#     bash reproduce.sh             # all of them; 76 minutes on two cores
+#     bash reproduce.sh             # all of them; docs/dynamics.md has the minutes
 #     bash reproduce.sh 2           # one of them (5 and 6 need the runs of 1, 3 those of 7)
 #                                   # After a kill: the ones that are left, in the order 712498653.
 #     bash reproduce.sh figures     # draw all figures again from logs/, without training

@@ -94,7 +94,7 @@ def score(model, tokens):
 @script
 def main(argv=None):
     parser = Parser(description="Random tokens that repeat.")
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="{make,score}")
     making = commands.add_parser("make", help="a data folder to train on")
     making.add_argument("folder", type=Path)
     making.add_argument("--sequences", type=count, default=24_000, help="for training")

@@ -858,7 +858,7 @@ optimizer = train.make_optimizer(model, train.read_settings([]), device)
 tokens = torch.randint(4096, (8, 129))
 dtype = choose_dtype("auto", device)
 durations = []
-for step in range(40):
+for step in range(24):
     start = time.monotonic()
     with torch.autocast("cpu", dtype=dtype, enabled=dtype != torch.float32):
         _, loss = model(tokens[:, :-1], tokens[:, 1:])
@@ -872,7 +872,7 @@ print(1000 * statistics.median(durations))
 
 
 def step_of_tiny(busy, env):
-    """Milliseconds of a step beside `busy` programs, the median of 40."""
+    """Milliseconds of a step beside `busy` programs, the median of 24."""
     clean = {name: value for name, value in os.environ.items()
              if not name.startswith(("OMP_", "GOMP_"))}
     loops = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(busy)]
