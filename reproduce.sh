@@ -325,13 +325,13 @@ parts() {
   stopped $base 200 --max_steps 400 --lr $1 --beta2 $2 --seed $3
   continued $base $R/9/full_$name
   if [ $1 = 3e-3 ]; then
+    edited $base $R/9/nothing_$name ""
     edited $base $R/9/data_$name "--seed $(($3 + 10))"
-    continued $base $R/9/schedule_$name --max_steps 600
+    edited $base $R/9/schedule_$name "" --max_steps 600 --stop_at 400
   fi
   zeroed $base $name
 }
 zeroed() {  # zeroed BASE NAME FLAGS
-  edited $1 $R/9/nothing_$2 "" "${@:3}"
   edited $1 $R/9/first_$2 "--zero exp_avg" "${@:3}"
   edited $1 $R/9/second_$2 "--zero exp_avg_sq" "${@:3}"
   edited $1 $R/9/both_$2 "--zero exp_avg exp_avg_sq" "${@:3}"
@@ -358,7 +358,7 @@ experiment_9() {
   "$python" experiments/keep.py logs/9_state --after 200 \
     $R/9/{full,data,schedule,nothing,first,second,both,count,all}_lr*
   "$python" experiments/keep.py logs/9_state --after 2000 \
-    $R/9/{full,nothing,first,second,both,count,all}_long
+    $R/9/{full,first,second,both,count,all}_long
 }
 
 # The trajectory of the paper's own model, from the ten checkpoints that it released: each one is
