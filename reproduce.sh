@@ -359,6 +359,7 @@ experiment_9() {
     $R/9/{full,data,schedule,nothing,first,second,both,count,all}_lr*
   "$python" experiments/keep.py logs/9_state --after 2000 \
     $R/9/{full,first,second,both,count,all}_long
+  "$python" experiments/9_state.py --absent $R/9/base_lr1e-3_beta0.95_seed1
 }
 
 # The trajectory of the paper's own model, from the ten checkpoints that it released: each one is

@@ -1,24 +1,37 @@
 """9. Which part of a full state does a resume need, and why?
 
+    python experiments/9_state.py                # draw and count
+    python experiments/9_state.py --absent RUN   # of a stopped run: see absent_rows
+
 At step 200 of 400 a part of the state is set to 0 (edit_state.py), and the run goes on. AdamW
 (Loshchilov & Hutter 2019, algorithm 2) moves a weight by lr · m̂ / √v̂. These are the averages of
 its gradients and of their squares, each divided by 1 − beta^count. `predicted` says how large that
 is if gradients are nothing but noise.
 """
+import json
 import math
+from argparse import Namespace
+from pathlib import Path
 
 import common
 from common import SEEDS, noise_of_seeds, smooth
 
 import numpy as np
+import torch
 
+import checkpoint
+from data import DataFolder, Windows
 from plot_dynamics import COLOURS, points
+from support import durable
+from support.flags import Parser
 from support.runs import script
+from train import lr_at
 
 EXPERIMENT = "9_state"
 RATES = ("1e-3", "3e-3", "6e-3")
 BETAS = ("0.95", "0.99")
 BETA1 = 0.9
+EPS = 1e-8
 PARTS = {  # way: its label, its colour, what is set to 0
     "first": ("first moments", COLOURS[0], ["exp_avg"]),
     "second": ("second moments", COLOURS[3], ["exp_avg_sq"]),
@@ -47,6 +60,25 @@ def predicted_ratio(way, beta2, k, count=200):
     """The same as a multiple of the untouched run's k-th update."""
     zeroed = PARTS[way][2]
     return predicted(zeroed, beta2, k, count) / predicted([], beta2, k, count)
+
+
+def absent_rows(run):
+    """RMS, over all weights, of the next update if the second moments are set to 0, counting only
+    what is certain: the rows of the embedding whose tokens the next batch does not have. Their
+    gradient is 0, so v̂ is 0, and the first moment is divided by eps."""
+    state = checkpoint.load(durable.newest(run))
+    config = Namespace(**state["config"])
+    step = state["step"]
+    data = DataFolder(config.data)
+    windows = Windows(data.train, config.seq_len, data.vocab_size, config.seed, config.shuffle)
+    sequences = config.batch_tokens // config.seq_len
+    read = windows.read(step * sequences, sequences)[:, :-1]
+    moments = state["optimizer"]["model.embed_tokens.weight"]["exp_avg"].double()
+    absent = np.setdiff1d(np.arange(len(moments)), read)
+    average = BETA1 * moments[torch.from_numpy(absent)] / (1 - BETA1 ** (step + 1))
+    total = sum(each["exp_avg"].numel() for each in state["optimizer"].values())
+    return {"rms": lr_at(step, config) / EPS * math.sqrt(average.square().sum() / total),
+            "rows": len(absent), "of": len(moments)}
 
 
 def curves(names, key):
@@ -88,8 +120,13 @@ def last_loud_step(excess, noise):
 
 def numbers(noise):
     """{what: text or number}: the first update, the excess loss, and how long it lasts."""
+    absent = json.loads((common.LOGS / EXPERIMENT / "absent.json").read_text())
+    first = curves(cell("second", "1e-3", "0.95")[:1], "update_rms")[0, 0]
     found = {"noise of seeds: standard deviation of val loss (7)": f"{noise:.3f}"}
     same = [abs(of_cell("nothing", "3e-3", beta2)[0][:, :200]).max() for beta2 in BETAS]
+    found["second moments, lr 1e-3, beta2 0.95, seed 1: first update, and what the rows of absent "
+          "tokens explain of it"] = f"{first:.4f}, {absent['rms']:.4f}"
+    found["rows of absent tokens"] = f"{absent['rows']:,} of {absent['of']:,}"
     found["nothing changed: largest difference of a loss"] = float(max(same))
     def add_excess(what, excess):
         found[f"{what}: excess of the first 20"] = common.text(excess[:, :20].mean(1), sign=True)
@@ -156,7 +193,15 @@ def draw_excess(panel, beta2):
 
 @script
 def main(argv=None):
-    common.without_flags(__doc__, argv)
+    parser = Parser(description=__doc__.split("\n")[0])
+    parser.add_argument("--absent", type=Path, metavar="RUN", help="note what a stopped run's rows "
+                        "of absent tokens would do")
+    args = parser.parse_args(argv)
+    if args.absent is not None:
+        file = common.LOGS / EXPERIMENT / "absent.json"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(absent_rows(args.absent)) + "\n")
+        return
     noise = noise_of_seeds()
     figure, panels = common.figure_of(2, 2, 3.4)
     draw_first_updates(panels[0])
