@@ -3,7 +3,7 @@
 #
 #     bash reproduce.sh             # all of them; docs/dynamics.md has the minutes
 #     bash reproduce.sh 2           # one of them (5 and 6 need the runs of 1, 3 those of 7)
-#                                   # After a kill: the ones that are left, in the order 712498653.
+#                                   # After a kill: the ones that are left, in the order 71248653.
 #     bash reproduce.sh figures     # draw all figures again from logs/, without training
 #     bash reproduce.sh released    # the paper's released checkpoints: see at the end
 #
@@ -297,71 +297,6 @@ experiment_8() {
   "$python" experiments/keep.py logs/8_size $R/8/* --every 20
 }
 
-# 9. Which part of the state matters (beyond the paper). At step 200 of 400 a part of it is set to
-# 0, the rest is kept. If gradients were nothing but noise, AdamW's formula would give the size of
-# the first update, as a multiple of that of the untouched run (predicted() in
-# experiments/9_state.py):
-#
-#     set to 0                          beta2 0.95        beta2 0.99
-#     first moments                     0.44              0.44
-#     second moments                    4.5 and more      9.3 and more
-#     both                              1.9               4.1
-#     the count of updates              2.2, soon 0.9     1.1, then 0.5 for 50 steps
-#     all three, as --reset_optimizer   4.4               4.4
-#
-# Expected: measured within a factor of 1.5 of this, except second moments alone: there the average
-# of many gradients is divided by the size of one, which may be near 0, and of a token that the
-# batch does not have by eps. Excess loss of the first 20 steps: for second moments alone above 1
-# nat; for first moments alone within the noise of seeds (0.023); for the count alone positive with
-# beta2 0.95, and negative with 0.99, where smaller updates act as a decay; for both moments larger
-# than for all three with 0.99, because the count that is kept does not correct for them. Nothing
-# changed: the same bits. Another order of the data (by its seed, so a tenth of it was read before):
-# within the noise of seeds. Another schedule (the released code's, as if 600 steps were wanted):
-# above it. Refuted where it comes out otherwise. The long run is stopped at 2,000 of 3,800 steps,
-# and 400 more are made: expected to tell the same.
-parts() {
-  local name=lr$1_beta$2_seed$3
-  local base=$R/9/base_$name
-  stopped $base 200 --max_steps 400 --lr $1 --beta2 $2 --seed $3
-  continued $base $R/9/full_$name
-  if [ $1 = 3e-3 ]; then
-    edited $base $R/9/nothing_$name ""
-    edited $base $R/9/data_$name "--seed $(($3 + 10))"
-    edited $base $R/9/schedule_$name "" --max_steps 600 --stop_at 400
-  fi
-  zeroed $base $name
-}
-zeroed() {  # zeroed BASE NAME FLAGS
-  edited $1 $R/9/first_$2 "--zero exp_avg" "${@:3}"
-  edited $1 $R/9/second_$2 "--zero exp_avg_sq" "${@:3}"
-  edited $1 $R/9/both_$2 "--zero exp_avg exp_avg_sq" "${@:3}"
-  edited $1 $R/9/count_$2 "--zero step" "${@:3}"
-  edited $1 $R/9/all_$2 "--zero exp_avg exp_avg_sq step" "${@:3}"
-}
-long_parts() {
-  local base=$R/9/base_long
-  train --run $base --seed 1 --stop_at 2000 --log_update_rms --eval_every 0 --save_every 0 \
-    --benchmark_items 4 --eval_tokens 1024 || [ $? = 75 ]
-  edited $base $R/9/full_long "" --stop_at 2400
-  zeroed $base long --stop_at 2400
-}
-experiment_9() {
-  begin 9_state
-  local seed lr beta2
-  job long_parts
-  for seed in 1 2 3; do
-    for lr in 1e-3 3e-3 6e-3; do
-      for beta2 in 0.95 0.99; do job parts $lr $beta2 $seed; done
-    done
-  done
-  all_done
-  "$python" experiments/keep.py logs/9_state --after 200 \
-    $R/9/{full,data,schedule,nothing,first,second,both,count,all}_lr*
-  "$python" experiments/keep.py logs/9_state --after 2000 \
-    $R/9/{full,first,second,both,count,all}_long
-  "$python" experiments/9_state.py --absent $R/9/base_lr1e-3_beta0.95_seed1
-}
-
 # The trajectory of the paper's own model, from the ten checkpoints that it released: each one is
 # downloaded, imported, scored on FineWeb-Edu and HellaSwag, sampled, and deleted. Needs the
 # network, requirements-extras.txt, 15 GB of disk and 9 GB of memory; a GPU makes it hours faster.
@@ -406,10 +341,10 @@ figures() {
 
 data() { [ -d data/pydocs ] || "$python" prepare_data.py pydocs; }
 case ${1:-all} in
-  all) data; for n in 7 1 2 4 9 8 6 5 3; do "experiment_$n"; done; figures ;;
+  all) data; for n in 7 1 2 4 8 6 5 3; do "experiment_$n"; done; figures ;;
   figures) figures ;;
   released) released "${@:2}" ;;
-  [1-9]) data; "experiment_$1"; "$python" experiments/"$1"_*.py ;;
-  *) echo "reproduce.sh: $1 is not an experiment — give 1 to 9, figures or released" >&2
+  [1-8]) data; "experiment_$1"; "$python" experiments/"$1"_*.py ;;
+  *) echo "reproduce.sh: $1 is not an experiment — give 1 to 8, figures or released" >&2
      exit 2 ;;
 esac

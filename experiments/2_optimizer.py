@@ -23,7 +23,7 @@ BETAS = ("0.95", "0.99", "0.999")
 # A way to go on has the same colour in all panels.
 WITH, WITHOUT, REWARM, RELEASED = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[4]
 WAYS = {"reset": ("without it", WITHOUT),
-        "paper": ("as released: another learning rate, too", RELEASED),
+        "paper": ("without it, as in the released code", RELEASED),
         "rewarm": ("without it, 100 steps of warm-up", REWARM)}
 
 
@@ -79,6 +79,8 @@ def draw_ways(panel):
     for way, (label, colour) in WAYS.items():
         steps, curves = excess(way, "full")
         common.draw_band(panel, steps[9:], smooth(curves, 10), colour, label)
+    panel.text(steps[-1], -0.045, "has another learning rate", color=RELEASED, ha="right",
+               fontsize=8)
     panel.set(title="A warm-up avoids the jump, and costs more later", ylabel="excess, nats")
 
 
