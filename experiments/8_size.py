@@ -133,6 +133,11 @@ def main(argv=None):
         "error of the fit": f"{error_of(residuals[:-1]):.4f}",
         "predicted": f"{predicted:.4f}", "outcome": f"{losses[-1]:.4f}",
         "outcome minus prediction": f"{losses[-1] - predicted:+.4f}"}
+    for least in (300, 600):  # had the shorter runs been left out
+        part = [size for size in SIZES[:-1] if size[1] >= least]
+        factors, a, b = fit(part, [loss_of(size) for size in part])
+        miss = losses[-1] - (terms(SIZES[-1:], a, b) @ factors)[0]
+        found[f"from runs of {least} steps and more: outcome minus prediction"] = f"{miss:+.4f}"
     following = json.loads((common.LOGS / EXPERIMENT / "next.json").read_text())
     for size, guess in zip(NEXT, following["val_loss"]):
         found["dim {}, {:,} steps: predicted, outcome".format(*size)] = (
