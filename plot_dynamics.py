@@ -561,14 +561,14 @@ def story(runs):
     figure = open_figure((8, 4.5))
     axes = figure.add_subplot()
     axes.plot(*points(run, "train", "loss"), color="0.8", linewidth=0.7, label="training")
-    axes.plot(steps, losses, marker="o", markersize=3, label="validation")
+    axes.plot(steps, losses, color=COLOURS[1], marker="o", markersize=3, label="validation")
     # Not evenly spread: the first samples are all noise.
     places = sorted({round(share * (len(rows) - 1)) for share in (0, 0.5, 0.75, 1)})
     for line, place in enumerate(places):
         row = rows[place]
         text = f"step {row['step']:,}: {row.get('prompt')} {row.get('text')}"
         text = "".join(c if c.isprintable() and c < "\u0590" else " " for c in text)  # has a glyph
-        text = textwrap.fill(plain(textwrap.shorten(text, 76, placeholder=" ...")), 42)
+        text = textwrap.fill(plain(textwrap.shorten(text, 80, placeholder=" ...")), 42)
         place = (row["step"], losses[steps == row["step"]][0])
         axes.annotate(text, place, fontsize=8, xytext=(0.63, 0.97 - 0.13 * line), va="top",
                       textcoords="axes fraction", zorder=3,

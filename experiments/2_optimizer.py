@@ -22,8 +22,8 @@ RATES = {"1e-3": ":", "3e-3": "--", "6e-3": "-"}  # and how they are drawn
 BETAS = ("0.95", "0.99", "0.999")
 # A way to go on has the same colour in all panels.
 WITH, WITHOUT, REWARM, RELEASED = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[4]
-WAYS = {"reset": ("without it", WITHOUT),
-        "paper": ("without it, as in the released code", RELEASED),
+WAYS = {"reset": ("without the state", WITHOUT),
+        "paper": ("without the state, as in the released code", RELEASED),
         "rewarm": ("without it, 100 steps of warm-up", REWARM)}
 
 
@@ -51,14 +51,16 @@ def updates(name):
 
 
 def draw_resume(panel):
-    for way, colour, label in (("reset", WITHOUT, "resumed without the optimizer's state"),
-                               ("full", WITH, "resumed with it")):
-        runs = common.runs_of(EXPERIMENT, way)
-        steps, curves = common.curves_of(runs, "train", "loss")
-        near = steps <= 300
-        common.draw_band(panel, steps[near][4:], smooth(curves[:, near], 5), colour, label)
-    panel.axvline(runs[0].marks[-1][0], color="0.3", ls=":", label="stopped and resumed")
-    panel.set(title="The same run, resumed in two ways", ylabel="training loss, nats")
+    stop = common.runs_of(EXPERIMENT, "full")[0].marks[-1][0]
+    for way, first, last, colour, label in (
+            ("full", stop - 50, stop, "0.4", "before the stop"),
+            ("reset", stop, stop + 100, WITHOUT, "resumed without the optimizer's state"),
+            ("full", stop, stop + 100, WITH, "resumed with it")):
+        steps, curves = common.curves_of(common.runs_of(EXPERIMENT, way), "train", "loss")
+        part = (first < steps) & (steps <= last)
+        common.draw_band(panel, steps[part][2:-2], smooth(curves[:, part], 5), colour, label)
+    panel.axvline(stop, color="0.3", ls=":", label="stopped and resumed")
+    panel.set(title="Each run resumed in two ways", ylabel="training loss, nats")
 
 
 def draw_grid(first, second):
@@ -70,9 +72,9 @@ def draw_grid(first, second):
             steps, sizes = updates(way + name)
             second.plot(steps, sizes.mean(0), style, color=colour,
                         label=f"{label} the state, lr {lr}")
-    first.set(title="The jump is larger with a higher learning rate", ylabel="excess, nats")
-    second.set(title="Why: updates are several times as large", ylabel="RMS of the change",
-               yscale="log")
+    first.set(title="The jump is larger with higher learning rates", ylabel="excess, nats")
+    second.set(title="Why: the first updates are several times as large",
+               ylabel="RMS of the change", yscale="log")
 
 
 def draw_ways(panel):
@@ -86,8 +88,8 @@ def draw_ways(panel):
 
 def draw_long(panel):
     steps, curves = excess("long_reset", "long_full")
-    common.draw_band(panel, steps[24:], smooth(curves, 25), WITHOUT, "without it")
-    panel.set(title="What is left for 2,000 steps", ylabel="excess, nats")
+    common.draw_band(panel, steps[24:], smooth(curves, 25), WITHOUT, "without the state")
+    panel.set(title="What is left over 2,000 steps", ylabel="excess, nats")
 
 
 def numbers():
