@@ -4,7 +4,7 @@ PLAIN_PYTORCH=1 leaves them as they are.
 How threads wait. An operation on several threads ends when the last of them has finished. GNU's
 OpenMP lets the others wait in a loop, for up to 15 ms, before they sleep. If another program uses
 one of the cores, a waiting thread takes the time from the one that it waits for, and a training
-step takes many times as long. A shorter loop avoids most of this, and costs little when the machine
+step takes many times as long. A shorter loop avoids much of this, and costs little when the machine
 is idle. docs/speed.md has the figures.
 
 How memory is used again. A step makes and frees the same large tensors as the step before. The C
