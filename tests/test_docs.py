@@ -278,9 +278,17 @@ def test_promised_tests_exist():
 
 
 def broken_links(page, text):
-    """The links of a page that lead to no file of the repository."""
-    links = re.findall(r"\]\(([^)#:]+)\)", text)
-    return [link for link in links if not (ROOT / page).parent.joinpath(link).exists()]
+    """The links of a page that lead to no file of the repository, or to no heading of it."""
+    broken = []
+    for link, heading in re.findall(r"\]\(([^)#:]+)(?:#([^)]*))?\)", text):
+        target = (ROOT / page).parent / link
+        if not target.exists():
+            broken.append(link)
+        elif heading:
+            headings = re.findall(r"^#+ (.*)$", target.read_text(encoding="utf-8"), re.M)
+            if heading not in [line.lower().replace(" ", "-") for line in headings]:
+                broken.append(heading)
+    return broken
 
 
 def test_links_lead_somewhere():
@@ -291,6 +299,7 @@ def test_links_lead_somewhere():
     for page, text in pages.items():
         assert broken_links(page, text) == []
     assert broken_links("docs/data.md", "[x](EXERCISES.md)") == ["EXERCISES.md"]  # control
+    assert broken_links("README.md", "[x](docs/data.md#no-such)") == ["no-such"]
 
 
 CHANGES = re.findall(r"```diff\n--- (\S+)\n(.*?)```", EXERCISES, re.S)
