@@ -231,11 +231,11 @@ class Run:
 
     @property
     def trouble(self):
-        """"diverged at step 512", "no loss from step 501 on", or "": whether the curves show the
+        """"diverged after step 512", "no loss from step 501 on", or "": whether the curves show the
         state of the run."""
         end = self.rows.get("end", [{}])[-1]
         if end.get("reason") == "diverged":
-            return f"diverged at step {end['step']:,}"
+            return f"diverged after step {end['step']:,}"
         rows = self.rows.get("train", [])
         known = np.flatnonzero(np.isfinite(column(rows, "loss")))
         after_known = known.max(initial=-1) + 1
@@ -346,7 +346,7 @@ LONG = 40  # characters of a name on the page
 
 
 def titles(runs):
-    """The name of each run in the title or legend: "tiny (3,800 steps, diverged at step 3,801)". Of
+    """The name of each run in the title or legend: "tiny (512 steps, diverged after step 512)". Of
     long names the beginning that all have in common is left out, and then the middle."""
     names = [run.name for run in runs]
     begin = 0
@@ -494,7 +494,7 @@ class Page:
             if self.alone:
                 axes.plot(x, values, color=color, alpha=0.25, linewidth=0.7)
             x, values = smooth(x, values)
-        marker = None if event == "train" else "o"
+        marker = None if event == "train" and len(x) > 1 else "o"
         axes.plot(x, values, color=color, alpha=alpha, label=label, marker=marker, markersize=3)
         if key in BANDS:
             rows = run.rows[event]
@@ -510,9 +510,13 @@ class Page:
             # symlog is linear from 0 to the first step: so step 0 has its place too
             first = min(self.x(run, max(1, run.steps[0])) for run in self.runs) / unit
             axes.set_xscale("symlog", linthresh=first, linscale=0.3)
+            powers = 10.0 ** np.arange(math.ceil(math.log10(first / 2)), math.log10(1.3 * last))
+            if len(powers) > 0:
+                axes.set_xticks([0, *powers])  # else 0 and the next may stand on each other
             last *= 1.3
         else:
-            from matplotlib.ticker import EngFormatter
+            from matplotlib.ticker import EngFormatter, MaxNLocator
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True))
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))  # 2M
         axes.set_xlim(0, 1.05 * last)
 

@@ -101,8 +101,7 @@ continued() {
   resumed --run $2 --eval_tokens 24576 "${@:3}"
 }
 edited() {  # edited BASE NAME CHANGE FLAGS: continued after a change of its state; it may diverge
-  cp -r $1 $2
-  quiet "$python" experiments/edit_state.py $2 $3
+  quiet "$python" experiments/edit_state.py $1 $2 $3
   resumed --run $2 --eval_tokens 24576 "${@:4}" || case $? in 3 | 75) ;; *) return 1 ;; esac
 }
 two_ways() {

@@ -1,16 +1,16 @@
-"""edit_state.py — change one part of a stopped run's full state, to see what that part was for.
+"""edit_state.py — copy a stopped run with one part of its state changed, to see what it is for.
 
     python train.py --max_steps 300 --stop_at 150 --run runs/half
-    cp -r runs/half runs/without
-    python experiments/edit_state.py runs/without --zero exp_avg_sq
+    python experiments/edit_state.py runs/half runs/without --zero exp_avg_sq
     python train.py --resume --run runs/without
     python train.py --resume --run runs/half
     python plot_dynamics.py runs/half runs/without
 
 What a full state is, checkpoint.capture tells: weights, the optimizer's state of each parameter,
-how far the run has come, its settings. It is a dict, so to change it is a line.
+how far the run has come, its settings. It is a dict, so to change it is a line. The log of the new
+run does not tell what was changed: let its name.
 """
-import os
+import shutil
 from pathlib import Path
 
 import common  # makes Python find the files at the root
@@ -19,8 +19,8 @@ import torch
 
 import checkpoint
 from support import durable
-from support.flags import Parser, count_or_0
-from support.runs import AT_END, UserError, hold, script
+from support.flags import Parser, seed
+from support.runs import UserError, is_tuned, quoted, script
 
 
 def zero(state, part):
@@ -43,28 +43,41 @@ def flip_last_bit(weights):
 
 @script
 def main(argv=None):
-    parser = Parser(description="Change a part of a stopped run's newest full state.")
-    parser.add_argument("run", type=Path, help="run folder")
+    parser = Parser(description="Copy a stopped run with a part of its state changed.")
+    parser.add_argument("run", type=Path, help="run folder; it stays as it is")
+    parser.add_argument("new", type=Path, metavar="NEW", help="run folder to write")
     parser.add_argument("--zero", nargs="+", default=[], metavar="PART",
                         help="parts of the optimizer's state: exp_avg, exp_avg_sq, step")
-    parser.add_argument("--seed", type=count_or_0, help="of the order of the data, another one")
+    parser.add_argument("--seed", type=seed, help="of the order of the data, another one")
     parser.add_argument("--flip_bit", action="store_true", help="the last one of one weight")
     args = parser.parse_args(argv)
-    if not durable.checkpoints(args.run):
+    folder = durable.find(args.run, full=True)
+    if folder is None:
         raise UserError(f"{args.run} has no checkpoint — give the folder of a run that was stopped")
-    held = hold(args.run)  # until the script ends, no training can use it
-    AT_END.append(lambda code: os.close(held))
-
-    folder = durable.newest(args.run)
+    if args.new.exists():
+        raise UserError(f"{args.new} exists already — give another folder")
     state = checkpoint.load(folder)
+    config = state["config"]
+    if state["step"] == config["max_steps"]:
+        raise UserError(f"{args.run} is finished, so nothing would follow a change — stop one "
+                        f"before its end: --stop_at")
+    if args.seed is not None and is_tuned(args.run):
+        raise UserError("--seed also says which rows of a tuning are held out — leave it out")
     for part in args.zero:
         zero(state, part)
     if args.seed is not None:
-        state["config"]["seed"] = args.seed
+        config["seed"] = args.seed
     if args.flip_bit:
         flip_last_bit(state["model"])
-    checkpoint.save(args.run, state, state["config"]["keep_last"], state["config"]["keep_every"])
-    print(f"{folder} is changed. Next: python train.py --resume --run {args.run}")
+
+    half = args.new.with_name(f".tmp_{args.new.name}")  # what a kill leaves has not the new name
+    shutil.rmtree(half, ignore_errors=True)
+    shutil.copytree(args.run, half, ignore=shutil.ignore_patterns(".*"))
+    checkpoint.save(half, state, config["keep_last"], config["keep_every"])
+    half.rename(args.new)
+    name = "sft.py" if is_tuned(args.new) else "train.py"
+    print(f"{args.new}: {args.run} at step {state['step']}, changed. Next: python {name} --resume "
+          f"--run {quoted(args.new)}")
 
 
 if __name__ == "__main__":

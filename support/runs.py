@@ -138,7 +138,7 @@ def parse_json(text):
 # The folder
 
 OURS = ("checkpoints", "metrics.jsonl", "evaluations.jsonl", "trajectory.md", "dynamics.png",
-        "story.png", "base.pt", "base.json")
+        "story.png", "lm_eval", "base.pt", "base.json")
 
 
 def due(step, every, last):

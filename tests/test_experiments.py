@@ -185,52 +185,57 @@ def state_of(folder):
     return checkpoint.load(durable.newest(folder))
 
 
-def test_edit_changes_what_it_names(stopped):
-    """Catches: a part that is not set to 0, and one that is and was not named."""
+def test_edit_changes_what_it_names(stopped, tmp_path):
+    """Catches: a part that is not set to 0, and one that is and was not named; a changed source."""
     before = state_of(stopped)
-    assert not edit_state.main([stopped, "--zero", "exp_avg_sq"])
-    state = state_of(stopped)
+    assert not edit_state.main([stopped, tmp_path / "new", "--zero", "exp_avg_sq"])
+    state = state_of(tmp_path / "new")
+    assert trees.differences(before, state_of(stopped)) == []
     changed = trees.differences(before, state)
     assert changed == sorted(f"optimizer.{name}.exp_avg_sq" for name in before["model"])
     assert all(not each["exp_avg_sq"].any() for each in state["optimizer"].values())
     assert all(each["exp_avg"].any() for each in state["optimizer"].values())  # control
 
-    assert not edit_state.main([stopped, "--flip_bit"])
-    name, *more = trees.differences(state, state_of(stopped))
-    change = state_of(stopped)["model"][name.removeprefix("model.")] - before["model"][
-        name.removeprefix("model.")]
+    assert not edit_state.main([stopped, tmp_path / "bit", "--flip_bit"])
+    state = state_of(tmp_path / "bit")
+    name, *more = trees.differences(before, state)
+    name = name.removeprefix("model.")
+    change = state["model"][name] - before["model"][name]
     assert more == [] and change.count_nonzero() == 1 and change.abs().max() < 1e-6
 
 
 def test_state_of_zeros_is_a_reset(data, stopped, tmp_path):
     """Catches: an edited state whose resume is not the one of the formula. All three parts at 0 are
     what --reset_optimizer makes."""
-    for name in ("zeros", "reset", "second"):
-        shutil.copytree(stopped, tmp_path / name)
-    edit_state.main([tmp_path / "zeros", "--zero", "exp_avg", "exp_avg_sq", "step"])
-    edit_state.main([tmp_path / "second", "--zero", "exp_avg_sq"])
-    for name in ("zeros", "second"):
+    every = ["exp_avg", "exp_avg_sq", "step"]
+    for name, parts in (("zeros", every), ("second", every[1:2])):
+        edit_state.main([stopped, tmp_path / name, "--zero", *parts])
         assert exit_code(train.main, ["--run", tmp_path / name, "--resume"]) == 0
-    reset = ["--run", tmp_path / "reset", "--resume", "--reset_optimizer"]
+    reset = ["--run", stopped, "--resume", "--reset_optimizer"]
     assert exit_code(train.main, reset) == 0
-    assert rows(tmp_path / "zeros") == rows(tmp_path / "reset")
-    assert rows(tmp_path / "second") != rows(tmp_path / "reset")  # control
+    assert rows(tmp_path / "zeros") == rows(stopped)
+    assert rows(tmp_path / "second") != rows(stopped)  # control
 
 
-@pytest.mark.parametrize("arguments, message", [
-    (["nowhere"], "nowhere has no checkpoint"),
+@pytest.mark.parametrize("change, message", [
     (["--zero", "exp"], "--zero exp: the optimizer keeps exp_avg, exp_avg_sq, step"),
-    (["--seed", "-1"], "--seed"),
+    (["--seed", 2**32], "--seed: 4294967296 is out of range"),
 ])
-def test_mistake_in_an_edit_is_one_line(stopped, capsys, arguments, message):
-    """Catches: a traceback, and a state that is changed all the same."""
-    before = state_of(stopped)
-    folder = [] if arguments == ["nowhere"] else [stopped]
+def test_mistake_in_an_edit_is_one_line(stopped, tmp_path, capsys, change, message):
+    """Catches: a traceback, and a run that is made all the same."""
     capsys.readouterr()
-    assert exit_code(edit_state.main, [*folder, *arguments]) == 2
+    assert exit_code(edit_state.main, [stopped, tmp_path / "new", *change]) == 2
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
-    assert trees.differences(before, state_of(stopped)) == []
+    assert not (tmp_path / "new").exists()
+
+
+def test_edit_needs_a_stopped_run_and_a_new_folder(whole, stopped, tmp_path, capsys):
+    """Catches: a run that is written over; a change that nothing would follow."""
+    for source, new, message in ((stopped, whole, "exists already"), (whole, "x", "is finished"),
+                                 (tmp_path / "no", "x", "has no checkpoint")):
+        assert exit_code(edit_state.main, [source, tmp_path / new]) == 2
+        assert message in capsys.readouterr().err
 
 
 # -------------------------------------------------------------------------------------------------

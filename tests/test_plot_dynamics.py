@@ -213,7 +213,7 @@ def test_run_that_came_to_harm_says_so(tmp_path, capsys):
     well, nan, diverged, _ = capsys.readouterr().out.splitlines()
     assert "note: no loss from step 6 on" in nan
     assert "loss 4.995 (at step 5)" in nan
-    assert "diverged at step 5" in diverged
+    assert "diverged after step 5" in diverged
     assert "note" not in well and "(at step" not in well  # control
 
 
