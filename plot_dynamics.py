@@ -457,7 +457,7 @@ class Page:
             for place, curve in enumerate(drawn):
                 event, key, label = curve
                 if self.alone:
-                    self.curve(axes, run, curve, COLOURS[place], label)
+                    self.curve(axes, run, curve, COLOURS[place % len(COLOURS)], label)
                 elif curve == drawn[-1]:
                     self.curve(axes, run, curve, color)
                     compared[key] = True

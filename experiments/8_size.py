@@ -89,6 +89,28 @@ def predict_next(file):
     file.write_text(json.dumps({"val_loss": list(guesses), "margin": 2 * error}) + "\n")
 
 
+def draw(losses, fitted, predicted):
+    """A figure: all runs beside the fit, and what the fit misses."""
+    residuals = losses - fitted
+    figure, (panel, right) = common.figure_of(2, height=3.6)
+    for number, (dim, colour) in enumerate(zip(DIMS, COLOURS)):
+        x = flops(dim, np.array(STEPS))
+        part = slice(number * len(STEPS), (number + 1) * len(STEPS))
+        panel.plot(x, fitted[part], lw=1, color=colour)
+        panel.plot(x, losses[part], "o", ms=5, color=colour, label=f"dim {dim}")
+        right.plot(x, residuals[part], "o", color=colour)
+    largest = flops(*SIZES[-1])
+    panel.plot(largest, predicted, "k*", ms=12, label="predicted before it was run")
+    right.plot(largest, losses[-1] - predicted, "k*", ms=12)
+    right.axhline(0, color="0.5", lw=1)
+    panel.set(title="Lines: fitted to all runs but the largest", xlabel="FLOPs of the training",
+              ylabel="validation loss, nats", xscale="log", ylim=(3.2, 6.2))
+    right.set(title="Measured minus fitted (star: predicted)", xlabel="FLOPs of the training",
+              ylabel="nats", xscale="log")
+    panel.legend(loc="upper right")
+    return figure
+
+
 @script
 def main(argv=None):
     parser = Parser(description=__doc__.split("\n")[0])
@@ -111,23 +133,7 @@ def main(argv=None):
     predicted = json.loads(file.read_text())["val_loss"]  # before the largest run was made
     losses.append(loss_of(SIZES[-1]))
     residuals = losses - fitted
-
-    figure, (panel, right) = common.figure_of(2, height=3.6)
-    for number, (dim, colour) in enumerate(zip(DIMS, COLOURS)):
-        x = flops(dim, np.array(STEPS))
-        part = slice(number * len(STEPS), (number + 1) * len(STEPS))
-        panel.plot(x, fitted[part], lw=1, color=colour)
-        panel.plot(x, losses[part], "o", ms=5, color=colour, label=f"dim {dim}")
-        right.plot(x, residuals[part], "o", color=colour)
-    largest = flops(*SIZES[-1])
-    panel.plot(largest, predicted, "k*", ms=12, label="predicted before it was run")
-    right.plot(largest, losses[-1] - predicted, "k*", ms=12)
-    right.axhline(0, color="0.5", lw=1)
-    panel.set(title="Lines: fitted to all runs but the largest", xlabel="FLOPs of the training",
-              ylabel="validation loss, nats", xscale="log", ylim=(3.2, 6.2))
-    right.set(title="Measured minus fitted (star: predicted)", xlabel="FLOPs of the training",
-              ylabel="nats", xscale="log")
-    panel.legend(loc="upper right")
+    figure = draw(losses, fitted, predicted)
     found = {
         "form": form,
         "error of the fit": f"{error_of(residuals[:-1]):.4f}",

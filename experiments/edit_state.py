@@ -10,6 +10,7 @@ What a full state is, checkpoint.capture tells: weights, the optimizer's state o
 how far the run has come, its settings. It is a dict, so to change it is a line. The log of the new
 run does not tell what was changed: let its name.
 """
+import os
 import shutil
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import torch
 import checkpoint
 from support import durable
 from support.flags import Parser, seed
-from support.runs import UserError, is_tuned, quoted, script
+from support.runs import AT_END, UserError, hold, is_tuned, quoted, script
 
 
 def zero(state, part):
@@ -54,6 +55,8 @@ def main(argv=None):
     folder = durable.find(args.run, full=True)
     if folder is None:
         raise UserError(f"{args.run} has no checkpoint — give the folder of a run that was stopped")
+    held = hold(args.run)  # a run that is being trained is refused
+    AT_END.append(lambda code: os.close(held))
     if args.new.exists():
         raise UserError(f"{args.new} exists already — give another folder")
     state = checkpoint.load(folder)

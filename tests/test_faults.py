@@ -119,7 +119,7 @@ def test_kill_at_every_file_operation_changes_nothing(resume, short, tmp_path, e
         assert resume(folder, *SHORT, fault=["kill", n])["code"] == -signal.SIGKILL
         if durable.checkpoints(folder):
             assert newest(folder) >= 0  # raises if none can be used
-        assert ends_like(resume, folder, short)
+        assert ends_like(resume, folder, short), f"killed at operation {n}"
         shutil.rmtree(folder)
 
 

@@ -156,11 +156,12 @@ def test_results_of_lm_eval_are_drawn(tmp_path, capsys):
 
 
 def test_new_event_is_drawn_by_one_line_in_panels(tmp_path, monkeypatch):
-    """Catches: a reader that drops keys it does not know, so that a new curve needs more edits."""
+    """Catches: a reader that drops keys it does not know, so that a new curve needs more edits;
+    a panel of more curves than there are colours."""
     measured = {"event": "measured", "step": 10, "norm": 1.5}
     folder = write_log(tmp_path, [*losses_of([1, 10]), measured])
     assert panel(page_of(folder), "A new panel") is None  # control: not without the line
-    new = ("A new panel", "L2", [("measured", "norm", "here")])
+    new = ("A new panel", "L2", [("measured", "norm", "here"), *7 * [("measured", "norm", "")]])
     monkeypatch.setattr(plot_dynamics, "PANELS", [*plot_dynamics.PANELS, new])
     assert curve(page_of(folder), "A new panel", "here") == [[1280], [1.5]]
 
