@@ -572,8 +572,9 @@ def parse(argv):
     add["show"]("text", type=valid_text)
 
     for name in ("fineweb-edu", "hellaswag", "alpaca"):
-        add[name]("--from", dest="paths", nargs="+", type=Path, metavar="PATH", help="files on "
-                  f"this disk instead, or folders of them: {', '.join(tables.SUFFIXES)}")
+        add[name]("--from", dest="paths", nargs="+", action="extend", type=Path, metavar="PATH",
+                  help="files on this disk instead, or folders of them: "
+                  f"{', '.join(tables.SUFFIXES)}")
     for name in ("pydocs", "text", "fineweb-edu", "adopt", "hellaswag", "alpaca"):
         add[name]("--out", type=Path, help="folder to write; if not given, data/ and the name of "
                   "the source")

@@ -41,7 +41,8 @@ def read_arguments(argv):
     add("--micro_batch", type=count, default=8, help="sequences per training step")
     add("--rounds", type=count, default=5, help="turns of each implementation")
     add("--steps", type=count, default=10, help="training steps in a turn")
-    add("--only", nargs="+", choices=IMPLEMENTATIONS, metavar="NAME", help="of %(choices)s")
+    add("--only", nargs="+", action="extend", choices=IMPLEMENTATIONS, metavar="NAME",
+        help="of %(choices)s")
     add("--same_settings", action="store_true", help="transformers too with the settings of "
         "support/cpu.py")
     add("--alone", choices=IMPLEMENTATIONS, help=argparse.SUPPRESS)

@@ -88,7 +88,7 @@ def test_parquet_becomes_tokens(tmp_path, kind):
 
 def test_each_source_gives_the_same_tokens(tmp_path, monkeypatch):
     """Catches: a source that is read in another way than the others; another result on more
-    cores."""
+    cores; a first --from that is forgotten for a second one."""
     folder = tmp_path / "in"
     write_parquet(folder / "a.parquet", TEXTS[:100])
     write_lines(folder / "b.jsonl", rows_of(TEXTS[100:200]))
@@ -97,8 +97,10 @@ def test_each_source_gives_the_same_tokens(tmp_path, monkeypatch):
             file.write(json.dumps(row) + "\n")
     for large in (prepare_data.LARGE, 0):  # with 0 in processes
         monkeypatch.setattr(prepare_data, "LARGE", large)
-        run("fineweb-edu", "--from", folder, "--max_tokens", 4000, "--out", tmp_path / "out")
-        assert holds(tmp_path / "out", stream()[:4000])
+        for paths in ([folder], [folder / "a.parquet", folder / "b.jsonl", "--from",
+                                 folder / "c.jsonl.gz"]):
+            run("fineweb-edu", "--from", *paths, "--max_tokens", 4000, "--out", tmp_path / "out")
+            assert holds(tmp_path / "out", stream()[:4000])
 
 
 def test_first_shard_is_for_validation(tmp_path, monkeypatch):
