@@ -36,10 +36,11 @@ def zero(state, part):
         state["updates"] = 0  # a resume compares the two
 
 
-def flip_last_bit(weights):
-    """Change the last bit of the first weight: as little as an fp32 number can change."""
-    name = next(iter(weights))
-    weights[name].view(torch.int32).view(-1)[0] ^= 1
+def flip_bit(weights):
+    """Change one bit of one weight that each token meets: the lowest that bf16 keeps. Rounding to
+    bf16 takes away a change of those below it."""
+    name = next(name for name in weights if ".layers." in name)
+    weights[name].view(torch.int32).view(-1)[0] ^= 1 << 16
 
 
 @script
@@ -47,10 +48,11 @@ def main(argv=None):
     parser = Parser(description="Copy a stopped run with a part of its state changed.")
     parser.add_argument("run", type=Path, help="run folder; it stays as it is")
     parser.add_argument("new", type=Path, metavar="NEW", help="run folder to write")
-    parser.add_argument("--zero", nargs="+", default=[], metavar="PART",
-                        help="parts of the optimizer's state: exp_avg, exp_avg_sq, step")
-    parser.add_argument("--seed", type=seed, help="of the order of the data, another one")
-    parser.add_argument("--flip_bit", action="store_true", help="the last one of one weight")
+    parser.add_argument("--zero", action="append", default=[], metavar="PART", help="part of the "
+                        "optimizer's state: exp_avg, exp_avg_sq or step; may be repeated")
+    parser.add_argument("--seed", type=seed, help="another order of the data")
+    parser.add_argument("--flip_bit", action="store_true", help="the lowest bit that bf16 keeps "
+                        "of one weight")
     args = parser.parse_args(argv)
     folder = durable.find(args.run, full=True)
     if folder is None:
@@ -66,12 +68,15 @@ def main(argv=None):
                         f"before its end: --stop_at")
     if args.seed is not None and is_tuned(args.run):
         raise UserError("--seed also says which rows of a tuning are held out — leave it out")
+    changes = [f"{part} = 0" for part in args.zero]
     for part in args.zero:
         zero(state, part)
     if args.seed is not None:
+        changes.append(f"seed {args.seed} instead of {config['seed']}")
         config["seed"] = args.seed
     if args.flip_bit:
-        flip_last_bit(state["model"])
+        changes.append("one bit of one weight")
+        flip_bit(state["model"])
 
     half = args.new.with_name(f".tmp_{args.new.name}")  # what a kill leaves has not the new name
     shutil.rmtree(half, ignore_errors=True)
@@ -79,8 +84,8 @@ def main(argv=None):
     checkpoint.save(half, state, config["keep_last"], config["keep_every"])
     half.rename(args.new)
     name = "sft.py" if is_tuned(args.new) else "train.py"
-    print(f"{args.new}: {args.run} at step {state['step']}, changed. Next: python {name} --resume "
-          f"--run {quoted(args.new)}")
+    print(f"{args.new}: {args.run} at step {state['step']}, {', '.join(changes) or 'unchanged'}\n"
+          f"Next: python {name} --resume --run {quoted(args.new)}")
 
 
 if __name__ == "__main__":
