@@ -5,7 +5,8 @@ every weight by about lr; then it goes away. Refuted if the excess (loss of the 
 of the restored one, on the same batches) is within the spread between seeds.
 
 Grid: stopped at step 100 of 200. Four ways: stopped at 200 of 400, lr 3e-3, beta2 0.95. Long: the
-same, but 2,000 steps follow, of which every fourth is logged.
+same, also at lr 1e-3, but 2,000 steps follow, of which every fourth is logged; and with the state,
+but for one bit.
 """
 from statistics import stdev
 
@@ -20,6 +21,7 @@ from support.runs import script
 EXPERIMENT = "2_optimizer"
 RATES = {"1e-3": ":", "3e-3": "--", "6e-3": "-"}  # and how they are drawn
 BETAS = ("0.95", "0.99", "0.999")
+LONG = {"long": "3e-3", "low": "1e-3"}  # names of the runs of 2,000 steps more, and their rates
 # A way to go on has the same colour in all panels.
 WITH, WITHOUT, REWARM, RELEASED = COLOURS[0], COLOURS[1], COLOURS[2], COLOURS[4]
 WAYS = {"reset": ("without the state", WITHOUT),
@@ -87,14 +89,17 @@ def draw_ways(panel):
 
 
 def draw_long(panel):
-    steps, curves = excess("long_reset", "long_full")
-    common.draw_band(panel, steps[24:], smooth(curves, 25), WITHOUT, "without the state")
+    for way, colour, label in (("reset", WITHOUT, "without the state"),
+                               ("bit", "0.4", "with it, but for one bit of one weight")):
+        for name, lr in LONG.items():
+            steps, curves = excess(f"{name}_{way}", f"{name}_full")
+            common.draw_band(panel, steps[24:], smooth(curves, 25), colour, f"{label}, lr {lr}",
+                             RATES[lr])
     panel.set(title="What is left over 2,000 steps", ylabel="excess, nats")
 
 
 def numbers():
-    """{what: text or number}: the excess in each cell of the grid, the four ways, the long
-    pairs."""
+    """{what: text or number}: the excess in each cell of the grid, the four ways, the long runs."""
     noise = noise_of_seeds()
     found = {"noise of seeds: standard deviation of val loss (7)": f"{noise:.3f}"}
 
@@ -121,14 +126,25 @@ def numbers():
         add(f"four ways, {way}: last 50 of the common steps", curves[:, -50:].mean(1))
     for way in ("reset", "rewarm"):  # not "paper", which makes 200 more steps
         add(f"four ways, {way}: bits per byte at the end", bits(way) - bits("full"))
-    _, curves = excess("long_reset", "long_full")
-    for first in (0, 500, 1000, 1500):
-        part = curves[:, first // 4:(first + 500) // 4]
-        add(f"long: excess in steps {first + 1} to {first + 500} after the resume", part.mean(1))
-    gaps = bits("long_reset") - bits("long_full")
-    add("long: bits per byte at the end, reset minus full", gaps)
-    found["long: the same for each seed"] = ", ".join(f"{gap:+.3f}" for gap in gaps)
-    found["long: spread of the full runs between seeds"] = f"{stdev(bits('long_full')):.3f}"
+    return {**found, **numbers_of_long()}
+
+
+def numbers_of_long():
+    """The same for the runs of 2,000 steps more: what a reset moves, and what chance does."""
+    found = {}
+    for name, lr in LONG.items():
+        for way, label in (("reset", "reset"), ("bit", "one bit")):
+            what = f"long, lr {lr}, {label}"
+            _, curves = excess(f"{name}_{way}", f"{name}_full")
+            for first in (0, 500, 1000, 1500):
+                part = curves[:, first // 4:(first + 500) // 4].mean(1)
+                found[f"{what}: excess in steps {first + 1} to {first + 500}"] = common.text(
+                    part, 4, sign=True)
+            gaps = bits(f"{name}_{way}") - bits(f"{name}_full")
+            found[f"{what}: bits per byte at the end"] = common.text(gaps, 4, sign=True)
+            found[f"{what}: the same for each seed"] = ", ".join(f"{gap:+.4f}" for gap in gaps)
+        spread = stdev(bits(f"{name}_full"))
+        found[f"long, lr {lr}: spread of the full runs between seeds"] = f"{spread:.3f}"
     return found
 
 
