@@ -100,7 +100,7 @@ experiment_1() {
 # without it, and with it, but for one bit of one weight. Expected: that bit moves the end by less
 # than 0.005 bits/byte, and the reset by more. Refuted if chance alone moves a pair as far as the
 # reset. The same at lr 1e-3 was added when 9 had shown that there one bit moves the loss by less
-# than 0.0002 nats in 200 steps, but at 3e-3 and 6e-3 by up to 0.02. Expected of it, before it was
+# than 0.0002 nats in 200 steps, but at 3e-3 and 6e-3 by up to 0.015. Expected of it, before it was
 # run: the bit moves the end by less than 0.001 bits/byte, and the reset run is behind by more than
 # 0.003 in each of three seeds. Refuted if not.
 usual_2="--schedule cosine --warmup_steps 50 --log_update_rms --save_every 0 --eval_every 0

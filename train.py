@@ -104,7 +104,7 @@ def make_optimizer(model, args, device):
     # square: twice the size of the model. An update is about lr · average / √(average of squares).
     # In the first update, and again after --resume --reset_optimizer, both averages come from one
     # gradient g: corrected for their start at 0 they are g and g², and the update is lr · g / √g² =
-    # ± lr. Every weight moves by lr, whether its gradient is large or tiny. What a reset loses is
+    # ± lr. Every weight that has a gradient moves by lr, be it large or tiny. What a reset loses is
     # what the averages had learned: how far each weight should move.
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": args.weight_decay},

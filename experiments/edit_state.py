@@ -48,8 +48,8 @@ def main(argv=None):
     parser = Parser(description="Copy a stopped run with a part of its state changed.")
     parser.add_argument("run", type=Path, help="run folder; it stays as it is")
     parser.add_argument("new", type=Path, metavar="NEW", help="run folder to write")
-    parser.add_argument("--zero", action="append", default=[], metavar="PART", help="part of the "
-                        "optimizer's state: exp_avg, exp_avg_sq or step; may be repeated")
+    parser.add_argument("--zero", action="append", metavar="PART", help="part of the optimizer's "
+                        "state: exp_avg, exp_avg_sq or step; may be given several times")
     parser.add_argument("--seed", type=seed, help="another order of the data")
     parser.add_argument("--flip_bit", action="store_true", help="the lowest bit that bf16 keeps "
                         "of one weight")
@@ -68,8 +68,9 @@ def main(argv=None):
                         f"before its end: --stop_at")
     if args.seed is not None and is_tuned(args.run):
         raise UserError("--seed also says which rows of a tuning are held out — leave it out")
-    changes = [f"{part} = 0" for part in args.zero]
-    for part in args.zero:
+    changes = []
+    for part in args.zero or []:
+        changes.append(f"{part} = 0")
         zero(state, part)
     if args.seed is not None:
         changes.append(f"seed {args.seed} instead of {config['seed']}")

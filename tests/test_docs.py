@@ -7,6 +7,7 @@ import re
 import shlex
 import textwrap
 from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 
@@ -213,7 +214,7 @@ def check_command(command):
     elif words[:2] == ["-m", "bench"]:
         bench.__main__.main(words[2:])
     elif (ROOT / words[0]).is_file():
-        module = importlib.import_module(words[0].removesuffix(".py"))
+        module = importlib.import_module(Path(words[0]).stem)
         getattr(module, "read_settings", module.main)([w for w in words[1:] if w != "--help"])
     else:
         assert words[0] in ("-c", "-m") or words[0].startswith("llama_cpp_python-")  # not ours
@@ -232,6 +233,7 @@ def test_commands_of_the_docs_are_understood(monkeypatch):
         raise Parsed
 
     monkeypatch.setattr(flags.Parser, "parse_args", parse_alone)
+    monkeypatch.syspath_prepend(ROOT / "experiments")
     commands = [command for text in [*PAGES.values(), EXERCISES] for command in commands_of(text)]
     understood = 0
     for command in commands:
