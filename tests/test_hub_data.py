@@ -255,11 +255,11 @@ def test_kill_leaves_the_same_shards(tmp_path, serve, kind):
         write_parquet(tmp_path / "in/b.parquet", TEXTS[150:])
         argv = ["fineweb-edu", "--from", tmp_path / "in", "--max_tokens", 1600, "--out", out]
         env = None
-        every = 5
+        every = 11
     else:
         argv = ["fineweb-edu", "--tokenized", "--out", out]
         env = hub_environment(tokenized_hub(serve), tmp_path)
-        every = 11
+        every = 5
     assert not killed_before(10**9, argv, env)
     whole = contents(out)
     shutil.rmtree(out)
