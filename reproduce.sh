@@ -57,7 +57,7 @@ all_done() {  # wait for all jobs; ends this script if one of them failed
 pids=()
 stop_jobs() {
   local pid
-  for pid in $(jobs -p); do kill -- "-$pid" 2> /dev/null || true; done
+  for pid in ${pids[@]+"${pids[@]}"}; do kill -- "-$pid" 2> /dev/null || true; done
   wait
 }
 trap stop_jobs EXIT
