@@ -167,7 +167,7 @@ def save(run, state, keep_last, keep_every):
     weights = {"config": rest.pop("model_config"), "model": rest.pop("model")}
     files = {"model.pt": weights, "train_state.pt": rest}
     durable.write_checkpoint(run, state["step"], files)
-    durable.prune(run, state["step"], keep_last, keep_every)
+    durable.prune(run, keep_last, keep_every)
 
 
 def read_back(run, step, model, old, new, scaler):

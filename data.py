@@ -222,10 +222,9 @@ def check_range(shard, start, tokens, vocab_size):
 class Windows:
     """All windows of a list of shards, and the order in which training reads them.
 
-    With T = seq_len, the first window of a shard is its tokens 0 … T, the next T … 2T, and so on:
-    T inputs and, one place later, T targets. (Two windows share a token: the last target of one is
-    the first input of the next.) A window does not cross shards; the end of a shard that is too
-    short for one is left out. Raises UserError if there is not one window.
+    With seq_len 4, a shard of 14 tokens has three windows: its tokens 0 … 4, 4 … 8 and 8 … 12. Each
+    is 4 inputs and, one place later, their 4 targets; so neighbours share a token. Token 13 is left
+    out, since a window does not cross shards. Raises UserError if there is not one window.
 
         window      its number, counted through all shards: 0 … total − 1
         place       when in its epoch it is read: order[place] is the window

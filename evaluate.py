@@ -64,7 +64,7 @@ def token_losses(model, hidden, targets, n_ids=None):
     losses = []
     for h, target in zip(hidden.split(ROWS), targets.split(ROWS)):
         loss = F.cross_entropy(model.logits(h)[:, :n_ids], target, reduction="none")
-        losses.append(loss.double().cpu())
+        losses.append(loss.cpu().double())  # MPS has no fp64
     losses = torch.cat(losses)
     if not losses.isfinite().all():
         raise FloatingPointError("the model's output is NaN or infinite")

@@ -117,9 +117,9 @@ def rope_table(head_dim, max_seq_len, theta):
 
 def apply_rope(x, cos, sin):
     """Rotate each pair of numbers in x (B, heads, T, head_dim) by the angle of its position
-    (RoFormer, eq. 34). The score of q at position m with k at position n is then q · R(n − m) k,
-    where R(j) is the rotation by the angles of position j: it depends on the distance alone. cos,
-    sin: (T, head_dim)."""
+    (RoFormer, eq. 34). With q turned by the angle of m, and k by that of n, they are turned against
+    each other by the angle of n − m: so their score depends on the distance, not on where the two
+    stand. cos, sin: (T, head_dim)."""
     # Which two numbers form a pair is a convention. For head_dim 6 and angles a, b, c:
     #   rotate-half (Hugging Face, here):  [a b c a b c]   pairs (0,3) (1,4) (2,5)
     #   interleaved (the paper, Meta):     [a a b b c c]   pairs (0,1) (2,3) (4,5)
@@ -368,7 +368,7 @@ def sample_ids(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     a logit is NaN or infinite."""
     if not torch.isfinite(logits).all():
         raise FloatingPointError("the model's output is NaN or infinite")
-    if temperature == 0:
+    if temperature < 1e-6:  # logits divided by so little would be infinite
         return logits.argmax(-1)
     sorted_logits, ids = (logits / temperature).sort(-1, descending=True)
     # On the CPU from here on: a seed then gives the same text on every device with the same logits.

@@ -507,6 +507,15 @@ def test_ids_are_drawn_with_their_probability(temperature, cuts, kept):
     assert chi_square(3) > 100  # control: another temperature
 
 
+def test_tiny_temperature_takes_the_likeliest():
+    """Catches: logits divided by so little that they are infinite."""
+    logits = torch.tensor([[0.3, 2.0, -1.0]])
+    for temperature in (0, 1e-45, 1e-40, 1e-6):
+        assert sample_ids(logits, temperature).item() == 1
+    drawn = [sample_ids(logits, 9.0).item() for _ in range(50)]
+    assert set(drawn) != {1}  # control
+
+
 def test_generation_streams_without_a_graph():
     """Catches: ids that arrive only at the end, a graph kept in memory, grad mode left off."""
     llama = build()

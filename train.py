@@ -67,8 +67,8 @@ COMPILE_FROM = 500  # steps; compiling takes 10 to 20 s, more than it saves in a
 def lr_at(step, settings):
     """Learning rate of the update from `step` to `step` + 1: a linear warm-up to lr, then by
     --schedule. cosine (Loshchilov & Hutter 2017, arXiv 1608.03983, eq. 5) and linear fall to min_lr
-    from the end of the warm-up on. wsd stays at lr, and falls in the last 20 % of the steps (Hu et
-    al. 2024, arXiv 2404.06395, §4).
+    from the end of the warm-up on. wsd (Hu et al. 2024, arXiv 2404.06395, §4) stays at lr and falls
+    in the last part of the run: here along a line, in the last 20 % of the steps.
 
     A pure function of its arguments, so a resume does not change the rate. Another --max_steps
     does: step 3,900 is the end of a run of 3,900 steps, where the rate has fallen to 0, but half of
@@ -176,9 +176,11 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
     skipped_in_a_row = 0
 
     def save():
-        """Save the state, unless it is on the disk already. All processes take part. Once, after 2
-        updates, it is read back: this proves that a resume would restore everything. (Not after 1:
-        checkpoint.make_state makes 1 too, so a counter that was lost would look right.)"""
+        """Save the state, unless it is on the disk already. All processes take part.
+
+        After the second update the saved state is also loaded, as a resume would do it, and
+        compared. (Not after the first: loading makes one update itself, see checkpoint.make_state,
+        so a counter that was lost would be 1 all the same.)"""
         if progress.step == prepared.saved_at:
             return
         state = checkpoint.capture(model, prepared.optimizer, scaler, progress, **constants,
@@ -192,12 +194,12 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
             prepared.optimizer = new
 
     def do_what_is_due(told_to_stop):
-        """Save, evaluate and sample, if that is due: at steps 0, 1, 2, 4, 8 … (early learning is
-        fast), at multiples of the interval, and at the last. Returns whether to stop. Saving comes
-        first, so a kill in an evaluation loses no step. Before a stop the state is always saved,
-        and nothing is evaluated: the resumed run does that before its first step. Evaluation draws
-        no random numbers and sampling has its own, so doing them more often does not change the
-        training."""
+        """Save, evaluate, sample, in this order, if that is due: at steps 0, 1, 2, 4, 8 … (early
+        learning is fast), at multiples of the interval, and at the last. Returns whether to stop.
+
+        Saving is first, so a kill in an evaluation loses no step. A stop saves and does not
+        evaluate: the resumed run does that first. None of the three draws from the run's random
+        numbers, so how often they are done does not change the training."""
         step = progress.step
         stops_here = told_to_stop or step == args.stop_at
         to_be_proven = progress.updates == 2  # see `save`
@@ -223,10 +225,10 @@ def train(run, args, machine, prepared, constants, read_step, observer, log):
             sharding.exchange_in_backward(prepared.network, micro == len(batch.micro_batches) - 1)
             with prepared.autocast:
                 _, micro_loss = prepared.network(inputs, targets, reduction="sum")
-            # Gradients add up over micro-batches, so each sum is divided by the targets of the
-            # whole step. In sft.py two micro-batches may have 10 and 90 targets, and mean losses 4
-            # and 2. The mean is (10·4 + 90·2) / 100 = 2.2; the mean of their means would be 3. DDP
-            # divides the sum over processes by `world`; · world cancels that.
+            # The loss of a step is the mean over all its targets. So each micro-batch gives its
+            # sum, divided by the targets of the whole step, and the gradients add up. In sft.py two
+            # micro-batches may have 10 targets with mean loss 4 and 90 with 2: the mean of all is
+            # 2.2, the mean of their means 3. DDP divides by `world`; · world cancels that.
             scaler.scale(micro_loss * machine.world / batch.targets).backward()
             loss_sum += micro_loss.detach()
 
@@ -441,6 +443,8 @@ def begin(run, args, machine, state, prepared, code, fingerprint):
     if machine.is_main:
         if state is None:
             start_over(run)
+        else:
+            durable.remove_newer(run, state["step"])
         # Settings of sft.py have a fingerprint already: that of its base's data.
         write_json(run / "config.json", {"fingerprint": fingerprint, **settings})
     length = 0 if state is None else state["log_bytes"]  # what was logged later is cut off
@@ -560,9 +564,10 @@ def introduce_resume(args, state, env):
     step = state["step"]
     optimizer = "without" if args.reset_optimizer else "with"
     before = lr_at(step, argparse.Namespace(**state["config"]))  # by the saved settings
+    now = lr_at(step, args) * rewarming(0 if args.reset_optimizer else state["updates"], args)
     changed = changes({**state["config"], **state["env"]}, {**vars(args), **env}, flags.ONCE)
     return (f"resume  at step {step}, {optimizer} the optimizer's state; lr {before:.2e} as "
-            f"saved, {lr_at(step, args):.2e} now\n"
+            f"saved, {now:.2e} now\n"
             f"        changed since it was saved: {', '.join(changed) or 'nothing'}")
 
 

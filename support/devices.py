@@ -29,11 +29,13 @@ def choose_device(name=None):
             note_unused_gpu()
     try:
         device = torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):  # a build without CUDA raises the second one
+        why = f"{device.type} is not supported"
+    except (RuntimeError, AssertionError) as error:  # a build without CUDA raises the second one
         device = None
+        why = first_line_of(error)
     if device is None or device.type not in ("cpu", "cuda", "mps"):
-        raise UserError(f"no device {name} here — use --device cpu, or a build of torch that sees "
-                        f"your GPU")
+        raise UserError(f"device {name} cannot be used here ({why}) — use --device cpu, or a build "
+                        f"of torch that sees your GPU")
     if device.type == "cuda":
         torch.cuda.set_device(device)  # what asks for "the GPU" then means this one, not GPU 0
         choose_attention()
@@ -50,10 +52,10 @@ def note_unused_gpu():
 
 
 def choose_attention():
-    """Switch cuDNN's attention off. On an H100 it is PyTorch's first choice, but its backward has
-    open reports of NaN (pytorch issues 139298, 196678), and for each new length of a text it makes
-    a plan, which takes tens of milliseconds. Without it PyTorch takes flash attention. cuDNN may be
-    some percent faster: CUDNN_ATTENTION=1 before a command leaves it on."""
+    """Switch cuDNN's attention off. On an H100 it is PyTorch's first choice, but there are reports
+    of NaN in its backward (pytorch issues 139298, 196678), and for each new length of a text it
+    makes a plan, which takes tens of milliseconds. Without it PyTorch takes flash attention. cuDNN
+    may be some percent faster: CUDNN_ATTENTION=1 before a command leaves it on."""
     torch.backends.cuda.enable_cudnn_sdp(os.environ.get("CUDNN_ATTENTION") == "1")
 
 
@@ -102,7 +104,7 @@ def environment(machine, micro_batch, fast, code):
 # Dense bf16 and fp16 FLOPs per second, from the data sheets. The first name that is a part of the
 # device's name counts, so a special model stands above the general one. None: not the whole chip,
 # or a chip with another clock.
-PEAK_FLOPS = {"MIG": None, "Laptop": None, "RTX 4090 D": None,
+PEAK_FLOPS = {"MIG": None, "Laptop": None, "RTX 4090 D": None, "A1000": None,
               "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12,
               "H100": 989e12, "H200": 989e12, "A100": 312e12,
               "RTX A6000": 154.8e12, "RTX 4090": 165.2e12}
@@ -170,9 +172,9 @@ class StopSignals:
         AT_END.append(lambda code: self.restore())
         for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
             number = getattr(signal, name, None)  # Windows has only the first two
-            is_nohup = name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN
-            if number is not None and not is_nohup:
-                self.before[number] = signal.signal(number, self.receive)
+            if number is None or name == "SIGHUP" and signal.getsignal(number) == signal.SIG_IGN:
+                continue  # SIGHUP is ignored after nohup
+            self.before[number] = signal.signal(number, self.receive)
 
     def receive(self, number, frame):
         if self.requested:
@@ -306,7 +308,7 @@ def join(rank, world, backend):
 
 def watch_others():
     """From now on, when one process fails, the others end too, within seconds and with its exit
-    code. Otherwise they would wait for it in their next exchange: for ten minutes with NCCL."""
+    code. Otherwise they would wait for it in their next exchange, as long as PATIENCE."""
     store = dist.TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]),
                           is_master=False)  # a connection of its own to what all have joined at
     key = f"failed/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"

@@ -264,8 +264,17 @@ def remove(folder):
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def prune(run, now, keep_last, keep_every):
-    """Keep the newest `keep_last` full states up to step `now`; a newer one was left damaged.
+def remove_newer(run, step):
+    """Delete the checkpoints of later steps, which a resume from `step` passed over as damaged:
+    `prune` would count them as good ones."""
+    for newer, folder in checkpoints(run).items():
+        if newer > step:
+            with refusal_is_said(folder):
+                remove(folder)
+
+
+def prune(run, keep_last, keep_every):
+    """Keep the newest `keep_last` full states.
 
     Of an older one the weights stay if they belong to the trajectory (`due`), to be sampled and
     scored; otherwise it is deleted. A refusal is said: the new state is on the disk."""
@@ -278,7 +287,7 @@ def prune(run, now, keep_last, keep_every):
         if "train_state.pt" not in meta["files"]:
             with refusal_is_said(folder):
                 (folder / "train_state.pt").unlink(missing_ok=True)  # left by a kill, see below
-        elif step <= now:
+        else:
             full.append((step, folder, meta))
     for step, folder, meta in full[:-keep_last]:
         with refusal_is_said(folder):
@@ -297,5 +306,5 @@ def refusal_is_said(folder):
     try:
         yield
     except OSError as error:
-        warn(f"{folder}: not removed ({error.strerror}); it takes room, and is tried again after "
-             f"the next save")
+        warn(f"{folder}: not removed ({error.strerror}); it takes room, and is tried again "
+             f"later")

@@ -180,7 +180,8 @@ def text_of(code):
 
 def hash_of(code):
     """12 hexadecimal digits that tell one text from another."""
-    return hashlib.sha256(text_of(code).encode()).hexdigest()[:12]
+    text = text_of(code).replace("'", '"')  # which of the two is written depends on Python
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
 def hashes(*names):
@@ -260,6 +261,10 @@ def use_what_agrees(network, B, T, autocast, compiled=False, recompute=False):
     device = next(network.parameters()).device
     if compiled:
         compiled = not any_process(not can_compile(device), device)
+        if not compiled and device.type == "cuda":
+            raise UserError("torch.compile does not work here (see the note above), and without it "
+                            "the training takes much longer — install a C compiler, or give "
+                            "--no-compile")
     if compiled:
         say("compiling, which takes a while; --no-compile leaves it out")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

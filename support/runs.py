@@ -225,7 +225,8 @@ def newest_run(root="runs", pretrained=False):
     Raises UserError if there is none."""
     runs = [folder.parent for folder in Path(root).glob("*/checkpoints")]
     if pretrained:
-        runs = [run for run in runs if not is_tuned(run)]
+        runs = [run for run in runs
+                if not is_tuned(run) and not has_setting(run, "imported_from")]
     if not runs:
         raise UserError(f"no runs in {root} — train one first: python train.py")
     return max(runs, key=lambda run: (run / "checkpoints").stat().st_mtime)
@@ -233,8 +234,12 @@ def newest_run(root="runs", pretrained=False):
 
 def is_tuned(run):
     """Whether sft.py made the run; its settings have a base."""
+    return has_setting(run, "base")
+
+
+def has_setting(run, name):
     try:
-        return "base" in settings_of(run)
+        return name in settings_of(run)
     except UserError:
         return False
 
@@ -394,15 +399,21 @@ class Log:
         self.slow_steps = self.slow_steps + 1 if seconds > 2 * self.fastest() else 0
         if self.slow_steps == 20:
             self.slow_steps = -1
-            self.say(f"  the last 20 steps took {seconds / self.fastest():.1f} times as long as "
+            times = sum(self.step_seconds[-20:]) / 20 / self.fastest()
+            self.say(f"  the last 20 steps took {times:.1f} times as long as "
                      f"the fastest: other programs use this machine. What helps on a CPU: close "
                      f"them, or stop, and go on with OMP_WAIT_POLICY=PASSIVE before the command")
 
     def length(self):
-        """Bytes written so far, made sure to be on the disk; 0 without a file."""
+        """Bytes written so far, made sure to be on the disk; 0 without a file. Raises UserError as
+        `event` does."""
         if self.file is None:
             return 0
-        os.fsync(self.file.fileno())
+        try:
+            os.fsync(self.file.fileno())
+        except OSError as error:  # some file systems only now find that the disk is full
+            raise UserError(f"{self.file.name}: not written ({error.strerror}) — make room, then "
+                            f"run again with --resume", code=4) from None
         return os.fstat(self.file.fileno()).st_size
 
     def say(self, text):
@@ -427,6 +438,8 @@ def print_anyway(text):
     """Print. A closed terminal, or `| head`, is no reason to stop training."""
     try:
         print(visible(text), flush=True)
+    except RuntimeError:
+        pass  # a signal came while another print waits for the terminal: say, after Ctrl-S
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 

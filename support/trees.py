@@ -68,7 +68,7 @@ def contents(thing, names, path, above):
         thing = thing.get_state()
     if isinstance(thing, torch.Tensor):
         part = thing.to_local() if hasattr(thing, "to_local") else thing  # of a sharded one
-        return {path: f"{tuple(thing.shape)} {thing.dtype} {part.double().sum().item()}"}
+        return {path: f"{tuple(thing.shape)} {thing.dtype} {part.cpu().double().sum().item()}"}
     if isinstance(thing, int | float | str | None):
         return {path: repr(thing)}
     items = items_of(thing)

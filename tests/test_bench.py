@@ -190,7 +190,7 @@ def test_a_preset_gives_the_sizes_and_a_flag_wins():
 @pytest.mark.parametrize("flags, message", [
     ("--dim 65", "dim 65 is not divisible by n_heads 8 — give sizes that fit"),
     ("--rounds 0", "0 is out of range"),
-    ("--device tpu", "no device tpu here"),
+    ("--device tpu", "device tpu cannot be used here ("),
     ("plan 2b", "invalid choice: '2b'"),
     ("decode", "unrecognized arguments: decode"),
 ])

@@ -97,6 +97,7 @@ def test_processes_wait_as_long_as_rank_0_may_save(monkeypatch):
     ("NVIDIA H100 80GB HBM3", "bfloat16", 989),
     ("NVIDIA H100 PCIe", "bfloat16", 756),
     ("NVIDIA A100-SXM4-80GB", "float16", 312),
+    ("NVIDIA RTX A1000", "bfloat16", None),
     ("NVIDIA GeForce RTX 4090 Laptop GPU", "bfloat16", None),
     ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "bfloat16", None),
     ("NVIDIA H100 80GB HBM3", "float32", None)])

@@ -205,7 +205,7 @@ def test_prune_is_whole_at_every_moment(stopped, tmp_path, monkeypatch, keep_eve
         folder = shutil.copytree(stopped, tmp_path / str(number))
         left = number
         try:
-            durable.prune(folder, 15, keep_last=1, keep_every=keep_every)
+            durable.prune(folder, keep_last=1, keep_every=keep_every)
             killed = False
         except Killed:
             pass
@@ -214,7 +214,7 @@ def test_prune_is_whole_at_every_moment(stopped, tmp_path, monkeypatch, keep_eve
             for name in promised:
                 durable.verify(step, name, promised)
         left = 0
-        durable.prune(folder, 15, keep_last=1, keep_every=keep_every)  # at the next save
+        durable.prune(folder, keep_last=1, keep_every=keep_every)  # at the next save
         found.append(files_of(folder))
     assert all(files == found[0] for files in found)
     assert len(found) > 2
@@ -298,6 +298,7 @@ def test_damaged_checkpoint_is_named_and_skipped(resume, copy, whole, name, dama
     assert found["code"] == 75
     assert "step_00000015 is damaged" in found["stderr"]
     assert rows(copy, "resume", ("step",)) == [(10,)]
+    assert max(durable.checkpoints(copy)) == 12  # no damaged one counts as kept later
     for step in (10, 12):
         promised = durable.read_meta(place(copy, step))["files"]
         durable.verify(place(copy, step), "train_state.pt", promised)
@@ -734,6 +735,41 @@ def test_ignored_hangup_stays_ignored():
     assert stop.requested
     stop.restore()
     signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.row(18, 50)
+def test_stop_while_the_output_waits():
+    """Catches: a traceback of the handler's own line, and so a stop that saves nothing, if another
+    print waits for the terminal: after Ctrl-S, or before a reader that does not read."""
+    code = """
+import sys
+from types import SimpleNamespace
+from support import devices, runs
+stop = devices.StopSignals(SimpleNamespace(say=runs.print_anyway))
+print("ready", file=sys.stderr, flush=True)
+while not stop.requested:
+    runs.print_anyway("x" * 1000)
+runs.print_anyway("saved")
+"""
+    env = {**os.environ, "PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, env=env, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stderr.readline() == "ready\n"
+    time.sleep(0.5)  # until the pipe is full
+    process.send_signal(signal.SIGTERM)
+    time.sleep(0.2)
+    stdout, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr) == (0, "")
+    assert stdout.endswith("x\nsaved\n")
+
+
+def test_signals_that_windows_lacks_are_left_out(monkeypatch):
+    """Catches: a training that cannot begin there."""
+    for name in ("SIGUSR1", "SIGHUP"):
+        monkeypatch.delattr(signal, name)
+    stop = devices.StopSignals(SimpleNamespace(say=print))
+    assert sorted(stop.before) == [signal.SIGINT, signal.SIGTERM]
+    stop.restore()
 
 
 # -------------------------------------------------------------------------------------------------

@@ -1,4 +1,5 @@
 """support/runs.py and support/flags.py: how a script ends, the run folder, its log, the flags."""
+import errno
 import json
 import math
 import os
@@ -62,6 +63,20 @@ def test_a_reader_that_leaves_ends_the_script_quietly():
     assert process.wait(20) == 0
 
 
+def test_log_that_the_disk_does_not_take_is_code_4(tmp_path, monkeypatch):
+    """Catches: a full quota, which a network drive tells at the fsync, as a mistake of the user."""
+    log = Log(tmp_path, 0, max_steps=9)
+    assert log.length() == 0  # control
+
+    def full(handle):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="metrics.jsonl: not written .Disk quota") as found:
+        log.length()
+    assert found.value.code == 4
+
+
 # ---- the run folder
 
 def test_starting_over_deletes_the_run_alone(tmp_path):
@@ -81,13 +96,19 @@ def make_run(root, name, changed):
 
 
 def test_newest_run_is_the_one_that_changed_last(tmp_path):
-    """Catches: the run with the last name, or a folder without a checkpoint."""
+    """Catches: the run with the last name, or a folder without a checkpoint; one that train.py did
+    not make, for sft.py."""
     with pytest.raises(UserError, match="no runs in .*python train.py"):
         newest_run(tmp_path)
     make_run(tmp_path, "b", changed=100)
     newest = make_run(tmp_path, "a", changed=200)
     (tmp_path / "c").mkdir()
     assert newest_run(tmp_path) == newest
+    for setting in ("base", "imported_from"):
+        other = make_run(tmp_path, setting, changed=300)
+        (other / "config.json").write_text(json.dumps({"data": "d", "seq_len": 16, setting: "x"}))
+        assert newest_run(tmp_path, pretrained=True) == newest
+    assert newest_run(tmp_path).name != "a"  # control
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b'{"data": "d"}', b"[" * 100_000])

@@ -119,13 +119,15 @@ def test_resume_differs_if_state_is_incomplete(data, whole, interrupted, mistake
     assert not same(interrupted, whole)
 
 
-def test_reset_optimizer_forgets_the_moments(data, whole, interrupted):
+def test_reset_optimizer_forgets_the_moments(data, whole, interrupted, capsys):
     """Catches: a --reset_optimizer that does nothing, that the log does not tell, or that replaces
     the state on the disk before its first step; a new warm-up that starts at 0, is too short, or is
     forgotten when the run is stopped within it."""
     before = contents(interrupted / "checkpoints")
     reset = ("--resume", "--reset_optimizer", "--rewarm_steps", 4)
+    capsys.readouterr()
     assert run(data, interrupted, *reset, "--stop_at", 16) == 75
+    printed = capsys.readouterr().out
     assert contents(interrupted / "checkpoints") == before
     assert run(data, interrupted, *reset, "--stop_at", 18) == 75
     assert checkpoint.load(durable.newest(interrupted))["updates"] == 2  # as the moments include
@@ -136,6 +138,7 @@ def test_reset_optimizer_forgets_the_moments(data, whole, interrupted):
     rates = np.array(rows(interrupted, keys=("lr",))).flatten()
     assert np.allclose(rates, usual * ([1.0] * 16 + [0.25, 0.5, 0.75, 1.0]))
     assert not np.allclose(rates, usual)  # control
+    assert f"lr {usual[16]:.2e} as saved, {rates[16]:.2e} now" in printed
 
 
 def test_update_rms_is_that_of_the_weights(data, whole, tmp_path):
@@ -931,7 +934,7 @@ def test_help_shows_the_values_of_the_preset(capsys):
     (["--reset_optimizer"], "--reset_optimizer is for --resume"),
     (["--rewarm_steps", 5], "--rewarm_steps is for --resume --reset_optimizer"),
     (["--n_heads", 3], "dim 32 is not divisible by n_heads 3"),
-    (["--device", "cuda:77"], "no device cuda:77"),
+    (["--device", "cuda:77"], "device cuda:77 cannot be used here ("),
     (["--batch_tokens", 100], "use --batch_tokens 64 or 128"),
     (["--batch_tokens", 32], "use --batch_tokens 64, or another --micro_batch"),
     (["--data", "nowhere"], "no data of ours in nowhere"),
