@@ -155,8 +155,8 @@ LLAMA = {
     "apply_rope": "3211e61e0794", "causal_mask": "a50242de4f46",
     "attention": "d61d2846c435", "Attention": "f6bf70e11764",
     "SwiGLU": "77b98f32f3de", "Block": "251c31a89cee",
-    "Decoder": "57e2ac7a961e", "Llama.logits": "8d83de847b0a",
-    "Llama.forward": "16b142d99e2e",
+    "Decoder": "e24b6c12f41a", "Llama.logits": "8d83de847b0a",
+    "Llama.forward": "70b80f90c193",
 }
 
 
@@ -165,6 +165,12 @@ def check_is_llama(anyway):
     than a Llama. anyway: only say it."""
     edited = [f"{name} in model.py has another text" for name, text in LLAMA.items()
               if fast.hash_of(attrgetter(name)(model)) != text]
+    with torch.device("meta"):  # a network without memory, for the names
+        names = Llama(model.ModelConfig()).state_dict()
+    added = [name for name in names if not name.startswith("model.") and name != "lm_head.weight"]
+    if added:
+        raise UserError(f"not a plain Llama: it has no {', '.join(added)} — take it out of "
+                        f"model.py (with --anyway too, as it would be lost)")
     if edited and not anyway:
         raise UserError(f"not a plain Llama: {', '.join(edited)} — others would compute something "
                         f"else with these weights; if you know that they would not, give --anyway")
@@ -238,7 +244,10 @@ def write_texts(folder, config, settings, card):
 def source_of(settings):
     """The name of the training text's source, if the data is still there."""
     try:
-        return str(DataFolder(settings["data"]).meta["source"]["name"])
+        source = DataFolder(settings["data"]).meta["source"]
+        if source["name"] == "fineweb-edu" and "repo" not in source:
+            return "files of the author's"  # given by --from: whatever they hold
+        return str(source["name"])
     except (UserError, TypeError, KeyError):
         return "unknown"
 

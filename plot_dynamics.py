@@ -137,6 +137,20 @@ def cut_back(events, log):
     return kept
 
 
+def of_one_text(events, log):
+    """Of losses that evaluate.py measured, those measured as the last one was: on the same text, in
+    windows of the same length. Prints how many are left out."""
+    def how(event):
+        return [event.get(name) for name in ("data", "seq_len", "eval_tokens")]
+
+    last = [how(event) for event in events if event["event"] == "eval"][-1:]
+    kept = [event for event in events if event["event"] != "eval" or how(event) in last]
+    if len(kept) < len(events):
+        print(f"{log}: {len(events) - len(kept)} losses of other text or windows than those of the "
+              f"last evaluation, {last[0][0]}, are not drawn")
+    return kept
+
+
 def read_lm_eval(folder):
     """The "benchmark" events in lm-evaluation-harness's result files under `folder`. Their step is
     in the name of a folder: step_500 or step_00000500. Broken files are left out, with a
@@ -251,6 +265,8 @@ def read_run(path, batch_tokens=None):
     events = cut_back(read_events(log), log)
     added = []
     evaluations = log.with_name("evaluations.jsonl")
+    if log.name == "evaluations.jsonl":
+        events = of_one_text(events, log)
     if log.name == "metrics.jsonl" and evaluations.is_file():
         added = read_events(evaluations)  # its losses may be of other text, and are not drawn
     added += read_lm_eval(log.parent / "lm_eval")

@@ -190,10 +190,11 @@ def check_replaceable(out, name):
 
 
 def default_out(name, paths):
-    """data/NAME. Raises UserError if it was prepared from other paths: it would be replaced."""
+    """data/NAME. Raises UserError if it was prepared from other paths, or took hours: it would be
+    replaced."""
     out = Path("data", name)
     _, before, _ = described(out)
-    if before is not None and before != resolved(paths):
+    if before is not None and (before != resolved(paths) or name == "fineweb-edu"):
         raise UserError(f"{out} holds what was prepared from {', '.join(before[:3]) or 'the hub'} "
                         f"— choose another folder with --out, or delete it")
     return out
@@ -506,7 +507,8 @@ def write_rows(file, rows, paths):
     n = 0
     with open(file, "w", encoding="utf-8") as lines:
         for row in tqdm(rows, desc=f"writing {file.name}", unit=" rows"):
-            lines.write(json.dumps(row) + "\n")
+            # str: a field that nobody reads may be a date, which JSON does not have.
+            lines.write(json.dumps(row, default=str) + "\n")
             n += 1
     if n == 0:
         raise UserError("no usable row in these files — give others with --from")

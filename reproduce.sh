@@ -405,14 +405,15 @@ experiment_9() {
 #     RELEASED=folders/step- bash reproduce.sh released   # from folders/step-2.7k and so on, no hub
 #     EVALUATE="--dtype bf16" OURS="runs/1.7b" bash reproduce.sh released
 released() {
-  local folder name run=runs/released step data=data/fineweb-edu-10M
+  local folder made name run=runs/released step data=data/fineweb-edu-10M
   local questions=data/hellaswag/hellaswag.jsonl
   [ $# -gt 0 ] || set -- 2.7k 3.3k 5.1k 7.5k 15.7k 20k 23.9k 35k 40.5k 43.5k
   [ -d $data ] || "$python" prepare_data.py fineweb-edu --max_tokens 200000000 --out $data
   [ -f $questions ] || "$python" prepare_data.py hellaswag
   for name; do
     step=$(awk -v thousands="${name%k}" 'BEGIN { printf "%.0f", 1000 * thousands }')
-    [ "$(grep -cs "\"sample\", \"step\": $step," $run/evaluations.jsonl)" = 2 ] && continue
+    made=$(grep -cs "\"sample\", \"step\": $step," $run/evaluations.jsonl) || true
+    [ "${made:-0}" -lt 2 ] || continue
     echo "== step $step"
     folder=${RELEASED:-}$name
     if [ -z "${RELEASED:-}" ]; then

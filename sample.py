@@ -171,7 +171,7 @@ def system_prompt(run, args):
     """--system, or the one that the run was tuned with; a note if it was not tuned at all."""
     tuned = settings_of(run).get("system")
     if tuned is None:
-        print(f"note: {run} was never tuned to answer; it only continues the text — tune it: "
+        print(f"note: {run} was not tuned by sft.py; it may only continue the text — tune it: "
               f"python sft.py {quoted(run)}", file=sys.stderr)
         tuned = SYSTEM
     return tuned if args.system is None else args.system

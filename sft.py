@@ -359,9 +359,9 @@ def introduce(args, model, facts, per_epoch, world):
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return "\n".join([
         f"base    {args.base} step {args.step}: {trained:,} of {every:,} parameters are trained",
-        f"rows    {facts['rows']:,} to train on ({facts['cut']} cut, {facts['skipped']} skipped "
-        f"whose question alone is too long, {facts['bad']} bad), {facts['held_out']:,} held out; "
-        f"most frequent answer ({facts['frequent_share']:.2%}): "
+        f"rows    {facts['rows']:,} to train on ({facts['cut']} cut, {facts['skipped']} without "
+        f"an answer that counts in the window, {facts['bad']} bad), {facts['held_out']:,} held "
+        f"out; most frequent answer ({facts['frequent_share']:.2%}): "
         f"{one_line(facts['frequent_answer'])}",
         f"batch   up to {args.batch_size} rows/step in micro-batches of {args.micro_batch} on "
         f"{world} process(es); {facts['useful']:.1%} of the tokens are not padding; "

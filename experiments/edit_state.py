@@ -31,7 +31,8 @@ def zero(state, part):
     if part not in parts:
         raise UserError(f"--zero {part}: the optimizer keeps {', '.join(parts) or 'nothing yet'}")
     for each in state["optimizer"].values():
-        each[part].zero_()
+        if part in each:  # not of a parameter that had no gradient yet, or has another optimizer
+            each[part].zero_()
     if part == "step":
         state["updates"] = 0  # a resume compares the two
 

@@ -180,9 +180,14 @@ def test_text_in_both_splits_is_refused(tmp_path):
     (theirs / "x_train_1.npy").unlink()
     prepare_data.prepare_adopted(tmp_path / "out", theirs)  # control
     (theirs / "val.npy").unlink()
-    for ids in (IDS[HALF:], IDS[-999:]):
+    behind = np.append(IDS[:900], IDS[HALF:])  # its beginning is of its own
+    for ids in (IDS[HALF:], IDS[-999:], behind):
         (theirs / "val.bin").write_bytes(nanogpt(ids))
-        assert "val.bin: its text is in the training shards too" in refused(theirs)
+        assert "text of the validation shards is in the training shards too" in refused(theirs)
+    (theirs / "val.bin").unlink()
+    for number, ids in enumerate((IDS[:900], IDS[-1999:-999], IDS[-999:])):
+        (theirs / f"val_{number}.npy").write_bytes(npy(ids))
+    assert "text of the validation shards is in" in refused(theirs)
 
 
 # -------------------------------------------------------------------------------------------------

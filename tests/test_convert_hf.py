@@ -539,6 +539,15 @@ def test_network_that_is_no_llama_is_refused(exported, tmp_path, capsys, monkeyp
     assert convert("export", run, tmp_path / "hf", "--step", 3, "--anyway") == 0
     assert "note: exported as a Llama all the same: apply_rope" in capsys.readouterr().out
     monkeypatch.undo()
+
+    class Biased(torch.nn.Linear):
+        def __init__(self, *sizes, bias):
+            super().__init__(*sizes, bias=True)
+
+    monkeypatch.setattr(torch.nn, "Linear", Biased)
+    assert convert("export", run, tmp_path / "new", "--step", 3, "--anyway") == 2
+    assert "not a plain Llama: it has no lm_head.bias" in messages(capsys)[-1]
+    monkeypatch.undo()
     assert convert("export", run, tmp_path / "again", "--step", 3) == 0  # control
 
 
@@ -647,6 +656,15 @@ def test_card_tells_how_it_was_made(whole, tmp_path):
     assert convert("export", tmp_path / "back", tmp_path / "again") == 0
     card = (tmp_path / "again/README.md").read_text()
     assert "| imported from | hf |" in card
+
+
+def test_card_names_fineweb_only_if_it_is(data, tmp_path):
+    """Catches: somebody's own parquet files that are published as FineWeb-Edu."""
+    copied = shutil.copytree(data, tmp_path / "data")
+    for more, name in (({"files": ["a.parquet"]}, "files of the author's"),
+                       ({"repo": "HuggingFaceFW/fineweb-edu"}, "fineweb-edu")):
+        edit(copied / "meta.json", source={"name": "fineweb-edu", **more})
+        assert convert_hf.source_of({"data": copied}) == name
 
 
 QUESTIONS = [

@@ -209,6 +209,9 @@ def test_edit_changes_what_it_names(stopped, tmp_path):
     assert changed == sorted(f"optimizer.{name}.exp_avg_sq" for name in before["model"])
     assert all(not each["exp_avg_sq"].any() for each in state["optimizer"].values())
     assert all(each["exp_avg"].any() for each in state["optimizer"].values())  # control
+    state["optimizer"]["lm_head.weight"] = {}  # as of a weight that had no gradient
+    edit_state.zero(state, "exp_avg")
+    assert not any(each["exp_avg"].any() for each in state["optimizer"].values() if each)
 
     assert not edit_state.main([stopped, tmp_path / "bit", "--flip_bit"])
     state = state_of(tmp_path / "bit")

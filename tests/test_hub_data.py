@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import datetime
 
 import numpy as np
 import pyarrow
@@ -116,6 +117,20 @@ def test_first_shard_is_for_validation(tmp_path, monkeypatch):
     lengths = [len(shard) for shard in tokens_of(tmp_path / "out")]
     assert lengths[:-1] == [2000] * (len(lengths) - 1)
     assert len(DataFolder(tmp_path / "out").val) == 1
+
+
+def test_what_took_hours_is_not_replaced_unasked(tmp_path, capsys, monkeypatch):
+    """Catches: another --max_tokens that deletes the tokens that are there, though nobody named
+    their folder."""
+    monkeypatch.chdir(tmp_path)
+    path = write_parquet(tmp_path / "in/a.parquet")
+    run("fineweb-edu", "--from", path)
+    before = contents(tmp_path / "data/fineweb-edu")
+    message = fails(capsys, "fineweb-edu", "--from", path, "--max_tokens", 2000)
+    assert "data/fineweb-edu holds what was prepared from" in message
+    assert contents(tmp_path / "data/fineweb-edu") == before
+    run("fineweb-edu", "--from", path, "--max_tokens", 2000, "--out", "data/fineweb-edu")
+    assert contents(tmp_path / "data/fineweb-edu") != before  # control: it was asked for
 
 
 def cut_in_half(path):
@@ -496,6 +511,11 @@ def test_alpaca_is_what_sft_reads(tmp_path, serve, capsys):
     assert len(chat.read_instructions(tmp_path / "out/alpaca.jsonl")[0]) == 19
     hub.altered = 1  # such a file is verified by Git's hash
     assert "was deleted" in from_hub(hub, tmp_path, "alpaca", code=2)
+    table = pyarrow.Table.from_pylist([{**row, "made": datetime(2024, 5, 17)} for row in rows])
+    parquet.write_table(table, tmp_path / "dated.parquet")  # a date is not of JSON
+    run("alpaca", "--from", tmp_path / "dated.parquet", "--out", tmp_path / "dated")
+    assert "sft.py will not read made (19)" in capsys.readouterr().out
+    assert len(chat.read_instructions(tmp_path / "dated/alpaca.jsonl")[0]) == 19
     (tmp_path / "bad.json").write_text("[]")
     assert "no usable row" in fails(capsys, "alpaca", "--from", tmp_path / "bad.json", "--out",
                                     tmp_path / "bad")

@@ -134,6 +134,21 @@ def test_later_evaluations_are_added(whole, tmp_path):
     assert "“p” goes on with (seed 0):" in plot_dynamics.trajectory([run])
 
 
+def test_losses_of_other_text_are_not_in_a_curve(tmp_path, capsys):
+    """Catches: losses of two texts, or of two lengths of windows, in one curve of an imported
+    run."""
+    rows = [{"event": "eval", "step": step, "val_loss": loss, "data": data, "seq_len": length}
+            for step, loss, data, length in [
+                (0, 5.0, "a", 64), (8, 9.0, "b", 64), (8, 4.0, "a", 64), (16, 8.0, "a", 32),
+                (16, 3.0, "a", 64)]]
+    write_lines(tmp_path / "evaluations.jsonl", rows)
+    assert curve(page_of(tmp_path), "Loss", "validation")[1] == [5.0, 4.0, 3.0]
+    assert "2 losses of other text or windows" in capsys.readouterr().out
+    write_lines(tmp_path / "evaluations.jsonl", rows[::2])
+    page_of(tmp_path)
+    assert "losses of other" not in capsys.readouterr().out  # control
+
+
 def test_results_of_lm_eval_are_drawn(tmp_path, capsys):
     """Catches: a benchmark trajectory that is not drawn, or at another step; a broken file that
     stops the drawing."""

@@ -223,7 +223,7 @@ def test_chat_takes_the_system_prompt_of_the_tuning(tuned, whole, talk, answer):
     can fit."""
     assert talk(tuned, b"a?") == (None, [answer(user("a?"))], "")
     assert talk(tuned, b"a?", "--system", "T.")[1] == [answer(user("a?"), system="T.")]
-    assert "was never tuned" in talk(whole, b"")[2]
+    assert "was not tuned by sft.py" in talk(whole, b"")[2]
     code, lines, err = talk(tuned, b"a?", "--system", "long " * 30)
     assert (code, lines) == (2, [])
     assert "give a shorter --system" in err
