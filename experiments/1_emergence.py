@@ -38,7 +38,7 @@ def series(run, event, key):
 def leaves_chance(run, key):
     """Index of the first evaluation from which on an accuracy stays above chance; None if there is
     none. Above means by 2 standard errors, widened for the number of evaluations (Bonferroni): so
-    chance alone gets there in 2.3 % of all trajectories, not of all evaluations."""
+    chance alone is above once in at most 2.3 % of all trajectories, and stays there in fewer."""
     rows = run.rows["benchmark"]
     z = NormalDist().inv_cdf(1 - 0.0228 / len(rows))
     threshold = CHANCE + z * np.sqrt(CHANCE * (1 - CHANCE) / rows[-1]["n"])
