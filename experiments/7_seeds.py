@@ -1,8 +1,6 @@
 """7. How far are runs apart that differ in nothing but the seed of weights and data order?
 
 This is the noise that every difference in the other experiments is judged against. No expectation.
-logs/7_seeds/default.jsonl is one more run of 3,800 steps, with the default seed 1337; older code
-made it, and reproduce.sh does not.
 """
 import math
 from statistics import fmean, stdev
@@ -38,10 +36,9 @@ def main(argv=None):
         stderr = fmean(common.ends(longer, "benchmark", key.replace("acc", "stderr")))
         numbers[f"{key} after 3,800 steps: standard deviation, 3 seeds"] = (
             f"{sigma:.3f} (standard error over questions {stderr:.3f})")
-    default = common.log_of(EXPERIMENT, "default")
     for event, key in (("eval", "val_bpb"), ("benchmark", "acc_pmi")):
-        numbers[f"{key} after 3,800 steps: seeds 1, 2, 3; 1337"] = ", ".join(
-            f"{end:.3f}" for end in common.ends([*longer, default], event, key))
+        numbers[f"{key} after 3,800 steps: seeds 1, 2, 3"] = ", ".join(
+            f"{end:.3f}" for end in common.ends(longer, event, key))
     numbers["context gain after 3,800 steps: standard deviation, 3 seeds"] = (
         f"{stdev(common.ends(longer, 'eval', 'context_gain')):.3f}")
 
