@@ -75,8 +75,8 @@ def test_docs_tell_of_the_experiments():
     section = page.split("\n## ")[0]
     assert len(re.findall(r"^\|.*\| \d \|$", section, re.M)) >= 8
     assert not_in_summary(section, summary) == []
-    summary["1_emergence"]["acc_pmi at the end"] = "0.791 ± 0.024"  # control
-    assert not_in_summary(section, summary) == ["0.790 ± 0.024"]
+    found = summary["1_emergence"].pop("acc_pmi at the end")  # control
+    assert not_in_summary(section, summary) == [found]
 
 
 def test_missing_log_names_its_command():

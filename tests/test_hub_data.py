@@ -511,11 +511,14 @@ def test_alpaca_is_what_sft_reads(tmp_path, serve, capsys):
     assert len(chat.read_instructions(tmp_path / "out/alpaca.jsonl")[0]) == 19
     hub.altered = 1  # such a file is verified by Git's hash
     assert "was deleted" in from_hub(hub, tmp_path, "alpaca", code=2)
-    table = pyarrow.Table.from_pylist([{**row, "made": datetime(2024, 5, 17)} for row in rows])
-    parquet.write_table(table, tmp_path / "dated.parquet")  # a date is not of JSON
-    run("alpaca", "--from", tmp_path / "dated.parquet", "--out", tmp_path / "dated")
-    assert "sft.py will not read made (19)" in capsys.readouterr().out
-    assert len(chat.read_instructions(tmp_path / "dated/alpaca.jsonl")[0]) == 19
+    now = datetime(2024, 5, 17)  # JSON has no dates
+    said = [{"role": "user", "content": "Say it.", "at": now},
+            {"role": "assistant", "content": "It.", "at": now}]
+    parquet.write_table(pyarrow.Table.from_pylist([{"messages": said}]), tmp_path / "at.parquet")
+    capsys.readouterr()
+    run("alpaca", "--from", tmp_path / "at.parquet", "--out", tmp_path / "dated")
+    assert "sft.py will not read " in capsys.readouterr().out
+    assert len(chat.read_instructions(tmp_path / "dated/alpaca.jsonl")[0]) == 1
     (tmp_path / "bad.json").write_text("[]")
     assert "no usable row" in fails(capsys, "alpaca", "--from", tmp_path / "bad.json", "--out",
                                     tmp_path / "bad")
