@@ -165,17 +165,27 @@ def check_is_llama(anyway):
     than a Llama. anyway: only say it."""
     edited = [f"{name} in model.py has another text" for name, text in LLAMA.items()
               if fast.hash_of(attrgetter(name)(model)) != text]
-    with torch.device("meta"):  # a network without memory, for the names
-        names = Llama(model.ModelConfig()).state_dict()
-    added = [name for name in names if not name.startswith("model.") and name != "lm_head.weight"]
-    if added:
-        raise UserError(f"not a plain Llama: it has no {', '.join(added)} — take it out of "
-                        f"model.py (with --anyway too, as it would be lost)")
     if edited and not anyway:
         raise UserError(f"not a plain Llama: {', '.join(edited)} — others would compute something "
                         f"else with these weights; if you know that they would not, give --anyway")
     if edited:
         print(f"note: exported as a Llama all the same: {', '.join(edited)}")
+
+
+OF_A_LAYER = ("input_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+              "self_attn.o_proj", "post_attention_layernorm", "mlp.gate_proj", "mlp.up_proj",
+              "mlp.down_proj")
+
+
+def check_weights(names, n_layers):
+    """Raise UserError if there are weights that a Llama does not have: they would be lost."""
+    known = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+    known |= {f"model.layers.{i}.{part}.weight" for i in range(n_layers) for part in OF_A_LAYER}
+    added = sorted(set(names) - known)
+    if added:
+        more = ", …" if len(added) > 4 else ""
+        raise UserError(f"a Llama does not have these weights: {', '.join(added[:4])}{more} — it "
+                        f"cannot be exported, with --anyway neither")
 
 
 # -------------------------------------------------------------------------------------------------
@@ -191,6 +201,7 @@ def export(run, out, step, dtype, anyway):
         config = checkpoint.read_config(weights["config"])
         with torch.device("meta"):  # a network without memory, to compare names and shapes
             checkpoint.restore_weights(weights, Llama(config))
+        check_weights(weights["model"], config.n_layers)
         window = trained_window(settings, config.max_seq_len)
         if window < config.max_seq_len:
             print(f"config.json names the windows of training, {window} tokens, not the "

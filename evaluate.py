@@ -448,6 +448,7 @@ def open_questions(args, data, tokenizer, seq_len):
     if file is None and (data.path / "cloze.jsonl").exists():
         file = data.path / "cloze.jsonl"
     if file is not None:
+        file = Path(file)
         return file, Benchmark(file, tokenizer, seq_len, args.style, args.benchmark_items)
     if args.style == "harness":
         raise UserError(f"--style is for questions, and {data.path} has no cloze.jsonl — give some "
@@ -490,6 +491,9 @@ def main(argv=None):
                        "eval_tokens": args.eval_tokens, **scores})
     if benchmark is not None:
         scores = benchmark.score(model, autocast, progress=True)
+        is_ours = is_own and args.benchmark is None
+        if file.name == "cloze.jsonl" and not is_ours:  # each data folder has one
+            scores["name"] = f"cloze of {file.parent}"
         print(describe_choices(scores))
         events.append({"event": "benchmark", **about, "file": str(file), **scores})
     for event in events:  # at the end: if they cannot be noted, they are on the screen at least

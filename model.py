@@ -361,7 +361,7 @@ class KVCache:
 def sample_ids(logits, temperature=1.0, top_k=None, top_p=None, generator=None):
     """Draw one id for each row of logits (B, V); returns (B,).
 
-    temperature 0 takes the likeliest id. Otherwise ids are drawn from
+    temperature 0 (or nearly) takes the likeliest id. Otherwise ids are drawn from
     softmax(logits / temperature): with top_k, among the k likeliest; with top_p, among the fewest
     of the likeliest whose probabilities sum to at least top_p (nucleus sampling, Holtzman et al.
     2020, arXiv 1904.09751, §3.1). With both, an id must be among both. Raises FloatingPointError if

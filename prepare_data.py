@@ -193,8 +193,8 @@ def default_out(name, paths):
     """data/NAME. Raises UserError if it was prepared from other paths, or took hours: it would be
     replaced."""
     out = Path("data", name)
-    _, before, _ = described(out)
-    if before is not None and (before != resolved(paths) or name == "fineweb-edu"):
+    source, before, _ = described(out)
+    if before is not None and (before != resolved(paths) or source == "fineweb-edu"):
         raise UserError(f"{out} holds what was prepared from {', '.join(before[:3]) or 'the hub'} "
                         f"— choose another folder with --out, or delete it")
     return out

@@ -443,12 +443,12 @@ def begin(run, args, machine, state, prepared, code, fingerprint):
     if machine.is_main:
         if state is None:
             start_over(run)
-        else:
-            durable.remove_newer(run, state["step"])
         # Settings of sft.py have a fingerprint already: that of its base's data.
         write_json(run / "config.json", {"fingerprint": fingerprint, **settings})
     length = 0 if state is None else state["log_bytes"]  # what was logged later is cut off
     log = Log(run if machine.is_main else None, length, args.max_steps)
+    if machine.is_main and state is not None:
+        durable.set_aside_newer(run, state["step"])
     log.start(prepared.progress.step, state, settings, env, args.reset_optimizer)
     log.say(f"device  {machine.device}, {env['dtype']}")
     if state is not None:
@@ -563,8 +563,10 @@ def introduce_resume(args, state, env):
     """Where the run continues, and what differs from when it was saved."""
     step = state["step"]
     optimizer = "without" if args.reset_optimizer else "with"
-    before = lr_at(step, argparse.Namespace(**state["config"]))  # by the saved settings
-    now = lr_at(step, args) * rewarming(0 if args.reset_optimizer else state["updates"], args)
+    saved = argparse.Namespace(**state["config"])
+    updates = state["updates"]
+    before = lr_at(step, saved) * rewarming(updates, saved)
+    now = lr_at(step, args) * rewarming(0 if args.reset_optimizer else updates, args)
     changed = changes({**state["config"], **state["env"]}, {**vars(args), **env}, flags.ONCE)
     return (f"resume  at step {step}, {optimizer} the optimizer's state; lr {before:.2e} as "
             f"saved, {now:.2e} now\n"

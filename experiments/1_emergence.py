@@ -1,11 +1,10 @@
 """1. Does the text become coherent, and do the benchmarks rise, as the validation loss falls?
 
-Expected: yes, and accuracy by what the context adds (acc_pmi) leaves chance first. Refuted if the
-accuracies stay at chance, or leave it in one seed only. All quantities change with time, so their
-curves correlate whatever causes them. So we compare their changes too, from one evaluation to the
-next, without the slow trend of these changes; from step 600 on, since the first changes are steeper
-than a parabola can follow. Would a correlation be seen there if a metric did nothing but follow the
-loss? "Expected" says how large it would be, given the noise of the metric.
+All quantities change with time, so their curves correlate whatever causes them. So we compare their
+changes too, from one evaluation to the next, without the slow trend of these changes; from step 600
+on, since the first changes are steeper than a parabola can follow. Would a correlation be seen
+there if a metric did nothing but follow the loss? "Expected" says how large it would be, given the
+noise of the metric.
 """
 from statistics import NormalDist
 

@@ -1,8 +1,6 @@
 """2. What does it cost to resume without the optimizer's state?
 
-Expected: a jump of the loss, larger with a higher learning rate, because the first updates move
-every weight by about lr; then it goes away. Refuted if the excess (loss of the reset run minus that
-of the restored one, on the same batches) is within the spread between seeds.
+The excess is the loss of the reset run minus that of the restored one, on the same batches.
 
 Grid: stopped at step 100 of 200. Four ways: stopped at 200 of 400, lr 3e-3, beta2 0.95. Long: the
 same, also at lr 1e-3, but 2,000 steps follow, of which every fourth is logged; and with the state,

@@ -1,8 +1,7 @@
 """3. Does a run stay the same when it moves to other hardware?
 
 A run stopped at step 150 of 300 goes on with other processes, micro-batches, precision, kernels,
-threads. Expected: the same tokens, so losses that differ by rounding only. Refuted if a move shifts
-the validation loss at the end by more than a fifth of the spread between seeds.
+threads.
 """
 from statistics import stdev
 

@@ -1,8 +1,6 @@
 """5. What does instruction tuning change, and what does it cost?
 
-Expected: held-out answers become likelier and end; the text of the pretraining becomes less likely;
-the accuracies on its questions stay. Refuted if the loss on held-out answers does not fall. Each
-seed tunes the network of the same seed of experiment 1, with all weights and with LoRA.
+Each seed tunes the network of the same seed of experiment 1, with all weights and with LoRA.
 """
 
 import common

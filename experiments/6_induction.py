@@ -1,9 +1,7 @@
 """6. A transition that can be seen: when does a network learn to copy what came before?
 
-Trained on random tokens that repeat every 16 to 32 tokens. Expected, after Olsson et al. 2022
-(arXiv 2209.11895): with two layers and more the loss on later copies falls suddenly to nearly 0, as
-heads arise that look at the token after the last occurrence of the present one; one layer cannot.
-Refuted if it falls with one layer too, or slowly, or without such heads.
+Trained on random tokens that repeat every 16 to 32 tokens, after Olsson et al. 2022 (arXiv
+2209.11895), who found heads that look at the token after the last occurrence of the present one.
 """
 import math
 

@@ -146,7 +146,7 @@ def main(argv=None):
         found[f"from runs of {least} steps and more: outcome minus prediction"] = f"{miss:+.4f}"
     following = json.loads((common.LOGS / EXPERIMENT / "next.json").read_text())
     for size, guess in zip(NEXT, following["val_loss"]):
-        found["dim {}, {:,} steps: predicted, outcome".format(*size)] = (
+        found["dim {}, {:,} steps: predicted ± twice the fit's error, outcome".format(*size)] = (
             f"{guess:.4f} ± {following['margin']:.4f}, {loss_of(size):.4f}")
     common.report(EXPERIMENT, figure, found)
 

@@ -1,4 +1,5 @@
 """devices.py — where a script runs: device, precision, one process or several, and stop signals."""
+import contextlib
 import os
 import platform
 import signal
@@ -103,7 +104,7 @@ def environment(machine, micro_batch, fast, code):
 
 # Dense bf16 and fp16 FLOPs per second, from the data sheets. The first name that is a part of the
 # device's name counts, so a special model stands above the general one. None: not the whole chip,
-# or a chip with another clock.
+# or another one.
 PEAK_FLOPS = {"MIG": None, "Laptop": None, "RTX 4090 D": None, "A1000": None,
               "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12,
               "H100": 989e12, "H200": 989e12, "A100": 312e12,
@@ -218,6 +219,8 @@ def start_processes(name):
     rank, world, local_rank = ranks()
     on_gpus = torch.cuda.is_available() if name is None else name.startswith("cuda")
     if world > 1 and on_gpus:
+        if torch.cuda.device_count() == 0:
+            choose_device(name)  # this raises, and says why
         if local_rank >= torch.cuda.device_count():
             raise UserError(f"LOCAL_RANK is {local_rank}, but there are "
                             f"{torch.cuda.device_count()} GPUs — start as many processes as GPUs")
@@ -328,8 +331,9 @@ def watch_others():
                 return  # the store has ended: so has the training, or the next exchange fails
             if failed:
                 code = int(store.get(key))
-                print(f"another process failed with exit code {code}, see its message",
-                      file=sys.stderr, flush=True)
+                with contextlib.suppress(OSError):  # the terminal may be gone
+                    print(f"another process failed with exit code {code}, see its message",
+                          file=sys.stderr, flush=True)
                 os._exit(code)
 
     AT_END.append(tell)

@@ -264,13 +264,18 @@ def remove(folder):
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def remove_newer(run, step):
-    """Delete the checkpoints of later steps, which a resume from `step` passed over as damaged:
-    `prune` would count them as good ones."""
+def set_aside_newer(run, step):
+    """Rename the checkpoints of later steps, which a resume from `step` passed over as damaged:
+    `prune` would count them as good ones. They are not deleted, since perhaps a drive only failed
+    to deliver them."""
     for newer, folder in checkpoints(run).items():
         if newer > step:
-            with refusal_is_said(folder):
-                remove(folder)
+            aside = folder.with_name(f".damaged_{folder.name}")
+            shutil.rmtree(aside, ignore_errors=True)
+            os.rename(folder, aside)
+            sync(folder.parent)
+            warn(f"{folder} is {aside} now; delete it, or, if it is good after all, stop and "
+                 f"rename it back")
 
 
 def prune(run, keep_last, keep_every):
@@ -306,5 +311,5 @@ def refusal_is_said(folder):
     try:
         yield
     except OSError as error:
-        warn(f"{folder}: not removed ({error.strerror}); it takes room, and is tried again "
-             f"later")
+        warn(f"{folder}: not removed ({error.strerror}); it takes room, and is tried again after "
+             f"the next save")

@@ -261,10 +261,6 @@ def use_what_agrees(network, B, T, autocast, compiled=False, recompute=False):
     device = next(network.parameters()).device
     if compiled:
         compiled = not any_process(not can_compile(device), device)
-        if not compiled and device.type == "cuda":
-            raise UserError("torch.compile does not work here (see the note above), and without it "
-                            "the training takes much longer — install a C compiler, or give "
-                            "--no-compile")
     if compiled:
         say("compiling, which takes a while; --no-compile leaves it out")
     with torch.random.fork_rng([device] if device.type == "cuda" else []):

@@ -1,4 +1,5 @@
 """runs.py — how a script ends, and the folder of a run: its lock, its settings, its log."""
+import contextlib
 import functools
 import json
 import os
@@ -122,8 +123,9 @@ def first_line_of(error):
 
 @functools.cache  # so it is said once
 def warn(text):
-    """Print a line on stderr."""
-    print(f"note: {text}", file=sys.stderr, flush=True)
+    """Print a line on stderr, if it is open."""
+    with contextlib.suppress(OSError):
+        print(f"note: {text}", file=sys.stderr, flush=True)
 
 
 def parse_json(text):

@@ -545,8 +545,10 @@ def test_network_that_is_no_llama_is_refused(exported, tmp_path, capsys, monkeyp
             super().__init__(*sizes, bias=True)
 
     monkeypatch.setattr(torch.nn, "Linear", Biased)
-    assert convert("export", run, tmp_path / "new", "--step", 3, "--anyway") == 2
-    assert "not a plain Llama: it has no lm_head.bias" in messages(capsys)[-1]
+    weights["model"] = Llama(checkpoint.read_config(weights["config"])).state_dict()
+    durable.write_checkpoint(run, 5, {"model.pt": weights})
+    assert convert("export", run, tmp_path / "new", "--anyway") == 2
+    assert "a Llama does not have these weights: lm_head.bias, model." in messages(capsys)[-1]
     monkeypatch.undo()
     assert convert("export", run, tmp_path / "again", "--step", 3) == 0  # control
 

@@ -23,11 +23,11 @@ from conftest import ROOT, TEST, exit_code, rows, run
 from support import durable, trees
 
 sys.path.insert(0, str(ROOT / "experiments"))
-import common  # noqa: E402
+import common
 
-import edit_state  # noqa: E402
-import keep  # noqa: E402
-import repeats  # noqa: E402
+import edit_state
+import keep
+import repeats
 
 SCRIPTS = sorted(file.stem for file in (ROOT / "experiments").glob("[1-9]_*.py"))
 

@@ -5,7 +5,6 @@ import copy
 import functools
 import io
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -258,17 +257,6 @@ def test_wrong_part_on_a_gpu_is_an_error(monkeypatch):
     layer.device = torch.device("cuda")
     with pytest.raises(UserError, match="--no-fast"):
         fast.choose(layer.network, layer, compiled=False)
-
-
-def test_missing_compiler_on_a_gpu_is_an_error(monkeypatch):
-    """Catches: the same, if torch.compile finds no C compiler."""
-    weight = SimpleNamespace(device=torch.device("cuda"))
-    on_a_gpu = SimpleNamespace(parameters=lambda: iter([weight]))
-    monkeypatch.setattr(fast, "can_compile", lambda device: False)
-    monkeypatch.setattr(fast, "any_process", lambda flag, device: flag)
-    with pytest.raises(UserError, match="--no-compile"):
-        fast.use_what_agrees(on_a_gpu, 4, 16, FP32, compiled=True)
-    assert fast.use_what_agrees(Llama(SMALL), 4, 16, FP32, compiled=True)  # control: on a CPU
 
 
 @pytest.mark.parametrize("reduce, parts", [(torch.mean, ["attention"]),

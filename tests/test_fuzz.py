@@ -195,7 +195,7 @@ def test_checkpoint_with_a_mutated_meta_json_is_passed_over(tmp_path):
         found = durable.find(folder, full=True)
         step = durable.step_of(found)
         steps.append(step)
-        durable.remove_newer(folder, step)
+        durable.set_aside_newer(folder, step)
         durable.prune(folder, 1, draw.choice([0, 5]))
         is_kept = durable.find(folder, full=True) == found
         return is_kept and durable.load_file(found / "model.pt")["model"]["w"] == step
