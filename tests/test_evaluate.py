@@ -308,6 +308,8 @@ def test_data_of_another_preparation_is_refused(copied, own_data, capsys, refuse
     assert not evaluate.main(["--data", "own_data"])  # on request
     assert "note: own_data is not the data that" in capsys.readouterr().out
     assert [event.get("same_data") for event in events(copied)] == [True, None, False, None]
+    names = [event["name"] for event in events(copied) if event["event"] == "benchmark"]
+    assert names == ["cloze", "cloze of own_data"]  # so they are not in one curve
 
 
 @pytest.mark.row(47)
