@@ -45,14 +45,15 @@ resumed() { quiet "$python" train.py --device cpu --threads 1 --resume "$@" $SET
 evaluate() { quiet "$python" evaluate.py "$@" --dtype bf16; }
 job() {  # run a command in the background (so that Ctrl-C ends this script, not it alone), as soon
          # as fewer than JOBS others run
-  while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 0.2; done
-  "$@" &
+  while [ "$(jobs -rp | wc -l)" -ge "$JOBS" ]; do sleep 0.5; done
+  [ ! -e $R/failed ] || exit 1
+  pids=($(jobs -rp))  # no older ones: in hours their numbers may belong to other processes
+  (trap '[ $? = 0 ] || touch $R/failed' EXIT; "$@") &
   pids+=($!)
 }
 all_done() {  # wait for all jobs; ends this script if one of them failed
-  local pid
-  for pid in ${pids[@]+"${pids[@]}"}; do wait "$pid"; done
-  pids=()
+  wait
+  [ ! -e $R/failed ]
 }
 pids=()
 stop_jobs() {
@@ -71,7 +72,7 @@ needs() {  # needs 1: the runs of another experiment
 begin() {  # begin N_NAME
   local folder=$R/${1%%_*}
   echo "== $1"
-  rm -rf "$folder" "$folder.minutes"
+  rm -rf "$folder" "$folder.minutes" $R/failed
   mkdir -p "$folder"
 }
 only_log() { rm -rf "$1/checkpoints"; }  # of a run that nothing will load again

@@ -140,6 +140,21 @@ def test_commands_are_valid(tmp_path, whole, monkeypatch):
     assert len(made) == 8 and all("runs/reproduce/7/" in " ".join(command) for command in made)
 
 
+@pytest.mark.parametrize("failing, code", [("seed3", 1), ("seed8", 1), ("none", 0)])
+def test_failed_job_ends_it(tmp_path, failing, code):
+    """Catches: a run that failed in the background, and figures that are drawn all the same."""
+    shutil.copy(ROOT / "reproduce.sh", tmp_path)
+    (tmp_path / "data/pydocs").mkdir(parents=True)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\ncase "$*" in *{failing}*) exit 2;; esac\n')
+    python.chmod(0o755)
+    done = subprocess.run(["bash", "reproduce.sh", "7"], cwd=tmp_path, capture_output=True,
+                          text=True, env={**os.environ, "PYTHON": "./python"})
+    assert done.returncode == code
+    assert (tmp_path / "runs/reproduce/7.minutes").exists() == (code == 0)
+    assert ("failed: ./python train.py" in done.stderr) == (code == 1)
+
+
 def test_mistake_in_the_number_is_one_line():
     """Catches: an experiment that is not there, and an exit code of 0."""
     done = subprocess.run(["bash", ROOT / "reproduce.sh", "10"], capture_output=True, text=True)
