@@ -184,8 +184,8 @@ def check_weights(names, n_layers):
     added = sorted(set(names) - known)
     if added:
         more = ", …" if len(added) > 4 else ""
-        raise UserError(f"a Llama does not have these weights: {', '.join(added[:4])}{more} — it "
-                        f"cannot be exported, with --anyway neither")
+        raise UserError(f"a Llama does not have these weights: {', '.join(added[:4])}{more} — so "
+                        f"others cannot load it, and --anyway does not help")
 
 
 # -------------------------------------------------------------------------------------------------

@@ -104,7 +104,7 @@ def environment(machine, micro_batch, fast, code):
 
 # Dense bf16 and fp16 FLOPs per second, from the data sheets. The first name that is a part of the
 # device's name counts, so a special model stands above the general one. None: not the whole chip,
-# or another one.
+# or another chip, whose name only has this one in it.
 PEAK_FLOPS = {"MIG": None, "Laptop": None, "RTX 4090 D": None, "A1000": None,
               "H100 PCIe": 756e12, "H100 NVL": 835e12, "H200 NVL": 835e12,
               "H100": 989e12, "H200": 989e12, "A100": 312e12,
