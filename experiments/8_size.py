@@ -100,7 +100,7 @@ def draw(losses, fitted, predicted):
         panel.plot(x, losses[part], "o", ms=5, color=colour, label=f"dim {dim}")
         right.plot(x, residuals[part], "o", color=colour)
     largest = flops(*SIZES[-1])
-    panel.plot(largest, predicted, "k*", ms=12, label="predicted before it was run")
+    panel.plot(largest, predicted, "k*", ms=12, label="predicted without it")
     right.plot(largest, losses[-1] - predicted, "k*", ms=12)
     right.axhline(0, color="0.5", lw=1)
     panel.set(title="Lines: fitted to all runs but the largest", xlabel="FLOPs of the training",
